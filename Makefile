@@ -1,0 +1,46 @@
+# Every target starts from a clean clone: it makes .venv first if there is none.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WORKERS ?= auto
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-fast lint types format wheel clean
+
+help: ## List every target
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## Make .venv with simmim and what developing it needs
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $(STAMP)
+
+demo: $(STAMP) ## Pretrain on handwritten digits (5 minutes on two CPU cores) and show what it learned
+	$(BIN)/simmim pretrain fit
+
+test: $(STAMP) ## Run all tests
+	$(BIN)/python -m pytest --numprocesses $(WORKERS)
+
+test-fast: $(STAMP) ## Run the tests that take seconds
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) -m "not slow"
+
+lint: $(STAMP) ## Check style (ruff)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## Check types (mypy --strict)
+	$(BIN)/mypy
+
+format: $(STAMP) ## Mend style where ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(STAMP) ## Build the wheel into dist/
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean: ## Remove the environment and caches; runs and data stay
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache
