@@ -364,8 +364,8 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 
 def _hash64(keys: Int[Tensor, " b"], n: int, stream: int) -> Int[Tensor, "b n"]:
-    counter = torch.arange(1, n + 1, device=keys.device) * (0x9E3779B97F4A7C15 - 2**64)
-    return _mix(_mix(keys ^ (stream << 40))[:, None] + counter)
+    # Counted in ones: torch.compile works a product of arange out as if integers had no end.
+    return _mix(_mix(keys ^ (stream << 40))[:, None] + torch.arange(n, device=keys.device))
 
 
 def _hide_first(
