@@ -1,0 +1,305 @@
+"""Any timm image model as the encoder of a masked image: images and a mask -> one feature map."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from math import nan
+from typing import Any
+
+import timm
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import CheckpointError
+
+from simmim.masking import fill_pixels, mask_grid, upsample_mask
+from simmim.observe import Call, Run, multiples
+
+MASK_FILLS = ("token", "zero", "mean", "noise")
+
+
+class Encoder(nn.Module):
+    """A timm model that sees a mask token, or a pixel fill, where the mask hides the image.
+
+    One mechanism serves all models. A dry run at construction finds the stem, the first module
+    whose output is a grid of tokens, and from then on a mask token stands in the hidden places of
+    that output: for ViT and Swin the patch embedding's, before positions and the class token are
+    added (SimMIM, section 3.2). Where hidden pixels would reach a prediction all the same, because
+    the stem's convolutions overlap or its BatchNorm mixes images, they are set to 0 beforehand;
+    where no module gives such a grid, that is all that is done. Parameters that the features do
+    not depend on (class attention, a classifier's last convolution) are frozen.
+
+    Args:
+        name: A model of timm ("swin_base_patch4_window7_224"), or "hf-hub:..." or "local-dir:...".
+        img_size: Height and width of the images in pixels, or one number for a square.
+        in_chans: Channels of the images.
+        mask_patch_size: Side of a cell of the mask in pixels. None: the encoder's own patch.
+        mask_fill: What stands for hidden cells: a learned "token", or pixels "zero", "mean" (of the
+            image's visible pixels) or "noise" (standard normal, seeded by `keys`).
+        drop_rate: Dropout inside the blocks and after the position embedding (timm's own
+            `drop_rate` is the classifier's).
+        drop_path_rate: Stochastic depth, rising linearly to this rate in the last block.
+        mask_stage: Add the token to the output of this stage (1 to 4: stride 4 to 32) of a
+            hierarchical encoder instead, and fill the hidden pixels ("token": with the mean).
+            A2MIM (arXiv:2205.13943) does so after stage 3 of a ResNet.
+        grad_checkpointing: Keep no activations inside the blocks: less memory, more time.
+        timm_kwargs: Further options of the timm model.
+
+    Attributes:
+        model: The timm model; its state dict has timm's names.
+        mask_token: The learned token (1, 1, C), or None where only pixels are filled.
+        num_features: Channels of the features.
+        stride: Pixels per feature.
+        patch_size: Pixels per token of the stem; per feature where there is none.
+        img_size: Height and width in pixels.
+        grid_size: Height and width of the features.
+        mask_grid: Height and width of the mask, in cells.
+
+    Raises:
+        ValueError: If the model is unknown or gives no feature map, a size does not fit, or an
+            option would do nothing.
+    """
+
+    _mask: Tensor | None  # while `forward` runs, for the hook on the stem
+
+    def __init__(
+        self,
+        name: str,
+        img_size: int | Sequence[int] = 224,
+        in_chans: int = 3,
+        mask_patch_size: int | None = 32,
+        mask_fill: str = "token",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        mask_stage: int | None = None,
+        grad_checkpointing: bool = False,
+        **timm_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if mask_fill not in MASK_FILLS:
+            raise ValueError(f"mask_fill {mask_fill!r} is not known: use {', '.join(MASK_FILLS)}")
+        self.name, self.img_size = name, _pair(img_size)
+        if mask_patch_size is not None:
+            mask_grid(self.img_size, mask_patch_size)  # refuse before a large model is built
+        device = torch.empty(0).device  # what `with torch.device(...)` asks for
+        with torch.device("cpu" if device.type == "meta" else device):  # meta cannot be observed
+            rates = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
+            self.model: Any = _create_model(name, self.img_size, in_chans, rates, timm_kwargs)
+            with _observing(self.model):
+                run = Run(self.model, name, in_chans, self.img_size, mask_patch_size or 1)
+                self._measure(run, mask_patch_size)
+                self._place_token(run, mask_fill, mask_stage)
+                if grad_checkpointing:
+                    self._checkpoint(run.images)
+        self.to(device)
+
+    def forward(
+        self,
+        images: Float[Tensor, "b c H W"],
+        mask: Bool[Tensor, "b h w"] | None = None,
+        keys: Int[Tensor, " b"] | None = None,
+    ) -> Float[Tensor, "b d h2 w2"]:
+        """Features of the images, in which no hidden pixel has any part.
+
+        Args:
+            images: Normalised pixels.
+            mask: True = hidden, at the resolution of `mask_grid`. None: nothing is hidden, and the
+                features are exactly timm's `forward_features`, less class and register tokens.
+            keys: What noise is drawn from (`masking.sample_keys`); else the place in the batch.
+        """
+        if mask is not None and self._fill is not None:
+            images = fill_pixels(images, mask, self._fill, keys)
+        self._mask = mask
+        features = self.model.forward_features(images)
+        self._mask = None
+        return self._features.to_nchw(features)
+
+    def tokens(
+        self, images: Float[Tensor, "b c H W"], layer: int | None = None
+    ) -> Float[Tensor, "b d h2 w2"]:
+        """Features of a middle layer, for probes (SimMIM probes the 8th block of ViT-B).
+
+        Args:
+            images: Normalised pixels.
+            layer: Counted from 1: blocks of a plain transformer, stages of a hierarchical model
+                (of some, the stem is the first). None: the last, as `forward` gives it, behind the
+                model's final norm; a middle layer is not normalised.
+
+        Raises:
+            ValueError: If the model has no such layer, or gives no middle layers at all.
+        """
+        if layer is None:
+            return self(images)
+        if not hasattr(self.model, "forward_intermediates"):
+            raise ValueError(f"{self.name} gives no middle layers: use the last")
+        layers = len(self.model.feature_info)
+        if not 1 <= layer <= layers:
+            raise ValueError(f"layer {layer} of {self.name} does not exist: use 1 to {layers}")
+        return self.model.forward_intermediates(
+            images, indices=[layer - 1], stop_early=True, output_fmt="NCHW", intermediates_only=True
+        )[0]
+
+    def _measure(self, run: Run, mask_patch_size: int | None) -> None:
+        """Read the sizes off a run of the model, and freeze what its features did not need."""
+        self._features, stem = run.grid, run.find_stem()
+        self.num_features, self.grid_size = run.grid.channels, run.grid.size
+        self.stride = run.grid.stride
+        self.patch_size = stem.grid.stride if stem else self.stride
+        self.mask_patch_size = mask_patch_size or self.patch_size
+        self.mask_grid = mask_grid(self.img_size, self.mask_patch_size)
+        for parameter in run.unreached():
+            parameter.requires_grad_(False)
+
+    def _place_token(self, run: Run, mask_fill: str, mask_stage: int | None) -> None:
+        """Let the mask token follow the stem or a middle stage, and see which pixels to fill."""
+        self._mask = None
+        self._fill: str | None = mask_fill
+        self._adds = mask_stage is not None
+        self.mask_token: nn.Parameter | None = None
+        if mask_fill == "token":
+            self._fill = "mean" if self._adds else "zero"
+        place = run.find_stem() if mask_fill == "token" else None
+        if mask_stage is not None:
+            place = _find_stage(run, mask_stage)
+        if place is None:
+            return
+        self._place = place.grid
+        if self.mask_patch_size % place.grid.stride:
+            raise ValueError(
+                f"mask_patch_size {self.mask_patch_size} is not a multiple of the "
+                f"{place.grid.stride} pixels of a token of {self.name}: "
+                f"use {multiples(self.mask_patch_size, place.grid.stride)}"
+            )
+        self.mask_token = nn.Parameter(torch.empty(1, 1, place.grid.channels))
+        nn.init.normal_(self.mask_token, std=0.02)
+        # A bound method and no closure: the deep copy of an encoder gets a hook of its own.
+        place.module.register_forward_hook(self._put_token)
+        if not self._adds and not self._leaks(place.module, run.images):
+            self._fill = None
+
+    def _put_token(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self._mask is None or self.mask_token is None:
+            return output
+        tokens = output[0] if isinstance(output, tuple) else output
+        hidden = self._place.spread(self._mask)
+        token = self._place.align(self.mask_token).to(tokens.dtype)
+        # A2MIM adds the token, SimMIM puts it in the place (no product: 0 x inf would be nan).
+        masked = tokens + token * hidden if self._adds else torch.where(hidden, token, tokens)
+        return (masked, *output[1:]) if isinstance(output, tuple) else masked
+
+    @torch.no_grad()
+    def _leaks(self, stem: nn.Module, images: Tensor) -> bool:
+        """Whether hidden pixels reach the features past the mask token.
+
+        NaN in hidden pixels spreads to all that they have a part in, whatever the weights.
+        """
+        if any(isinstance(module, _BatchNorm) for module in stem.modules()):
+            return True  # while it trains, hidden tokens are in the statistics of the visible ones
+        rows, columns = (torch.arange(n, device=images.device) for n in self.mask_grid)
+        chessboard = ((rows[:, None] + columns) % 2 == 1)[None]
+        fill, self._fill = self._fill, None
+        hidden = upsample_mask(chessboard, self.img_size)
+        features = self(images.masked_fill(hidden, nan), chessboard)
+        self._fill = fill
+        return bool(features.isnan().any())
+
+    def _checkpoint(self, images: Tensor) -> None:
+        """Recompute activations in the backward pass, if the mask token is not among them."""
+        try:
+            self.model.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError) as error:
+            raise ValueError(
+                f"{self.name} cannot recompute its activations: set grad_checkpointing to false"
+            ) from error
+        if self.mask_token is None:
+            return
+        everything = torch.ones(1, *self.mask_grid, dtype=torch.bool, device=images.device)
+        try:
+            torch.autograd.grad(self(images, everything).sum(), self.mask_token)
+        except CheckpointError as error:
+            raise ValueError(
+                f"{self.name} would recompute the stage that the mask token follows: "
+                "set grad_checkpointing to false, or leave mask_stage out"
+            ) from error
+
+
+def _create_model(
+    name: str, size: tuple[int, int], in_chans: int, rates: dict[str, float], given: dict[str, Any]
+) -> nn.Module:
+    """Build a timm model without its classifier, for this size and with these rates if it can."""
+    _check_name(name)
+    options = {"img_size": size[0] if size[0] == size[1] else size, **_rate_options(rates), **given}
+    while True:
+        try:
+            model = timm.create_model(name, in_chans=in_chans, **{"num_classes": 0, **options})
+            break
+        except TypeError as error:
+            _, _, said = str(error).partition("unexpected keyword argument")
+            unknown = [key for key in re.findall(r"'(\w+)'", said) if key in options]
+            if not unknown:
+                raise
+            for key in unknown:
+                if key in given:
+                    raise ValueError(f"encoder {name} has no option {key!r}") from error
+                del options[key]
+        except RuntimeError as error:
+            if "pretrained tag" not in str(error):
+                raise
+            raise ValueError(f"encoder {name!r}: {error}") from error
+    _check_rates(model, name, rates)
+    if not hasattr(model, "forward_features"):
+        raise ValueError(f"encoder {name} has no forward_features, from which to take features")
+    return model
+
+
+def _rate_options(rates: dict[str, float]) -> dict[str, float]:
+    """Our rates by timm's names. Many models drop paths by default: 0 is said, not left out."""
+    dropout = {"proj_drop_rate": rates["drop_rate"], "pos_drop_rate": rates["drop_rate"]}
+    return {"drop_path_rate": rates["drop_path_rate"], **(dropout if rates["drop_rate"] else {})}
+
+
+def _check_name(name: str) -> None:
+    if ":" in name or timm.is_model(name):  # "hf-hub:..." and "local-dir:..." are timm's to check
+        return
+    near = get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() names all"
+    raise ValueError(f"encoder {name!r} is not a model of timm: {hint}")
+
+
+def _check_rates(model: nn.Module, name: str, rates: dict[str, float]) -> None:
+    """Refuse a rate that no module of the model heeds."""
+    found = {
+        "drop_rate": (getattr(m, "p", 0) for m in model.modules() if isinstance(m, nn.Dropout)),
+        "drop_path_rate": (getattr(m, "drop_prob", 0) or 0 for m in model.modules()),
+    }
+    for rate, value in rates.items():
+        if value and not any(found[rate]):
+            raise ValueError(f"{rate} {value} would do nothing in the blocks of {name}: leave it 0")
+
+
+@contextmanager
+def _observing(model: nn.Module) -> Iterator[None]:
+    """Eval mode with gradients, in which NaN is no anomaly."""
+    model.eval()
+    with torch.enable_grad(), torch.autograd.set_detect_anomaly(False):
+        yield
+    model.train()
+
+
+def _find_stage(run: Run, stage: int) -> Call:
+    stages = run.find_stages()
+    place = stages.get(2 ** (stage + 1))
+    if place is None:
+        legal = [str(number) for number in range(1, 5) if 2 ** (number + 1) in stages]
+        remedy = f"use {', '.join(legal)}" if legal else "it is not hierarchical, leave it out"
+        raise ValueError(f"mask_stage {stage} of {run.name} does not exist: {remedy}")
+    return place
+
+
+def _pair(img_size: int | Sequence[int]) -> tuple[int, int]:
+    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(sides) != 2:
+        raise ValueError(f"img_size {list(sides)} is neither a number nor [height, width]")
+    return sides[0], sides[1]
