@@ -1,0 +1,465 @@
+"""SimMIM: hide part of an image, encode the rest, predict what was hidden.
+
+The whole method is `SimMIM.loss_of`; everything else here says which parts it is made of, how they
+are optimised and what is logged. Paper: Xie et al., "SimMIM: a Simple Framework for Masked Image
+Modeling", CVPR 2022, arXiv:2111.09886.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from inspect import signature
+from typing import Any, Literal, cast
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torchmetrics import MeanMetric
+
+from simmim.encoder import Encoder
+from simmim.head import HEADS
+from simmim.loss import LOSSES, fourier_loss, masked_mean
+from simmim.masking import (
+    MASKINGS,
+    average_distance,
+    draw_masks,
+    foreground_cells,
+    ratio_range,
+    sample_keys,
+    upsample_mask,
+)
+from simmim.optim import Schedule, init_official_, param_groups, scaled_lr
+from simmim.parts import find_part
+from simmim.target import TARGETS
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0..1; timm's and torchvision's constants
+IMAGENET_STD = (0.229, 0.224, 0.225)
+VAL_SEED = 2111_09886  # the validation masks' own seed: equal in every epoch and every run
+
+
+class SimMIM(L.LightningModule):
+    """Masked image modelling: masking, encoder, prediction head, target and loss.
+
+    The defaults are the published method on timm's plain ViT-B/16; the paper's exact models are
+    the configs `vit_base_800ep` and `swin_*`.
+
+    Args:
+        encoder: Name of any timm image model.
+        img_size: Height and width in pixels: one number, or [height, width].
+        in_chans: Channels of the images.
+        mask_patch_size: Side of a mask cell in pixels. 32, whatever the encoder's own patch (the
+            paper's section 4.1).
+        mask_ratio: Share of the cells that is hidden, or [low, high] to draw it for each image.
+            0.6 (the paper's section 4.1).
+        masking: Which cells are hidden: random (the paper's), block (BEiT's block-wise), square
+            (one square at a random place), token (random, in cells of the encoder's own patch),
+            foreground (never nodata), or the import path of your own function.
+        masking_kwargs: Options of the masking; foreground takes nodata (the raw value that means
+            "no data") or mask_channel (the channel that is 0 there).
+        mask_fill: What stands in a hidden cell's place: token (a learned vector, the paper's),
+            zero, mean (of the image's visible pixels, as in A2MIM) or noise (standard normal).
+        mask_stage: Stage of a convolutional or hierarchical encoder after which a mask token is
+            put (A2MIM, arXiv:2205.13943); by default the token goes where the stem ends.
+        target: What is predicted: pixels (the paper's), normalized_pixels (SwinV2's sliding
+            window), patch_normalized_pixels (MAE's), hog (MaskFeat's), features (of a frozen timm
+            model), color_bins (classes), or the import path of your own class.
+        target_kwargs: Options of the target: a size for a lower resolution, a window, a teacher.
+        loss: l1 (the paper's), l2, smooth_l1, cosine, cross_entropy, or the import path of your
+            own function of (prediction, target) that returns the error of each element.
+        loss_region: Where the loss is taken: hidden cells (the paper's section 3.4), or all.
+        fourier_weight: Weight of A2MIM's loss in the Fourier domain, added to the other. 0 is the
+            paper's SimMIM.
+        head: linear (the paper's), mlp, transformer (a light decoder), inverse (hierarchical), or
+            the import path of your own class.
+        head_kwargs: Options of the head, such as depth and width.
+        encoder_kwargs: Further options of the timm model, such as {window_size: 6}.
+        weights: Weights to go on from: a checkpoint of ours, a run's folder, an official SimMIM
+            release (.pth), `timm:NAME`, or a Hugging Face folder.
+        compat: "official" reproduces the released runs' parameter groups, learning rates and
+            initialisation to the letter; "default" is what their authors meant.
+        optimizer: Optimiser class and its options; its lr and weight decay are set from base_lr
+            and weight_decay. AdamW with betas 0.9 and 0.999 (the paper's appendix).
+        base_lr: Learning rate for a global batch of 512; it is scaled linearly with the batch.
+            2e-4 (the paper's 100-epoch recipe).
+        schedule: cosine, or multistep (the released 800-epoch recipe).
+        warmup_epochs: Epochs of linear warm-up. 10 (the paper's).
+        warmup_lr: Learning rate that the warm-up begins with, for a global batch of 512. 1e-6
+            (the released configs).
+        min_lr: Learning rate at the end of the cosine, for a global batch of 512. 1e-5 (the
+            released configs).
+        milestones: Epochs at which multistep multiplies the learning rate by 0.1. 700 (the
+            released 800-epoch recipe).
+        weight_decay: AdamW's weight decay; none on biases, norms, tokens and position tables.
+            0.05 (the paper's appendix).
+        drop_rate: Dropout inside the encoder's blocks. 0 (the paper's).
+        drop_path_rate: Stochastic depth, growing linearly over the blocks. 0 for Swin, 0.1 for
+            ViT in the paper.
+        grad_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        compile: Compile encoder and head with torch.compile.
+        seed: Seed of masks and dropout. On the command line it is `--seed_everything`.
+        trust: Import parts that are named by an import path while a checkpoint is opened.
+    """
+
+    def __init__(
+        self,
+        encoder: str = "vit_base_patch16_224",
+        img_size: int | list[int] = 224,
+        in_chans: int = 3,
+        mask_patch_size: int = 32,
+        mask_ratio: float | list[float] = 0.6,
+        masking: str = "random",
+        masking_kwargs: dict[str, Any] | None = None,
+        mask_fill: Literal["token", "zero", "mean", "noise"] = "token",
+        mask_stage: int | None = None,
+        target: str = "pixels",
+        target_kwargs: dict[str, Any] | None = None,
+        loss: str = "l1",
+        loss_region: Literal["hidden", "all"] = "hidden",
+        fourier_weight: float = 0.0,
+        head: str = "linear",
+        head_kwargs: dict[str, Any] | None = None,
+        encoder_kwargs: dict[str, Any] | None = None,
+        weights: str | None = None,
+        compat: Literal["default", "official"] = "default",
+        optimizer: OptimizerCallable = AdamW,
+        base_lr: float = 2e-4,
+        schedule: Literal["cosine", "multistep"] = "cosine",
+        warmup_epochs: float = 10,
+        warmup_lr: float = 1e-6,
+        min_lr: float = 1e-5,
+        milestones: list[int] | None = None,
+        weight_decay: float = 0.05,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        grad_checkpointing: bool = False,
+        compile: bool = False,
+        seed: int = 0,
+        trust: bool = False,
+    ) -> None:
+        super().__init__()
+        # `weights` is where this run began: a checkpoint of it must open without that file.
+        self.save_hyperparameters(ignore=["optimizer", "weights", "trust"])
+        ratio_range(mask_ratio)  # refuses what is no ratio
+        self.masking = find_part(masking, MASKINGS, "masking", trust=trust)
+        self.masking_kwargs = masking_kwargs or {}
+        self.mask_ratio, self.loss_region, self.seed = mask_ratio, loss_region, seed
+        self.error = find_part(loss, LOSSES, "loss", trust=trust)
+        self.fourier_weight = fourier_weight
+        self.optimizer, self.trust, self.compat = optimizer, trust, compat
+
+        self.encoder = Encoder(
+            encoder,
+            img_size=img_size,
+            in_chans=in_chans,
+            mask_patch_size=None if masking == "token" else mask_patch_size,
+            mask_fill=mask_fill,
+            mask_stage=mask_stage,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+            grad_checkpointing=grad_checkpointing,
+            **(encoder_kwargs or {}),
+        )
+        mean, std = _default_statistics(in_chans)
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+        self.target = find_part(target, TARGETS, "target", trust=trust)(
+            in_chans=in_chans,
+            img_size=self.encoder.img_size,
+            mean=mean,
+            std=std,
+            **(target_kwargs or {}),
+        )
+        self.head = find_part(head, HEADS, "head", trust=trust)(
+            self.encoder.num_features,
+            self.target.out_chans,
+            _upsample(self.encoder.stride, self.target.stride),
+            **(head_kwargs or {}),
+        )
+        self._check(target, loss)
+        self.val_loss = MeanMetric()
+        if compat == "official":
+            init_official_(self.encoder)
+        if weights is not None:
+            from simmim.weights import load_weights
+
+            load_weights(self, weights)
+
+    # The method ------------------------------------------------------------------------------
+
+    def forward(
+        self, images: Tensor, mask: Tensor | None = None, keys: Tensor | None = None
+    ) -> Tensor:
+        """Predict the target from what is visible.
+
+        Args:
+            images: Normalised images, (B, C, H, W).
+            mask: Cells, (B, H / mask_patch_size, W / mask_patch_size), True = hidden. Without a
+                mask nothing is hidden.
+            keys: One random key an image, (B,), which only `mask_fill="noise"` reads.
+
+        Returns:
+            The prediction, of the target's shape: (B, C, H, W) for pixels.
+        """
+        return cast(Tensor, self.head(self.encoder(images, mask, keys)))
+
+    def loss_of(self, images: Tensor, mask: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the loss of normalised images under a mask, and the prediction."""
+        prediction = self(images, mask, keys)
+        target = self.target(images)
+        error = self.error(prediction, target)
+        region = mask if self.loss_region == "hidden" else None
+        loss = masked_mean(error, region, denominator=self._mean_over_processes)
+        if self.fourier_weight:
+            loss = loss + self.fourier_weight * fourier_loss(prediction, target, mask)
+        return loss, prediction
+
+    def draw_mask(self, raw: Tensor, index: Tensor, *, validation: bool) -> tuple[Tensor, Tensor]:
+        """Draw the mask of each sample from (seed, epoch, sample index) and nothing else.
+
+        Args:
+            raw: The images as the loader gave them, (B, C, H, W).
+            index: The samples' places in the data set, int64, (B,).
+            validation: Whether the mask depends on the index alone, as for validation.
+
+        Returns:
+            The mask, bool, (B, H / mask_patch_size, W / mask_patch_size), and the keys, (B,).
+        """
+        seed, epoch = (VAL_SEED, 0) if validation else (self.seed, self.current_epoch)
+        keys = sample_keys(index, seed, epoch)
+        grid = self.encoder.mask_grid
+        valid = None
+        kwargs = self.masking_kwargs
+        if self.hparams["masking"] == "foreground":
+            valid, kwargs = foreground_cells(raw, grid, **kwargs), {}
+        return draw_masks(self.masking, keys, grid, self.mask_ratio, valid, **kwargs), keys
+
+    def normalize(self, raw: Tensor) -> Tensor:
+        """Turn uint8, or float in 0..1, into what the encoder sees: zero mean, unit variance."""
+        images = raw.float() / 255 if raw.dtype == torch.uint8 else raw.float()
+        return (images - self.mean) / self.std
+
+    def inputs(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Take a batch apart: a dict of ours, (images, labels), or images alone.
+
+        Returns:
+            The images as they came and normalised, (B, C, H, W), and the samples' index, (B,).
+            Floats of a plain loader count as normalised already; where there is no index, the
+            place in the epoch serves.
+        """
+        if isinstance(batch, Mapping):
+            raw = batch["image"]
+            images, index = self.normalize(raw), batch.get("index")
+        else:
+            raw = batch[0] if isinstance(batch, Sequence) else batch
+            images, index = self.normalize(raw) if raw.dtype == torch.uint8 else raw, None
+        if index is None:
+            ranks = self._trainer.world_size if self._trainer else 1
+            first = (batch_idx * ranks + (self.global_rank if self._trainer else 0)) * len(raw)
+            index = torch.arange(first, first + len(raw), device=raw.device)
+        return raw, images, index
+
+    # Lightning's steps -----------------------------------------------------------------------
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """One step: hide, encode, predict, compare."""
+        raw, images, index = self.inputs(batch, batch_idx)
+        mask, keys = self.draw_mask(raw, index, validation=False)
+        loss, _ = self.loss_of(images, mask, keys)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=self.trainer.world_size > 1)
+        self.log("lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """The masked loss under fixed masks."""
+        self._evaluate("val", batch, batch_idx)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """The masked loss under fixed masks."""
+        self._evaluate("test", batch, batch_idx)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Pictures of the reconstruction, as `reconstruct` gives them."""
+        raw, images, index = self.inputs(batch, batch_idx)
+        mask, keys = self.draw_mask(raw, index, validation=True)
+        return self.reconstruct(images, mask, keys)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed dropout and drop path from the step, so that a resumed run draws the same."""
+        place = (self.seed, self.global_step, batch_idx, self.global_rank)
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+
+    def _evaluate(self, part: str, batch: Any, batch_idx: int) -> None:
+        raw, images, index = self.inputs(batch, batch_idx)
+        mask, keys = self.draw_mask(raw, index, validation=True)
+        loss, _ = self.loss_of(images, mask, keys)
+        # Weighted, so that the mean is over hidden cells, however they fall into batches.
+        self.val_loss.update(loss, mask.sum() if self.loss_region == "hidden" else len(images))
+        self.log(f"{part}/loss", self.val_loss, prog_bar=True)
+        if batch_idx == 0:
+            distance = average_distance(mask, self.encoder.mask_patch_size).nanmean()
+            self.log(f"{part}/avg_dist", distance, sync_dist=self.trainer.world_size > 1)
+
+    # Pictures --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def reconstruct(
+        self, images: Tensor, mask: Tensor, keys: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Show what the model makes of a masked image.
+
+        Args:
+            images: Normalised images, (B, C, H, W).
+            mask: Cells, (B, h, w), True = hidden.
+            keys: As in `forward`.
+
+        Returns:
+            Pictures in 0..1, each (B, 1 or 3, H, W): original, masked, prediction, pasted (the
+            prediction under the visible part), error; and target, where it is not the image.
+        """
+        prediction, target = self(images, mask, keys).float(), self.target(images)
+        hidden = upsample_mask(mask, (images.shape[-2], images.shape[-1]))
+        original = self._picture(images)
+        shown = {"original": original, "masked": original.masked_fill(hidden, 0.5)}
+        pixels = self.target.to_pixels(prediction, images)
+        if pixels is None:
+            truth, guess = self.target.picture(target), self.target.picture(prediction)
+            shown["target"] = truth
+        else:
+            truth, guess = original, self._picture(pixels)
+        shown["prediction"] = guess
+        shown["pasted"] = torch.where(hidden, guess, truth)
+        shown["error"] = (guess - truth).abs() * hidden
+        return shown
+
+    def _picture(self, images: Tensor) -> Tensor:
+        """Normalised images -> what a person can look at: 1 or 3 channels in 0..1."""
+        chans = 3 if images.shape[1] >= 3 else 1
+        return (images * self.std + self.mean)[:, :chans].clamp(0, 1)
+
+    # Set-up and optimisation -----------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Take the pixel statistics of the data that it is trained on, and compile if asked."""
+        data = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and getattr(data, "mean", None) is not None:
+            self.set_statistics(data.mean, data.std)  # type: ignore[union-attr]
+        if stage == "fit" and self.hparams["compile"]:
+            self.encoder.compile()
+            self.head.compile()
+
+    def set_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Set the mean and standard deviation of each channel, for pixels in 0..1."""
+        for module in (self, self.target):
+            for name, values in (("mean", mean), ("std", std)):
+                buffer = getattr(module, name, None)
+                if isinstance(buffer, Tensor):
+                    buffer.copy_(torch.tensor(values).view_as(buffer))
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build the optimiser, with lr scaled by the global batch, and its per-step schedule."""
+        hp = self.hparams
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        steps_per_epoch = -(-self.trainer.num_training_batches // self._accumulation)
+        scale = scaled_lr(1.0, self.global_batch_size)
+        groups = param_groups(self, hp["weight_decay"], compat=self.compat)
+        optimizer = self.optimizer(groups)
+        _fuse(optimizer, str(self.trainer.precision))
+        schedule = Schedule(
+            optimizer,
+            schedule=hp["schedule"],
+            lr=hp["base_lr"] * scale,
+            total_steps=total_steps,
+            warmup_steps=round(hp["warmup_epochs"] * steps_per_epoch),
+            warmup_lr=hp["warmup_lr"] * scale,
+            min_lr=hp["min_lr"] * scale,
+            milestones=[epoch * steps_per_epoch for epoch in hp["milestones"] or [700]],
+            compat=self.compat,
+        )
+        rank_zero_info(
+            f"lr {hp['base_lr'] * scale:.3g} = base_lr {hp['base_lr']:g} x global batch "
+            f"{self.global_batch_size} / 512; {total_steps} steps"
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    @property
+    def global_batch_size(self) -> int:
+        """Images that one optimiser step sees, over all processes."""
+        loader: Any = self.trainer.train_dataloader
+        batch = getattr(loader.batch_sampler, "batch_size", None) or loader.batch_size
+        return int(batch) * self.trainer.world_size * self._accumulation
+
+    @property
+    def _accumulation(self) -> int:
+        return int(self.trainer.accumulate_grad_batches)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the optimiser's name and options as plain values, so that the file opens safely."""
+        optimizer = cast(Optimizer, self.optimizers(use_pl_optimizer=False))
+        kind = type(optimizer)
+        options = signature(kind).parameters
+        checkpoint["optimizer_spec"] = {
+            "class_path": f"{kind.__module__}.{kind.__qualname__}",
+            "init_args": {k: v for k, v in optimizer.defaults.items() if k in options},
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the optimiser that the checkpoint was made with."""
+        if spec := checkpoint.get("optimizer_spec"):
+            path = str(spec["class_path"])
+            safe = path.startswith(("torch.optim.", "timm.optim."))
+            kind: Any = find_part(path, {}, "optimizer", trust=safe or self.trust)
+            self.optimizer = partial(kind, **spec["init_args"])
+
+    # Small print -----------------------------------------------------------------------------
+
+    def _mean_over_processes(self, count: Tensor) -> Tensor:
+        """The number of hidden elements, averaged over processes.
+
+        DDP averages gradients; numerators divided by the *mean* denominator make that average the
+        gradient of the loss over all hidden elements, however unevenly they are spread.
+        """
+        if self._trainer is None or self.trainer.world_size == 1 or not self.trainer.training:
+            return count
+        return cast(Tensor, self.trainer.strategy.reduce(count, reduce_op="mean"))
+
+    def _check(self, target: str, loss: str) -> None:
+        losses = getattr(self.target, "losses", None)
+        if losses and loss in LOSSES and loss not in losses:
+            raise ValueError(
+                f"loss {loss!r} does not go with target {target!r}: use {' or '.join(losses)}"
+            )
+        cell, stride = self.encoder.mask_patch_size, self.target.stride
+        if cell % stride:
+            raise ValueError(
+                f"mask_patch_size {cell} is not a multiple of the {stride} px that one element of "
+                f"target {target!r} covers: use {-(-cell // stride) * stride}"
+            )
+
+
+def _default_statistics(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if in_chans == 3:
+        return IMAGENET_MEAN, IMAGENET_STD
+    return (sum(IMAGENET_MEAN) / 3,) * in_chans, (sum(IMAGENET_STD) / 3,) * in_chans
+
+
+def _upsample(encoder_stride: int, target_stride: int) -> int:
+    """How many target elements there are along the side of one feature."""
+    return encoder_stride // target_stride
+
+
+def _fuse(optimizer: Optimizer, precision: str) -> None:
+    """Use the fused kernel where it exists: one launch instead of hundreds."""
+    fused = optimizer.defaults.get("fused", False)
+    if fused is None and precision != "16-mixed":  # there Lightning could no longer clip
+        optimizer.defaults["fused"] = True
+        for group in optimizer.param_groups:
+            group["fused"] = True

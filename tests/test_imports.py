@@ -1,0 +1,55 @@
+"""Who may import whom: the reading order is the order of the data, without circles."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parents[1] / "src" / "simmim"
+METHOD = {"masking", "encoder", "observe", "head", "target", "loss"}  # observe: encoder's own
+TASKS = {"pretrain", "classify", "segment", "detect", "callbacks"}
+COMMANDS = {"embed", "export", "compare", "doctor", "benchmark"}
+FREE = {"parts"}  # finds a part by its name; knows none of them
+MAY_IMPORT = {
+    **{area: {"masking", "observe"} for area in METHOD},
+    **{area: METHOD | {"optim", "weights", "pretrain"} for area in ("optim", "weights")},
+    **{area: METHOD | TASKS | {"optim", "weights", "probe"} for area in TASKS},
+    "probe": METHOD,
+    "data": {"data", "masking"},
+    **{area: METHOD | TASKS | {"optim", "weights", "probe", "data"} for area in COMMANDS},
+}
+
+
+def _area(path: Path) -> str:
+    return path.relative_to(SRC).parts[0].removesuffix(".py")
+
+
+def _imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("simmim."):
+            found.add((node.module or "").split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("simmim.")}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(SRC.rglob("*.py")), ids=lambda p: str(p.relative_to(SRC)))
+def test_imports_follow_the_data(path: Path) -> None:
+    area = _area(path)
+    if area in MAY_IMPORT:
+        assert _imports(path) <= MAY_IMPORT[area] | FREE | {area}
+
+
+def test_method_files_stay_small_enough_to_read() -> None:
+    for name in METHOD | {"pretrain"}:
+        lines = len((SRC / f"{name}.py").read_text().splitlines())
+        assert lines < 480, f"{name}.py has {lines} lines"
+
+
+def test_importing_simmim_does_not_import_torch() -> None:
+    code = "import sys, simmim, simmim.cli; print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
