@@ -1,0 +1,97 @@
+"""Draw what a model makes of masked images, and name the files: pure functions."""
+
+import re
+import unicodedata
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import PurePath
+
+import numpy as np
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+GAP = 4  # px between pictures and around them
+CAPTION = 20  # px of the line above the columns
+CAPTIONS = {"prediction": "reconstruction"}  # the other columns are called what they are
+BACKGROUND, INK = (255, 255, 255), (40, 40, 40)
+
+
+def draw_panel(pictures: Mapping[str, Tensor], side: int = 128) -> Image.Image:
+    """Draw a table of pictures: a row for each image, a captioned column for each name.
+
+    Args:
+        pictures: Columns by name, each (B, C, H, W) in 0..1, in the order they appear.
+        side: About how many px a picture should have at least: small ones are enlarged by whole
+            pixels. Larger ones than 3 x side are reduced.
+
+    Returns:
+        The table, RGB.
+    """
+    columns = {name: to_rgb(_resize(tensor, side)) for name, tensor in pictures.items()}
+    rows, height, width, _ = next(iter(columns.values())).shape
+    right, bottom = cell_origin(rows, len(columns), (height, width))
+    panel = Image.new("RGB", (right, bottom), BACKGROUND)
+    draw, font = ImageDraw.Draw(panel), ImageFont.load_default(size=13)
+    for column, (name, images) in enumerate(columns.items()):
+        left, top = cell_origin(0, column, (height, width))
+        middle = (left + width // 2, top - CAPTION // 2)
+        draw.text(middle, CAPTIONS.get(name, name), fill=INK, font=font, anchor="mm")
+        for row, image in enumerate(images):
+            corner = cell_origin(row, column, (height, width))
+            panel.paste(Image.fromarray(image), corner)
+    return panel
+
+
+def cell_origin(row: int, column: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Where a picture of (height, width) px lies in the panel: its left and top edge in px."""
+    height, width = size
+    return GAP + column * (width + GAP), GAP + CAPTION + row * (height + GAP)
+
+
+def to_rgb(pictures: Tensor) -> NDArray[np.uint8]:
+    """Turn pictures in 0..1 into bytes, (B, C, H, W) -> (B, H, W, 3).
+
+    One or two channels are shown as gray (the first), more as the first three; not-a-number is
+    shown black.
+    """
+    chans = 3 if pictures.shape[1] >= 3 else 1
+    pixels = pictures[:, :chans].float().nan_to_num(0).clamp(0, 1).mul(255).round().byte()
+    pixels = pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)  # NCHW -> NHWC
+    return np.ascontiguousarray(pixels.cpu().numpy())
+
+
+def safe_name(path: str) -> str:
+    """Name a picture after an image: unlike for unlike paths, and safe on every file system.
+
+    The folders and the whole file name stay ("cats/1.jpg" and "cats/1.png" differ), with ".png"
+    behind. Where a part of the path had to be changed (control characters, quotes, wildcards,
+    bytes that are no text, too long, a leading dash, ".."), a hash of the original follows it.
+
+    Args:
+        path: The image's path below the data's root, or any other.
+
+    Returns:
+        A relative path with forward slashes.
+    """
+    parts = [part for part in PurePath(path).parts if part != PurePath(path).anchor]
+    return "/".join(_safe_part(part) for part in parts) + ".png"
+
+
+def _safe_part(part: str) -> str:
+    safe = unicodedata.normalize("NFC", part).encode("utf-8", "replace").decode()
+    safe = re.sub(r"[^\w.,()+=@# -]", "_", safe)
+    safe = re.sub(r"^[-. ]|[. ]$", "_", safe)
+    short = safe.encode()[:180].decode(errors="ignore")  # file systems allow 255 bytes
+    if short == part:
+        return part
+    return f"{short}-{sha256(part.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+
+
+def _resize(pictures: Tensor, side: int) -> Tensor:
+    size = max(pictures.shape[-2:])
+    if size > 3 * side:
+        return F.interpolate(pictures.float(), scale_factor=3 * side / size, mode="area")
+    factor = max(1, round(side / size))
+    return pictures.repeat_interleave(factor, -2).repeat_interleave(factor, -1)

@@ -1,0 +1,147 @@
+"""How fast it goes: images per second in the logs, and a bar with the time left."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+from simmim.callbacks.look import is_logging_step
+
+BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+
+
+class Throughput(L.Callback):
+    """Log `throughput/images_per_s`: images of all processes over the last logging window.
+
+    Wall-clock time from loading the images to the optimiser step, without validation, pictures,
+    probes and checkpoints. No step waits for the device on its account: Lightning does, at the end
+    of each window, to write its metrics.
+    """
+
+    def __init__(self) -> None:
+        self._images, self._seconds = 0, 0.0
+        self._since: float | None = None  # when the clock was last started
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self._since = time.perf_counter()
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Count the images, and log at the end of a window."""
+        if self._since is None:  # resumed in the middle of an epoch
+            self._since = time.perf_counter()
+            return
+        self._images += images_in(batch) * trainer.world_size
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if is_logging_step(trainer) and stepped:
+            self._pause()
+            speed = self._images / max(self._seconds, 1e-9)
+            pl_module.log("throughput/images_per_s", speed, rank_zero_only=True)
+            self._images, self._seconds = 0, 0.0
+            self._since = time.perf_counter()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the clock."""
+        self._pause()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self._since = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the clock: what comes between epochs is not training."""
+        self._pause()
+
+    def _pause(self) -> None:
+        if self._since is not None:
+            self._seconds += time.perf_counter() - self._since
+            self._since = None
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar with the loss, images/s, and the time left of the whole run.
+
+    It is redrawn a few times a second rather than at every step: reading the loss waits for the
+    device.
+
+    Args:
+        seconds: Seconds between two updates.
+    """
+
+    def __init__(self, seconds: float = 0.5) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self._drawn = self._began = 0.0
+        self._first_step = 0
+        self._images = 0  # of one optimiser step's micro-batch, over all processes
+
+    def on_train_start(self, *args: Any) -> None:
+        """Start the clock of the time left."""
+        super().on_train_start(*args)
+        self._began, self._first_step = time.monotonic(), self.trainer.global_step
+
+    def init_train_tqdm(self) -> Any:
+        """Leave out tqdm's own speed and time left, which are the epoch's."""
+        bar = super().init_train_tqdm()
+        bar.bar_format = BAR
+        return bar
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        """Say which epoch of how many."""
+        super().on_train_epoch_start(trainer, *args)
+        of = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
+        self.train_progress_bar.set_description_str(f"Epoch {trainer.current_epoch + 1}{of}")
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Redraw if it is time."""
+        self._images = images_in(batch) * trainer.world_size
+        last = batch_idx + 1 == trainer.num_training_batches
+        if last or time.monotonic() - self._drawn >= self.seconds:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            self._drawn = time.monotonic()
+
+    def get_metrics(
+        self, trainer: L.Trainer, pl_module: L.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """Collect what stands behind the bar: losses, images/s, time left."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        if "train/loss" in metrics:
+            metrics = {"loss": metrics.pop("train/loss"), **metrics}
+        bar = self.train_progress_bar.format_dict
+        if bar["elapsed"] and bar["n"]:
+            metrics["images/s"] = round(bar["n"] * self._images / bar["elapsed"])
+        if (left := self._seconds_left(trainer)) is not None:
+            metrics["left"] = self.train_progress_bar.format_interval(left)
+        return metrics
+
+    def _seconds_left(self, trainer: L.Trainer) -> float | None:
+        done = trainer.global_step - self._first_step
+        total = trainer.estimated_stepping_batches
+        if not done or total == float("inf"):
+            return None
+        per_step = (time.monotonic() - self._began) / done
+        return max(0.0, per_step * (total - trainer.global_step))
+
+
+def images_in(batch: Any) -> int:
+    """Count the images of a batch: a dict of ours, (images, labels), or images alone."""
+    if isinstance(batch, Mapping):
+        return len(batch["image"])
+    return len(batch[0]) if isinstance(batch, Sequence) else len(batch)
