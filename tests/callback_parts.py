@@ -85,7 +85,7 @@ class MiniSimMIM(L.LightningModule):
 
     def __init__(self, lr: float = 1e-3) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters({"lr": lr})
         self.encoder = MiniEncoder()
         self.head = nn.Sequential(nn.Conv2d(32, 4, 1), nn.PixelShuffle(2))
         self.target, self.error = nn.Identity(), l1_error

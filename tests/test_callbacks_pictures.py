@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from callback_parts import DigitsData, MiniSimMIM, trainer
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from callback_parts import DigitsData, MiniSimMIM, trainer
 from simmim.callbacks import PredictionWriter, Reconstructions
 from simmim.callbacks.pictures import cell_origin, draw_panel, safe_name, to_rgb
 

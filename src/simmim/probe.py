@@ -124,7 +124,8 @@ def effective_rank(features: Tensor) -> Tensor:
     """
     if not features.isfinite().all():
         return features.new_tensor(float("nan"))
-    values = torch.linalg.svdvals(features.float() - features.float().mean(0))
-    share = values / values.sum().clamp_min(1e-12)
+    features = features.float()
+    values = torch.linalg.svdvals(features - features.mean(0))
+    share = values / values.sum().clamp_min(1e-30)
     rank = torch.special.entr(share).sum().exp()
-    return torch.where(values.sum() > 1e-12, rank, 0.0)
+    return torch.where(values.norm() > 1e-6 * features.norm(), rank, 0.0)  # below: rounding

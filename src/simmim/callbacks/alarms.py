@@ -102,7 +102,8 @@ class CollapseAlarm(L.Callback):
       encoder's gradients have vanished beside the largest ones of the run, or its features differ
       between images a hundred times less than the untrained encoder's; or
     - the features hardly differ at all (a thousand times less), or only along one line (effective
-      rank), whatever the loss: it may have learned the mean image.
+      rank), whatever the loss: it may have learned the mean image; or
+    - the loss is far above the untrained model's: it has diverged.
 
     It is said once, in a warning (and as an alert on W&B); the run goes on. Logged each epoch:
     `collapse/loss_over_mean` (1: the loss of predicting the mean), `collapse/feature_variance`
@@ -116,6 +117,7 @@ class CollapseAlarm(L.Callback):
     AT_THE_MEAN = 0.95  # of the mean's loss; a healthy run is below 0.7 within its first epochs
     VANISHED = 1e-3  # of the largest gradient norm; healthy runs fall to a tenth
     ALIKE, SAME = 1e-2, 1e-3  # of the untrained features' variance; healthy runs stay above a tenth
+    DIVERGED = 2  # of the untrained model's loss
     ONE_LINE = 1.2  # effective rank; healthy runs have 3 and more
 
     def __init__(self, num_images: int = 32) -> None:
@@ -165,7 +167,7 @@ class CollapseAlarm(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look, log, and announce what is wrong."""
-        found = self._look(trainer, pl_module) if self.num_images else {}
+        found = self._look(trainer, pl_module) if self._start else {}
         if not found:
             return
         reason = self._judge(found)
@@ -179,30 +181,27 @@ class CollapseAlarm(L.Callback):
 
     def _judge(self, found: dict[str, float]) -> str:
         """Say what is wrong, or nothing."""
-        start = self._start.get("feature_variance", 0.0)
-        variance = found["feature_variance"] / start if start else 1.0
-        grad = 1.0
-        if self._grad is not None and self._largest_grad is not None and self._largest_grad > 0:
-            grad = float(self._grad / self._largest_grad)
-        at_the_mean = found.get("loss_over_mean", 0.0) >= self.AT_THE_MEAN
-        reasons = []
-        if at_the_mean:
-            reasons.append(
-                f"the loss is {found['loss_over_mean']:.2f} x that of predicting the mean"
-            )
-        if grad < self.VANISHED:
-            reasons.append(f"the encoder's gradients are {grad:.1g} of what they were")
-        if variance < self.ALIKE:
-            reasons.append(
-                f"its features differ between images {variance:.1g} x as before training"
-            )
-        on_a_line = self._start.get("effective_rank", 0.0) > 2 and (
-            found["effective_rank"] < self.ONE_LINE
-        )
-        if on_a_line:
-            reasons.append("its features of all images lie on one line")
-        collapsed = at_the_mean and (grad < self.VANISHED or variance < self.ALIKE)
-        return ", ".join(reasons) if collapsed or variance < self.SAME or on_a_line else ""
+        loss, start = found.get("loss_over_mean", 0.0), self._start
+        variance = found["feature_variance"] / max(start["feature_variance"], 1e-30)
+        gradient = self._gradient()
+        signs = {
+            f"the loss is {loss:.2f} x that of predicting the mean": loss >= self.AT_THE_MEAN,
+            f"the encoder's gradients are {gradient:.1g} of what they were": gradient
+            < self.VANISHED,
+            f"its features differ between images {variance:.1g} x as before": variance < self.ALIKE,
+            "its features of all images lie on one line": found["effective_rank"] < self.ONE_LINE,
+        }
+        at_the_mean, vanished, alike, on_a_line = signs.values()
+        collapsed = (at_the_mean and (vanished or alike)) or variance < self.SAME
+        collapsed |= on_a_line and start["effective_rank"] > 2
+        collapsed |= loss > self.DIVERGED * start.get("loss_over_mean", float("inf"))
+        return ", ".join(sign for sign, seen in signs.items() if seen) if collapsed else ""
+
+    def _gradient(self) -> float:
+        """Norm of the encoder's last gradient, as a share of the largest."""
+        if self._grad is None or self._largest_grad is None:
+            return 1.0
+        return float(self._grad) / max(float(self._largest_grad), 1e-12)
 
     def _look(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, float]:
         with undisturbed(pl_module):
@@ -213,6 +212,7 @@ class CollapseAlarm(L.Callback):
             return call(trainer, lambda *samples: measure(pl_module, *samples), *self._samples)
 
 
+@torch.no_grad()
 def measure(module: Any, images: Tensor, mask: Tensor, keys: Tensor) -> dict[str, float]:
     """Measure how far a `SimMIM` is from a collapse.
 
@@ -223,11 +223,13 @@ def measure(module: Any, images: Tensor, mask: Tensor, keys: Tensor) -> dict[str
         keys: One key an image, (B,).
 
     Returns:
-        loss_over_mean (where the target is not classes), feature_variance, effective_rank.
+        loss_over_mean (where the target is not classes), feature_variance, effective_rank; nothing
+        where one of them is no number, which is `StopOnNonFinite`'s business.
     """
     embedding = module.encoder(images).mean((2, 3)).float().cpu()
+    size = embedding.square().mean(0).sum().clamp_min(1e-30)  # of a dead encoder: 0
     found = {
-        "feature_variance": float(embedding.var(0).sum() / embedding.square().mean(0).sum()),
+        "feature_variance": float(embedding.var(0).sum() / size),
         "effective_rank": float(effective_rank(embedding)),
     }
     target = module.target(images)
@@ -235,7 +237,7 @@ def measure(module: Any, images: Tensor, mask: Tensor, keys: Tensor) -> dict[str
         region = mask if module.loss_region == "hidden" else None
         loss = masked_mean(module.error(module(images, mask, keys), target), region)
         found["loss_over_mean"] = float(loss) / mean_level(module.error, target, mask)
-    return {name: value for name, value in found.items() if math.isfinite(value)}
+    return found if all(math.isfinite(value) for value in found.values()) else {}
 
 
 def mean_level(error: Any, target: Tensor, mask: Tensor) -> float:

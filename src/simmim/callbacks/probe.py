@@ -1,6 +1,7 @@
 """What the encoder is worth while it trains: kNN and a linear probe, where there are labels."""
 
 import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
@@ -221,6 +222,8 @@ def _labels(batch: Any) -> Any:
 def _gather(pl_module: L.LightningModule, part: Tensor) -> Tensor:
     """Put together what the processes have, one sample of each in turn, as it was dealt out."""
     if pl_module.trainer.world_size > 1:
-        gathered = cast(Tensor, pl_module.all_gather(part))  # (processes, samples, ...)
+        with warnings.catch_warnings():  # Lightning 2.6 calls a function that torch renamed
+            warnings.simplefilter("ignore", FutureWarning)
+            gathered = cast(Tensor, pl_module.all_gather(part))  # (processes, samples, ...)
         part = gathered.transpose(0, 1).flatten(0, 1)
     return part if part.is_cuda else part.cpu()

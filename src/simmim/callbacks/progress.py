@@ -80,14 +80,15 @@ class ProgressBar(TQDMProgressBar):
     def __init__(self, seconds: float = 0.5) -> None:
         super().__init__()
         self.seconds = seconds
-        self._drawn = self._began = 0.0
+        self._drawn = self._run_began = self._epoch_began = 0.0  # by time.monotonic
         self._first_step = 0
-        self._images = 0  # of one optimiser step's micro-batch, over all processes
+        self._images = 0  # of this epoch, over all processes
 
     def on_train_start(self, *args: Any) -> None:
         """Start the clock of the time left."""
         super().on_train_start(*args)
-        self._began, self._first_step = time.monotonic(), self.trainer.global_step
+        self._run_began = self._epoch_began = time.monotonic()
+        self._first_step, self._images = self.trainer.global_step, 0
 
     def init_train_tqdm(self) -> Any:
         """Leave out tqdm's own speed and time left, which are the epoch's."""
@@ -98,6 +99,7 @@ class ProgressBar(TQDMProgressBar):
     def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
         """Say which epoch of how many."""
         super().on_train_epoch_start(trainer, *args)
+        self._epoch_began, self._images = time.monotonic(), 0
         of = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
         self.train_progress_bar.set_description_str(f"Epoch {trainer.current_epoch + 1}{of}")
 
@@ -110,7 +112,7 @@ class ProgressBar(TQDMProgressBar):
         batch_idx: int,
     ) -> None:
         """Redraw if it is time."""
-        self._images = images_in(batch) * trainer.world_size
+        self._images += images_in(batch) * trainer.world_size
         last = batch_idx + 1 == trainer.num_training_batches
         if last or time.monotonic() - self._drawn >= self.seconds:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
@@ -124,9 +126,8 @@ class ProgressBar(TQDMProgressBar):
         metrics.pop("v_num", None)
         if "train/loss" in metrics:
             metrics = {"loss": metrics.pop("train/loss"), **metrics}
-        bar = self.train_progress_bar.format_dict
-        if bar["elapsed"] and bar["n"]:
-            metrics["images/s"] = round(bar["n"] * self._images / bar["elapsed"])
+        if (elapsed := time.monotonic() - self._epoch_began) > 0 and trainer.training:
+            metrics["images/s"] = round(self._images / elapsed)
         if (left := self._seconds_left(trainer)) is not None:
             metrics["left"] = self.train_progress_bar.format_interval(left)
         return metrics
@@ -136,7 +137,7 @@ class ProgressBar(TQDMProgressBar):
         total = trainer.estimated_stepping_batches
         if not done or total == float("inf"):
             return None
-        per_step = (time.monotonic() - self._began) / done
+        per_step = (time.monotonic() - self._run_began) / done
         return max(0.0, per_step * (total - trainer.global_step))
 
 

@@ -1,0 +1,181 @@
+"""The online probe: what it reads, when, and that it leaves no trace."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import ddp_callbacks
+from callback_parts import DigitsData, MiniSimMIM, trainer
+from simmim.callbacks import CollapseAlarm, OnlineProbe, Reconstructions, StopOnNonFinite
+from simmim.probe import fit_linear_probe, knn_scores, top1
+
+
+def embeddings(model: MiniSimMIM, data: DigitsData) -> list[tuple[Tensor, Tensor]]:
+    model.eval()
+    sets = []
+    for part in (data.train, data.val):
+        images = part.images.float() / 127.5 - 1
+        with torch.no_grad():
+            embedding = model.encoder(images).mean((2, 3))
+        sets.append((embedding, part.labels[part.first : part.first + len(part)]))
+    return sets
+
+
+def logged(folder: Path, name: str) -> list[tuple[int, float]]:
+    header, *rows = (line.split(",") for line in folder.read_text().splitlines())
+    column, step = header.index(name), header.index("step")
+    return [(int(row[step]), float(row[column])) for row in rows if row[column]]
+
+
+def test_it_reads_the_mean_of_the_patch_tokens(tmp_path: Path) -> None:
+    probe, model, data = OnlineProbe(), MiniSimMIM(), DigitsData()
+    trainer(tmp_path, probe).validate(model, datamodule=data, verbose=False)
+    (train, train_labels), (held_out, labels) = embeddings(model, data)
+    assert probe.pretrained == {
+        "knn_top1": top1(knn_scores(train, train_labels, held_out), labels),
+        "probe_top1": top1(fit_linear_probe(train, train_labels)(held_out), labels),
+    }
+    assert probe.pretrained["probe_top1"] > 0.5
+
+
+def test_it_reads_before_during_and_after_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = CSVLogger(tmp_path)
+    probe, model, data = OnlineProbe(2), MiniSimMIM(0.03), DigitsData()
+    fit = trainer(tmp_path, probe, max_epochs=5, logger=logger)
+    fit.fit(model, datamodule=data)
+    rows = logged(Path(logger.log_dir) / "metrics.csv", "val/probe_top1")
+    assert [step for step, _ in rows] == [0, 15, 31, 39]  # untrained, epochs 2, 4 and the last
+    assert rows[0][1] == pytest.approx(probe.untrained["probe_top1"])
+    assert rows[-1][1] == pytest.approx(probe.pretrained["probe_top1"])
+    assert float(fit.callback_metrics["val/probe_top1"]) == pytest.approx(rows[-1][1])
+    table = capsys.readouterr().out.splitlines()[-3:]
+    assert table[0].split()[-2:] == ["untrained", "pretrained"]
+    expected = [f"{scores['knn_top1']:.3f}" for scores in (probe.untrained, probe.pretrained)]
+    assert table[1].split()[-2:] == expected
+
+
+def test_it_reads_the_end_of_a_run_that_stops_early(tmp_path: Path) -> None:
+    class Stop(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            trainer.should_stop = trainer.current_epoch == 1
+
+    probe, model, data = OnlineProbe(100), MiniSimMIM(0.03), DigitsData()
+    trainer(tmp_path, probe, Stop(), max_epochs=50).fit(model, datamodule=data)
+    (train, train_labels), (held_out, labels) = embeddings(model, data)
+    votes = knn_scores(train, train_labels, held_out)
+    assert probe.pretrained["knn_top1"] == top1(votes, labels)
+
+
+def test_test_images_have_their_own_name(tmp_path: Path) -> None:
+    found = trainer(tmp_path, OnlineProbe()).test(MiniSimMIM(), DigitsData(), verbose=False)[0]
+    assert set(found) == {"test/loss", "test/knn_top1", "test/probe_top1"}
+
+
+@pytest.mark.parametrize("data", [DigitsData(labels=False), None], ids=["no labels", "loaders"])
+def test_without_labels_nothing_is_logged(tmp_path: Path, data: DigitsData | None) -> None:
+    probe, loader = OnlineProbe(1), DataLoader(DigitsData().train, batch_size=32)
+    fit = trainer(tmp_path, probe, max_epochs=1)
+    fit.fit(MiniSimMIM(), datamodule=data) if data else fit.fit(MiniSimMIM(), loader, loader)
+    assert probe.untrained == probe.pretrained == {}
+    assert not any("knn" in name for name in fit.callback_metrics)
+
+
+def test_labels_that_only_show_in_the_batch(tmp_path: Path) -> None:
+    data = DigitsData(labels=False)
+    data.has_labels = True  # a data module that does not say
+    probe = OnlineProbe(1)
+    trainer(tmp_path, probe, max_epochs=1).fit(MiniSimMIM(), datamodule=data)
+    assert probe.pretrained == {}
+
+
+def test_big_sets_are_read_in_part_and_always_the_same(tmp_path: Path) -> None:
+    reads = []
+    for _ in range(2):
+        data = DigitsData()
+        trainer(tmp_path, OnlineProbe(max_samples=40)).validate(MiniSimMIM(), data, verbose=False)
+        reads.append(data.train.read)
+    assert reads[0] == reads[1] == sorted(set(reads[0]))
+    assert len(reads[0]) == 40
+    assert max(reads[0]) > 200  # not only the first ones
+
+
+def test_layer_pooling_and_mistakes(tmp_path: Path) -> None:
+    first = OnlineProbe(layer=1, pooling="max", k=1000)
+    trainer(tmp_path, first).validate(MiniSimMIM(), DigitsData(), verbose=False)
+    assert 0.2 < first.pretrained["knn_top1"] < 1
+    for wrong in ({"pooling": "cls"}, {"k": 0}, {"every_n_epochs": -1}, {"max_samples": 0}):
+        with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
+            OnlineProbe(**wrong)  # type: ignore[arg-type]
+
+
+def watchers() -> list[L.Callback]:
+    return [OnlineProbe(1), Reconstructions(1), CollapseAlarm(), StopOnNonFinite()]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_watching_changes_no_bit_of_the_weights(tmp_path: Path, precision: Any) -> None:
+    weights = []
+    for callbacks in ([], watchers()):
+        L.seed_everything(7, verbose=False)
+        model = MiniSimMIM(0.03)  # with dropout, and a loader that shuffles
+        fit = trainer(tmp_path, *callbacks, precision=precision, max_epochs=2)
+        fit.fit(model, datamodule=DigitsData())
+        weights.append((model.state_dict(), torch.rand(3)))
+        assert all(module.training for module in model.modules())
+    (without, after_without), (watched, after_watched) = weights
+    assert all(torch.equal(without[name], watched[name]) for name in without)
+    assert torch.equal(after_without, after_watched)  # and the generator goes on where it was
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_features_are_read_in_the_runs_precision(tmp_path: Path, precision: Any) -> None:
+    seen: list[torch.dtype] = []
+
+    class Watched(MiniSimMIM):
+        def configure_model(self) -> None:
+            self.encoder.mix[0].register_forward_hook(lambda m, args, out: seen.append(out.dtype))
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            """Nothing but the probe runs the encoder."""
+
+    fit = trainer(tmp_path, OnlineProbe(), precision=precision)
+    fit.validate(Watched(), DigitsData(), verbose=False)
+    assert set(seen) == {torch.bfloat16}
+
+
+def test_a_resumed_run_still_knows_the_untrained_numbers(tmp_path: Path) -> None:
+    first = OnlineProbe(1)
+    keep = ModelCheckpoint(tmp_path, filename="last")
+    fit = trainer(tmp_path, first, keep, max_epochs=1, enable_checkpointing=True)
+    fit.fit(MiniSimMIM(0.03), datamodule=DigitsData())
+    second = OnlineProbe(1)
+    fit = trainer(tmp_path, second, keep, max_epochs=2, enable_checkpointing=True)
+    fit.fit(MiniSimMIM(0.03), datamodule=DigitsData(), ckpt_path=str(tmp_path / "last.ckpt"))
+    assert second.untrained == first.untrained != {}
+    assert second.pretrained != first.pretrained
+
+
+def test_two_processes_read_what_one_reads(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("ddp_callbacks.py")
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "2", "2"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    ddp_callbacks.main(str(tmp_path / "1"), 1)
+    one, two = (torch.load(tmp_path / n / "result.pt") for n in ("1", "2"))
+    assert two["untrained"] == one["untrained"]
+    # Sums over two processes round otherwise: one image of the 95 may fall to the other side.
+    assert two["pretrained"] == pytest.approx(one["pretrained"], abs=1.5 / 95)
+    assert (one["stopped"], two["stopped"]) == ("", "NonFiniteLoss")  # though only one met it
+    assert len(list((tmp_path / "2" / "reconstructions").iterdir())) == 2
