@@ -45,6 +45,7 @@ class Encoder(nn.Module):
             hierarchical encoder instead, and fill the hidden pixels ("token": with the mean).
             A2MIM (arXiv:2205.13943) does so after stage 3 of a ResNet.
         grad_checkpointing: Keep no activations inside the blocks: less memory, more time.
+        norm_eps: Epsilon of the LayerNorms. None: timm's (Hugging Face has 1e-12 in a ViT).
         timm_kwargs: Further options of the timm model.
 
     Attributes:
@@ -75,6 +76,7 @@ class Encoder(nn.Module):
         drop_path_rate: float = 0.0,
         mask_stage: int | None = None,
         grad_checkpointing: bool = False,
+        norm_eps: float | None = None,
         **timm_kwargs: Any,
     ) -> None:
         super().__init__()
@@ -87,6 +89,7 @@ class Encoder(nn.Module):
         with torch.device("cpu" if device.type == "meta" else device):  # meta cannot be observed
             rates = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
             self.model: Any = _create_model(name, self.img_size, in_chans, rates, timm_kwargs)
+            _set_norm_eps(self.model, norm_eps)
             with _observing(self.model):
                 run = Run(self.model, name, in_chans, self.img_size, mask_patch_size or 1)
                 self._measure(run, mask_patch_size)
@@ -112,8 +115,10 @@ class Encoder(nn.Module):
         if mask is not None and self._fill is not None:
             images = fill_pixels(images, mask, self._fill, keys)
         self._mask = mask
-        features = self.model.forward_features(images)
-        self._mask = None
+        try:
+            features = self.model.forward_features(images)
+        finally:
+            self._mask = None
         return self._features.to_nchw(features)
 
     def tokens(
@@ -230,28 +235,38 @@ def _create_model(
 ) -> nn.Module:
     """Build a timm model without its classifier, for this size and with these rates if it can."""
     _check_name(name)
-    options = {"img_size": size[0] if size[0] == size[1] else size, **_rate_options(rates), **given}
+    options = {"img_size": size[0] if size[0] == size[1] else size, **_rate_options(rates)}
+    try:
+        model = _build(name, {"in_chans": in_chans, "num_classes": 0}, options, given)
+    except (AssertionError, RuntimeError) as error:  # a size, or a tag of weights
+        raise ValueError(
+            f"encoder {name} cannot be built for images of {size[0]} x {size[1]} pixels with "
+            f"options {given}: {str(error) or repr(error)}"
+        ) from error
+    if not hasattr(model, "forward_features"):
+        raise ValueError(f"encoder {name} with options {given} has no forward_features")
+    _check_rates(model, name, rates)
+    return model
+
+
+def _build(
+    name: str, fixed: dict[str, Any], wished: dict[str, Any], given: dict[str, Any]
+) -> nn.Module:
+    """Call timm, withdrawing the wishes that the model does not know."""
+    options = {**fixed, **wished, **given}
     while True:
         try:
-            model = timm.create_model(name, in_chans=in_chans, **{"num_classes": 0, **options})
-            break
+            return timm.create_model(name, **options)
         except TypeError as error:
-            _, _, said = str(error).partition("unexpected keyword argument")
-            unknown = [key for key in re.findall(r"'(\w+)'", said) if key in options]
-            if not unknown:
+            # "unexpected keyword argument 'img_size'", "... argument(s): ['img_size', ...]", or
+            # "multiple values for keyword argument 'depths'" where the name settles the depths.
+            keys = re.findall(r"'(\w+)'", str(error).partition("keyword argument")[2])
+            for key in given:
+                if key in keys:
+                    raise ValueError(f"encoder {name} does not take {key!r}: {error}") from error
+            if not any(key in wished for key in keys):
                 raise
-            for key in unknown:
-                if key in given:
-                    raise ValueError(f"encoder {name} has no option {key!r}") from error
-                del options[key]
-        except RuntimeError as error:
-            if "pretrained tag" not in str(error):
-                raise
-            raise ValueError(f"encoder {name!r}: {error}") from error
-    _check_rates(model, name, rates)
-    if not hasattr(model, "forward_features"):
-        raise ValueError(f"encoder {name} has no forward_features, from which to take features")
-    return model
+            options = {key: value for key, value in options.items() if key not in keys}
 
 
 def _rate_options(rates: dict[str, float]) -> dict[str, float]:
@@ -270,13 +285,21 @@ def _check_name(name: str) -> None:
 
 def _check_rates(model: nn.Module, name: str, rates: dict[str, float]) -> None:
     """Refuse a rate that no module of the model heeds."""
-    found = {
-        "drop_rate": (getattr(m, "p", 0) for m in model.modules() if isinstance(m, nn.Dropout)),
-        "drop_path_rate": (getattr(m, "drop_prob", 0) or 0 for m in model.modules()),
+    dropout = rates["drop_rate"]
+    heeded = {
+        "drop_rate": any(isinstance(m, nn.Dropout) and m.p == dropout for m in model.modules()),
+        "drop_path_rate": any(getattr(m, "drop_prob", 0) for m in model.modules()),
     }
     for rate, value in rates.items():
-        if value and not any(found[rate]):
+        if value and not heeded[rate]:
             raise ValueError(f"{rate} {value} would do nothing in the blocks of {name}: leave it 0")
+
+
+def _set_norm_eps(model: nn.Module, eps: float | None) -> None:
+    """Set the epsilon of every LayerNorm, which timm has no option for."""
+    for module in model.modules():
+        if eps is not None and isinstance(module, nn.LayerNorm):
+            module.eps = eps
 
 
 @contextmanager

@@ -84,9 +84,10 @@ class Run:
             self.features = self._watch()
         except (AssertionError, RuntimeError, ValueError) as error:
             self._check_size(cell)
+            made_for = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
             raise ValueError(
-                f"encoder {name} does not take images of {in_chans} x {img_size[0]} x {img_size[1]}"
-                f" (channels, height, width): {str(error) or repr(error)}"
+                f"encoder {name} does not take images of {(in_chans, *img_size)} (channels, height,"
+                f" width): {str(error) or repr(error)}; it was made for {made_for}"
             ) from error
         self.grid = self._feature_grid(cell)
         for call in self.calls:  # (B, 96, 96, 96) can be read in two ways: as the features are
