@@ -1,0 +1,240 @@
+"""Fit tensors from elsewhere into a model, and account for every one of them."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.models import adapt_input_conv
+from torch import Tensor, nn
+
+from simmim.weights.resize import Resize, resize_positions, resize_table
+
+MODEL = "encoder.model."  # timm's names, in the state dict of SimMIM
+TOKEN = "encoder.mask_token"
+HEAD = "head."
+BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask")  # computed anew
+SHARED_TABLE = f"{MODEL}rel_pos_bias.relative_position_bias_table"
+
+
+@dataclass
+class Architecture:
+    """What a file says of the model that its tensors are for.
+
+    Attributes:
+        encoder: Name of a timm model.
+        img_size: One number, or [height, width].
+        in_chans: Channels of the images.
+        options: Options of the timm model.
+        task: Further arguments of SimMIM: mask_patch_size, target, ...
+        norm_eps: Epsilon of the LayerNorms, where it is not timm's for this model.
+    """
+
+    encoder: str
+    img_size: int | list[int]
+    in_chans: int
+    options: dict[str, Any] = field(default_factory=dict)
+    task: dict[str, Any] = field(default_factory=dict)
+    norm_eps: float | None = None
+
+
+@dataclass
+class Weights:
+    """Tensors of a file under the names that they have in SimMIM.
+
+    Attributes:
+        source: What a user calls the file.
+        tensors: By our name: encoder.model.*, encoder.mask_token, head.*.
+        used: Name in the file -> our name. Two may share one: query, key and value become qkv.
+        dropped: Name in the file -> why it is not needed.
+        architecture: What the tensors are for.
+        grid: Rows and columns of patches that positions are for; None where that is a square.
+    """
+
+    source: str
+    architecture: Architecture
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    used: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    grid: tuple[int, int] | None = None
+
+    def add(self, name: str, ours: str, tensor: Tensor) -> None:
+        """Take a tensor of the file."""
+        if ours in self.tensors:
+            raise ValueError(f"{self.source} has two tensors for {ours}, {name} is one of them")
+        self.tensors[ours], self.used[name] = tensor, ours
+
+    def skip(self, name: str) -> None:
+        """Leave a tensor of the file that the encoder has no use for."""
+        self.dropped[name] = "computed anew" if name.endswith(BUFFERS) else "no part of an encoder"
+
+    def drop(self, ours: str, why: str) -> None:
+        """Leave a tensor that was taken before."""
+        del self.tensors[ours]
+        for name in [name for name, place in self.used.items() if place == ours]:
+            del self.used[name]
+            self.dropped[name] = why
+
+
+@dataclass
+class Report:
+    """What became of each tensor.
+
+    Attributes:
+        source: What a user calls the file.
+        used: Name in the file -> name in the model.
+        dropped: Name in the file -> why it is not needed.
+        missing: Name in the model -> why the file need not have it.
+    """
+
+    source: str
+    used: dict[str, str]
+    dropped: dict[str, str]
+    missing: dict[str, str]
+
+    @property
+    def head_is_new(self) -> bool:
+        """Whether the prediction head begins from scratch on top of a trained encoder."""
+        return any(name.startswith(HEAD) for name in self.missing)
+
+    def __str__(self) -> str:
+        parts = [f"{self.source}: {len(self.used)} tensors used"]
+        for what, names in (("dropped", self.dropped), ("missing", self.missing)):
+            for why, count in Counter(names.values()).items():
+                parts.append(f"{count} {what} ({why})")
+        return ", ".join(parts)
+
+
+def fit(
+    weights: Weights, places: Mapping[str, Tensor], model: nn.Module, resize: Resize = "official"
+) -> Report:
+    """Copy tensors into a model, resizing positions where the image or the window is another.
+
+    Args:
+        weights: The tensors.
+        places: Where they go: our names -> the model's own tensors.
+        model: The timm model among them.
+        resize: How positions change size: as the "official" code or as "timm" does it.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: If a part of the encoder is not in the file, does not fit, or if the file has a
+            part that the encoder has no place for.
+    """
+    _share_table(weights, places)
+    whole_head = _head(places) == _head(weights.tensors)
+    for ours in list(weights.tensors):
+        if why := _not_needed(ours, weights.tensors[ours], places, model, whole_head):
+            weights.drop(ours, why)
+    unplaced = [ours for ours in weights.tensors if ours not in places]
+    if unplaced:
+        raise ValueError(
+            f"{weights.source} has {_listed(unplaced)}, for which the encoder has no place: build "
+            f"it as {_described(weights.architecture)}"
+        )
+    missing = {name: _may_miss(name, model) for name in places if name not in weights.tensors}
+    incomplete = [name for name, why in missing.items() if not why]
+    if incomplete:
+        raise ValueError(
+            f"{weights.source} is not complete: it lacks {_listed(incomplete)} of the encoder. It "
+            f"holds {_described(weights.architecture)}"
+        )
+    with torch.no_grad():
+        for ours, tensor in weights.tensors.items():
+            places[ours].copy_(_resized(ours, tensor, places[ours], weights, model, resize))
+    if weights.architecture.norm_eps is not None:
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = weights.architecture.norm_eps
+    return Report(weights.source, dict(weights.used), dict(weights.dropped), missing)
+
+
+def _share_table(weights: Weights, places: Mapping[str, Tensor]) -> None:
+    """Give each block its copy of a shared table, as the official fine-tuning does."""
+    tables = [
+        name
+        for name in places
+        if name.endswith(".relative_position_bias_table") and ".attn." in name
+    ]
+    if SHARED_TABLE not in weights.tensors or SHARED_TABLE in places or not tables:
+        return
+    shared = weights.tensors.pop(SHARED_TABLE)
+    weights.tensors |= {name: shared for name in tables}
+    names = [name for name, ours in weights.used.items() if ours == SHARED_TABLE]
+    weights.used |= {name: f"{MODEL}blocks.*.attn.relative_position_bias_table" for name in names}
+
+
+def _head(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items() if name.startswith(HEAD)}
+
+
+def _not_needed(
+    ours: str, tensor: Tensor, places: Mapping[str, Tensor], model: nn.Module, whole_head: bool
+) -> str | None:
+    """Why a tensor may be left out, or None."""
+    if ours.startswith(HEAD):
+        return None if whole_head else "the head of another prediction"
+    if ours.startswith(_classifiers(model)):
+        fits = ours in places and places[ours].shape == tensor.shape
+        return None if fits else "the classifier of other classes"
+    if ours in places:
+        return None
+    if ours == TOKEN:
+        return "no mask token is used here"
+    if ours.startswith(f"{MODEL}fc_norm."):
+        return "the norm of a classifier"
+    if ours.startswith(f"{MODEL}norm.") and f"{MODEL}fc_norm.weight" in places:
+        return "mean pooling has its norm behind it (fc_norm)"
+    return None
+
+
+def _may_miss(ours: str, model: nn.Module) -> str:
+    """Why a file need not have a tensor; empty if it must."""
+    if ours.startswith((HEAD, *_classifiers(model), f"{MODEL}fc_norm.")):
+        return "the head begins anew"
+    return "the mask token begins anew" if ours == TOKEN else ""
+
+
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
+    """Beginnings of the names of a timm model's classifier, there or not."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    return tuple(f"{MODEL}{name}." for name in ([names] if isinstance(names, str) else names))
+
+
+def _resized(
+    ours: str, tensor: Tensor, place: Tensor, weights: Weights, model: Any, resize: Resize
+) -> Tensor:
+    """The tensor at the size of its place."""
+    name = ours.removeprefix(MODEL)
+    if name.endswith(".relative_position_bias_table"):
+        new = tuple(model.get_submodule(name.rpartition(".")[0]).window_size)
+        # A ViT's window is the image; Swin's are smaller, and square.
+        old = None if name.startswith("layers.") else weights.grid
+        if tensor.shape != place.shape or old not in (None, new):
+            tensor = resize_table(tensor, new, old, resize)
+    elif name == "pos_embed" and tensor.ndim == 3:
+        new = tuple(model.patch_embed.grid_size)
+        if tensor.shape != place.shape or weights.grid not in (None, new):
+            prefix = place.shape[1] - new[0] * new[1]
+            tensor = resize_positions(tensor, new, prefix, weights.grid, resize)
+    elif name == "patch_embed.proj.weight" and tensor.shape[1] != place.shape[1]:
+        tensor = adapt_input_conv(place.shape[1], tensor)
+    if tensor.shape != place.shape:
+        raise ValueError(
+            f"{weights.source} has {name} of shape {tuple(tensor.shape)}, the encoder of "
+            f"{tuple(place.shape)}: build it as {_described(weights.architecture)}"
+        )
+    return tensor
+
+
+def _described(architecture: Architecture) -> str:
+    size = architecture.img_size
+    return f"{architecture.encoder} of img_size {size} with encoder_kwargs {architecture.options}"
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(name.removeprefix(MODEL) for name in names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

@@ -1,0 +1,115 @@
+"""Any source of weights -> its tensors under our names, and the model that they are for."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+
+from simmim.encoder import _create_model
+from simmim.weights.files import find_checkpoint, is_url, read_checkpoint, read_folder
+from simmim.weights.fit import HEAD, MODEL, TOKEN, Architecture, Weights
+from simmim.weights.huggingface import hugging_face_weights
+from simmim.weights.official import official_weights
+
+TIMM = "timm:"
+
+
+def open_weights(source: str | Path, timm_kwargs: Mapping[str, Any]) -> Weights:
+    """Open what `--model.weights` names.
+
+    Args:
+        source: A checkpoint of ours or its run's folder, an official file, a folder that
+            `save_pretrained` or timm wrote, or `timm:NAME`.
+        timm_kwargs: The model that `timm:NAME` is to fit: timm resizes its own weights.
+
+    Returns:
+        The tensors.
+
+    Raises:
+        ValueError: If it is none of these, does not exist, or asks for code to be run.
+    """
+    if str(source).startswith(TIMM):
+        return _timm_weights(str(source), timm_kwargs)
+    folder = Path(source).expanduser()
+    if not is_url(source) and (folder / "config.json").is_file():
+        config = json.loads((folder / "config.json").read_text())
+        if "model_type" in config and "architecture" not in config:
+            return hugging_face_weights(folder, config)
+        return _timm_folder(folder, config)
+    content = read_checkpoint(find_checkpoint(source))
+    if "state_dict" in content and "hyper_parameters" in content:
+        return _our_weights(content, str(source))
+    return official_weights(content, str(source))
+
+
+def build_encoder(architecture: Architecture, options: Mapping[str, Any]) -> nn.Module:
+    """Build the timm model that is described, where the options do not say otherwise."""
+    options = {"img_size": architecture.img_size, "in_chans": architecture.in_chans, **options}
+    size, chans = options.pop("img_size"), options.pop("in_chans")
+    sides = (size, size) if isinstance(size, int) else (size[0], size[1])
+    rates = {"drop_rate": 0.0, "drop_path_rate": 0.0}
+    return _create_model(architecture.encoder, sides, chans, rates, options)
+
+
+def _our_weights(content: Mapping[str, Any], source: str) -> Weights:
+    hparams = content["hyper_parameters"]
+    if "encoder" not in hparams:
+        raise ValueError(f"{source} is a checkpoint of another project: it names no encoder")
+    options = dict(hparams.get("encoder_kwargs") or {})
+    eps = options.pop("norm_eps", None)
+    size, chans = hparams.get("img_size", 224), hparams.get("in_chans", 3)
+    weights = Weights(source, Architecture(hparams["encoder"], size, chans, options, norm_eps=eps))
+    for name, tensor in content["state_dict"].items():
+        if name.startswith((MODEL, HEAD)) or name == TOKEN:
+            weights.add(name, name, tensor)
+        elif name in ("mean", "std"):
+            weights.dropped[name] = "the statistics of its data"
+        else:
+            weights.skip(name)
+    weights.grid = _patches(weights)
+    return weights
+
+
+def _patches(weights: Weights) -> tuple[int, int] | None:
+    """Rows and columns of patches, where the model's images are not square."""
+    size, kernel = weights.architecture.img_size, f"{MODEL}patch_embed.proj.weight"
+    if isinstance(size, int) or size[0] == size[1] or kernel not in weights.tensors:
+        return None
+    height, width = weights.tensors[kernel].shape[-2:]
+    return size[0] // height, size[1] // width
+
+
+def _timm_weights(source: str, timm_kwargs: Mapping[str, Any]) -> Weights:
+    name = source.removeprefix(TIMM)
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    options = {**timm_kwargs, "num_classes": 0}
+    size = options.pop("img_size", config.input_size[-1] if config else 224)
+    architecture = Architecture(name, size, options.pop("in_chans", 3), options)
+    try:
+        model = build_encoder(architecture, {**options, "pretrained": True})
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a network can do
+        said = str(error).partition("\n")[0]
+        raise ValueError(f"timm could not fetch its weights of {name!r}: {said}") from error
+    weights = Weights(source, architecture)
+    for inner, tensor in model.state_dict().items():
+        weights.add(inner, f"{MODEL}{inner}", tensor)
+    return weights
+
+
+def _timm_folder(folder: Path, config: Mapping[str, Any]) -> Weights:
+    """A folder of timm's save_for_hf, which `simmim export --format timm` writes as well."""
+    if "architecture" not in config:
+        raise ValueError(f"{folder}/config.json names no model of timm or Hugging Face")
+    made = config.get("pretrained_cfg", {}).get("input_size", (3, 224, 224))
+    options = dict(config.get("model_args") or {})
+    size, chans = options.pop("img_size", made[-1]), options.pop("in_chans", made[0])
+    weights = Weights(str(folder), Architecture(config["architecture"], size, chans, options))
+    for name, tensor in read_folder(folder).items():
+        weights.add(name, f"{MODEL}{name}", tensor)
+    weights.grid = _patches(weights)
+    return weights
