@@ -1,8 +1,7 @@
 """What is to be predicted: normalised images -> target, and a prediction back to a picture.
 
-A target says how many channels the head must give (`out_chans`), how many pixels one element of it
-covers (`stride`) and which losses go with it. Every target is computed in float32, from visible and
-hidden pixels alike; that only the hidden ones count is the loss's business.
+A target says how many channels the head must give, how many pixels one element of it covers and
+which losses go with it. It is computed in float32, from visible and hidden pixels alike.
 """
 
 import math
@@ -29,7 +28,7 @@ Picture = Float[Tensor, "b 3 H W"]
 class Target(nn.Module):
     """What all targets have in common. A subclass computes `forward`, and shows itself.
 
-    Options that do not fit the images are a ValueError at construction.
+    Options that do not fit the images raise a ValueError.
 
     Args:
         in_chans: Channels of the images.
@@ -118,7 +117,7 @@ class NormalizedPixels(LocallyNormalized):
     rows are summed before columns, which is also 14 times as fast.
 
     Args:
-        window: Side of the window in pixels, odd. 47: the released SwinV2 configs.
+        window: Side of the window in pixels, odd. 47: SwinV2's.
     """
 
     def __init__(
@@ -416,27 +415,28 @@ def _frozen_teacher(
             f"teacher {name!r} of target 'features' is not a model of timm: set target_kwargs to "
             f"{{teacher: {' or '.join(near) or 'vit_base_patch16_224.dino'}}}, for example"
         )
-    options: dict[str, Any] = {"pretrained": pretrained}
-    if weights is not None:
+    options: dict[str, Any] = {"in_chans": in_chans, "pretrained": pretrained}
+    if weights:
         if not Path(weights).exists():
             raise ValueError(f"weights {weights!r} of teacher {name!r} do not exist")
         overlay = {"file": weights, "source": "local-dir" if Path(weights).is_dir() else ""}
-        options = {"pretrained": True, "pretrained_cfg_overlay": overlay}
+        options |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
     try:
-        model = _build(name, size, in_chans=in_chans, **options)
+        model = _build(name, size, **options)
     except Exception as error:  # the hub's client alone raises those of three libraries
         raise ValueError(
             f"teacher {name!r} cannot be had ({_reason(error)}): name a local file of its weights "
             "(weights, in target_kwargs), or set pretrained to false for a random one"
         ) from error
-    if weights and (missing := _untouched(model, _build(name, size, in_chans=in_chans))):
+    # timm says nothing of what a file lacks: there, a model from another seed is another.
+    if weights and (missing := _first_difference(model, _build(name, size, seed=1, **options))):
         raise ValueError(f"weights {weights!r} are not teacher {name!r}'s: they lack {missing}")
     return model.eval().requires_grad_(False)
 
 
-def _build(name: str, size: Pair, **options: Any) -> nn.Module:
+def _build(name: str, size: Pair, seed: int = 0, **options: Any) -> nn.Module:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.manual_seed(0)  # a random teacher must be the same in each process and each run
+        torch.manual_seed(seed)  # a random teacher must be the same in each process and each run
         try:
             return timm.create_model(name, num_classes=0, img_size=size, **options)
         except TypeError as error:
@@ -445,12 +445,10 @@ def _build(name: str, size: Pair, **options: Any) -> nn.Module:
             return timm.create_model(name, num_classes=0, **options)  # convolutions: any size
 
 
-def _untouched(model: nn.Module, random: nn.Module) -> str | None:
-    """The first parameter that is as it was drawn: timm loads what it finds and says nothing."""
-    for (name, loaded), drawn in zip(model.named_parameters(), random.parameters(), strict=True):
-        if torch.equal(loaded, drawn) and drawn.amin() != drawn.amax():
-            return name
-    return None
+def _first_difference(model: nn.Module, twin: nn.Module) -> str | None:
+    """Name of the first parameter in which two models differ."""
+    pairs = zip(model.named_parameters(), twin.parameters(), strict=True)
+    return next((name for (name, ours), theirs in pairs if not torch.equal(ours, theirs)), None)
 
 
 def _last_features(teacher: nn.Module, images: Tensor) -> Tensor:
