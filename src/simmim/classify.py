@@ -1,0 +1,659 @@
+"""What an encoder is worth as a classifier: fine-tuning, or a linear probe of frozen features."""
+
+from collections.abc import Mapping, Sequence
+from math import gcd
+from typing import Any, Literal, cast
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from simmim.augment import Mixer, erase
+from simmim.masking import sample_keys
+from simmim.optim import param_groups
+from simmim.scores import Scores, balanced_weights, class_accuracy
+from simmim.training import (
+    optimizer_and_schedule,
+    optimizer_from,
+    optimizer_spec,
+    seed_of,
+    seed_step,
+)
+from simmim.transfer import open_backbone
+
+MAIN = "main"  # the head that predicts; the others are those of a sweep over layers
+POOLS = {"mean": "avg", "token": "token", "attention": ""}  # ours -> timm's global_pool
+FEW = 20  # classes that are logged one by one
+
+
+class Classifier(L.LightningModule):
+    """A classifier on an encoder.
+
+    Fine-tuned as a whole, it is timm's own classification model, so that it exports and reads like
+    one. With `frozen` only a linear head is trained on the encoder's features.
+
+    Args:
+        weights: Weights of the encoder: a run's folder or checkpoint of ours, an official SimMIM
+            or Swin release (.pth), `timm:NAME`, or a Hugging Face or timm folder. None: from
+            scratch.
+        encoder: Name of a timm model; by default that of the weights, or vit_base_patch16_224.
+        img_size: Height and width in pixels, one number or [height, width]; by default those of
+            the weights, or 224. Positions are resized as the official code does it.
+        in_chans: Channels of the images; by default those of the weights, or 3.
+        num_classes: Number of classes; by default the data's.
+        frozen: Train a linear probe on features of the encoder, which stays as it is.
+        layer: Block (of hierarchical models: stage) whose features a probe reads, counted from 1;
+            a list, or `all`, trains one probe for each in one pass (val/top1_layer_08; val/top1 is
+            the last one's). None: the last, behind the encoder's final norm. The paper's linear
+            probe of ViT-B reads block 8 (its section 4.4).
+        pooling: What an image's embedding is: mean (of the patch tokens, the paper's), token (the
+            class token), or attention (a learned query).
+        batch_norm: A BatchNorm without weights before the probe, as in MAE's linear probing
+            (arXiv:2111.06377, appendix A.1).
+        multi_label: An image can have several labels; the loss is a binary one for each class.
+        class_weights: Weight of each class in the training loss: balanced (by its frequency in
+            the training part), or a list. None: all alike.
+        label_smoothing: Share of the target that is spread over all classes. 0.1 (the released
+            fine-tuning).
+        mixup: Alpha of mixup; 0 = none. 0.8 (the released fine-tuning).
+        cutmix: Alpha of cutmix; 0 = none. 1.0 (the released fine-tuning).
+        random_erasing: Probability that an image loses a rectangle. 0.25 (the released
+            fine-tuning).
+        ema_decay: Decay of a moving average of the weights, which is what is validated and kept;
+            None = none. 0.9999 suits runs of 100,000 steps.
+        encoder_kwargs: Options of the timm model that differ from those in the weights. The paper
+            fine-tunes its ViT with {use_rel_pos_bias: true, use_shared_rel_pos_bias: false}: each
+            block gets a copy of the shared table.
+        drop_path_rate: Stochastic depth, growing linearly over the blocks. 0.1 (the released
+            fine-tuning; 0.2 for Swin-L).
+        layer_decay: Factor by which the learning rate falls from each block to the one below; None
+            = none. 0.65 for ViT-B, 0.9 for Swin-B after 100 epochs, 0.8 after 800, 0.7 for Swin-L
+            (the released configs).
+        head_init_scale: Factor of the classifier's initial weights (std 0.02). 0.001 for ViT (the
+            released configs).
+        optimizer: Optimiser class and its options; its lr and weight decay are set from base_lr
+            and weight_decay. AdamW (the paper's appendix).
+        base_lr: Learning rate for a global batch of 512; it is scaled linearly with the batch.
+            1.25e-3 (the released fine-tuning).
+        schedule: cosine, or multistep.
+        warmup_epochs: Epochs of linear warm-up. 20 of 100 (the released fine-tuning).
+        warmup_lr: Learning rate that the warm-up begins with, for a global batch of 512. 2.5e-7
+            (the released configs).
+        min_lr: Learning rate at the end of the cosine, for a global batch of 512. 2.5e-7 (the
+            released configs).
+        milestones: Epochs at which multistep multiplies the learning rate by 0.1.
+        weight_decay: AdamW's weight decay; none on biases, norms, tokens and position tables.
+            0.05 (the paper's appendix).
+        grad_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        compile: Compile the model with torch.compile; for fine-tuning.
+        seed: Seed of erasing, mixing and dropout. On the command line it is `--seed_everything`.
+        trust: Import an optimiser from outside torch and timm that a checkpoint names.
+    """
+
+    def __init__(
+        self,
+        weights: str | None = None,
+        encoder: str | None = None,
+        img_size: int | list[int] | None = None,
+        in_chans: int | None = None,
+        num_classes: int | None = None,
+        frozen: bool = False,
+        layer: int | list[int] | Literal["all"] | None = None,
+        pooling: Literal["mean", "token", "attention"] = "mean",
+        batch_norm: bool = False,
+        multi_label: bool = False,
+        class_weights: Literal["balanced"] | list[float] | None = None,
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        random_erasing: float = 0.0,
+        ema_decay: float | None = None,
+        encoder_kwargs: dict[str, Any] | None = None,
+        drop_path_rate: float = 0.0,
+        layer_decay: float | None = None,
+        head_init_scale: float = 1.0,
+        optimizer: OptimizerCallable = AdamW,
+        base_lr: float = 1.25e-3,
+        schedule: Literal["cosine", "multistep"] = "cosine",
+        warmup_epochs: float = 20,
+        warmup_lr: float = 2.5e-7,
+        min_lr: float = 2.5e-7,
+        milestones: list[int] | None = None,
+        weight_decay: float = 0.05,
+        grad_checkpointing: bool = False,
+        compile: bool = False,
+        seed: int = 0,
+        trust: bool = False,
+    ) -> None:
+        super().__init__()
+        # `weights` is where this run began: a checkpoint of it must open without that file.
+        self.save_hyperparameters(ignore=["optimizer", "weights", "trust"])
+        _check(self.hparams)
+        self.frozen, self.multi_label, self.seed = frozen, multi_label, seed
+        self.optimizer, self.trust = optimizer, trust
+        self.mix = Mixer(mixup, cutmix)
+        self.own_head = frozen or pooling == "attention"  # else timm's, inside the model
+
+        backbone = open_backbone(
+            weights,
+            encoder,
+            img_size,
+            in_chans,
+            encoder_kwargs,
+            classifier=0 if self.own_head else num_classes,
+            drop_path_rate=0.0 if frozen else drop_path_rate,
+            global_pool="" if self.own_head else POOLS[pooling],
+            class_token=pooling == "token",
+        )
+        self.hparams.update(
+            encoder=backbone.encoder,
+            img_size=backbone.img_size,
+            in_chans=backbone.in_chans,
+            encoder_kwargs=backbone.options,
+        )
+        # As in SimMIM timm's names come behind "encoder.model.": load_encoder reads both.
+        self.encoder = nn.ModuleDict({"model": backbone.model})
+        self.encoder.requires_grad_(not frozen)
+        if grad_checkpointing:
+            backbone.model.set_grad_checkpointing(True)
+        self.layers = _layers(layer, backbone.model, backbone.encoder)
+        self.heads = nn.ModuleDict()
+        self.scores = nn.ModuleDict()
+        self.classes: list[str] = []
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.zeros(1, backbone.in_chans, 1, 1))
+        self.register_buffer("std", torch.ones(1, backbone.in_chans, 1, 1))
+        self.set_statistics(*(backbone.statistics or _imagenet(backbone.in_chans)))
+        self.has_statistics = backbone.statistics is not None
+        self.class_weights: Tensor
+        self.register_buffer("class_weights", torch.ones(()), persistent=False)
+        self.origin = str(backbone.report or "from scratch")  # of the encoder's weights
+        self.head_is_trained = False
+        self._confusion: Tensor | None = None
+        if backbone.num_classes and backbone.report and not self.own_head:
+            self.head_is_trained = _classifier_came_along(backbone.report.missing)
+        if num_classes or self.head_is_trained:
+            self.set_num_classes(num_classes or backbone.num_classes)
+
+    # The model ---------------------------------------------------------------------------------
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classify normalised images, (B, C, H, W) -> logits, (B, K)."""
+        return self.logits(images)[MAIN]
+
+    def logits(self, images: Tensor) -> dict[str, Tensor]:
+        """Logits of each head: of `main`, and in a sweep of `layer_01`, ..., each (B, K)."""
+        if not self.own_head:
+            return {MAIN: self.model(images)}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            tokens = self.tokens(images)
+        found = {name: head(*tokens[name]) for name, head in self.heads.items()}
+        return found if MAIN in found else {**found, MAIN: found[list(found)[-1]]}
+
+    def tokens(self, images: Tensor) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """Patch tokens, (B, L, D), and class token, (B, D), that each head reads."""
+        needs_prefix = self.hparams["pooling"] == "token"
+        if not self.layers:
+            return {MAIN: _split(self.model, self.model.forward_features(images))}
+        options = {"return_prefix_tokens": True} if needs_prefix else {}
+        found = self.model.forward_intermediates(
+            images,
+            indices=[layer - 1 for layer in self.layers],
+            stop_early=True,
+            output_fmt="NCHW",
+            intermediates_only=True,
+            **options,
+        )
+        pairs = found if needs_prefix else [(features, None) for features in found]
+        return {
+            name: (features.flatten(2).transpose(1, 2), None if prefix is None else prefix[:, 0])
+            for name, (features, prefix) in zip(self.head_names, pairs, strict=True)
+        }
+
+    @property
+    def model(self) -> Any:
+        """The timm model."""
+        return self.encoder["model"]
+
+    @property
+    def head_names(self) -> list[str]:
+        """The probes, in the order of their layers."""
+        single = not isinstance(self.hparams["layer"], list | str)
+        return [MAIN] if single else [f"layer_{layer:02d}" for layer in self.layers]
+
+    def train(self, mode: bool = True) -> "Classifier":
+        """Set the mode; a frozen encoder always evaluates."""
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+        return self
+
+    def normalize(self, raw: Tensor) -> Tensor:
+        """Turn uint8, or float in 0..1, into what the encoder sees: zero mean, unit variance."""
+        images = raw.float() / 255 if raw.dtype == torch.uint8 else raw.float()
+        return (images - self.mean) / self.std
+
+    def inputs(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """Take a batch apart, a dict of ours or (images, labels): normalised images, and labels.
+
+        Floats of a plain loader count as normalised already.
+        """
+        if isinstance(batch, Mapping):
+            return self.normalize(batch["image"]), batch.get("label")
+        images, labels = batch if isinstance(batch, Sequence) else (batch, None)
+        return (self.normalize(images) if images.dtype == torch.uint8 else images), labels
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """Labels -> shares (one class an image) or presence (several) of each class, (B, K)."""
+        if self.multi_label:
+            return labels.float()
+        smoothing, classes = self.hparams["label_smoothing"], self.hparams["num_classes"]
+        return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
+
+    def loss_of(self, logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Cross-entropy in float32, of the softmax or of each class for itself."""
+        logits = logits.float()
+        if self.multi_label:
+            pos_weight = None if weights is None else weights.expand(logits.shape[1])
+            return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=pos_weight)
+        terms = targets * logits.log_softmax(1)
+        return -(terms if weights is None else terms * weights).sum(1).mean()
+
+    # Lightning's steps -------------------------------------------------------------------------
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """One step: erase, mix, classify, compare."""
+        images, labels = self.inputs(batch)
+        assert labels is not None
+        place = (self.seed, self.global_step, batch_idx, self.global_rank)
+        if self.hparams["random_erasing"]:
+            keys = self._keys(batch, seed_of(*place), images)
+            images = erase(images, keys, self.hparams["random_erasing"])
+        images, targets = self.mix(images, self.targets(labels), seed_of(*place))
+        logits = self.logits(images)
+        heads = list(self.heads) or [MAIN]
+        losses = [self.loss_of(logits[name], targets, self.class_weights) for name in heads]
+        self.log("train/loss", losses[-1], prog_bar=True, sync_dist=self.trainer.world_size > 1)
+        self.log("lr", self.optimizers().param_groups[-1]["lr"])  # type: ignore[union-attr]
+        return torch.stack(losses).sum()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Loss and scores on the validation images."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Loss and scores on the test images."""
+        self._evaluate("test", batch)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Probability of each class, (B, K)."""
+        logits = self(self.inputs(batch)[0]).float()
+        return {"probabilities": logits.sigmoid() if self.multi_label else logits.softmax(1)}
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed dropout and drop path from the step, so that a resumed run draws the same."""
+        seed_step(self, self.seed, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Score each class for itself."""
+        self._score_classes("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Score each class for itself."""
+        self._score_classes("test")
+
+    @property
+    def confusion_matrix(self) -> Tensor | None:
+        """Counts of (label, prediction) in the last evaluation, int64, (K, K)."""
+        return self._confusion
+
+    def _evaluate(self, part: str, batch: Any) -> None:
+        images, labels = self.inputs(batch)
+        if labels is None:
+            raise ValueError(f"the {part} images have no labels: give folders of classes")
+        exact = labels.float() if self.multi_label else F.one_hot(labels, self.num_classes).float()
+        for name, logits in self.logits(images).items():
+            scores = cast(Scores, self.scores[name])
+            suffix = "" if name == MAIN else f"_{name}"
+            found = scores.update(logits, labels, self.loss_of(logits, exact))
+            for metric, value in found.items():
+                shown = name == MAIN and metric in ("loss", "top1", "mean_ap")
+                self.log(f"{part}/{metric}{suffix}", value, prog_bar=shown)
+
+    def _score_classes(self, part: str) -> None:
+        self._confusion = cast(Scores, self.scores[MAIN]).take_confusion()
+        if self._confusion is None:
+            return
+        accuracy = class_accuracy(self._confusion)
+        spread = self.trainer.world_size > 1
+        self.log(f"{part}/top1_balanced", accuracy.nanmean(), sync_dist=spread)
+        for name, share in zip(self.class_names, accuracy, strict=True):
+            if len(accuracy) <= FEW and not share.isnan():
+                self.log(f"{part}/top1_class/{name}", share, sync_dist=spread)
+
+    def _keys(self, batch: Any, fallback: int, images: Tensor) -> Tensor:
+        """One random key an image: from its index, or where it has none from the step."""
+        if isinstance(batch, Mapping) and "index" in batch:
+            return sample_keys(batch["index"], self.seed, self.current_epoch)
+        place = torch.arange(len(images), device=images.device)
+        return sample_keys(place, fallback, 0)
+
+    # Classes -----------------------------------------------------------------------------------
+
+    def set_num_classes(self, num_classes: int) -> None:
+        """Build what depends on the number of classes; a classifier that fits already stays."""
+        if num_classes < 1 or (num_classes == 1 and not self.multi_label):
+            raise ValueError(
+                f"num_classes {num_classes} leaves nothing to tell apart: give 2 folders"
+            )
+        if self.scores and self.num_classes == num_classes:
+            return
+        self.hparams["num_classes"] = num_classes
+        if self.own_head:
+            self.heads = nn.ModuleDict(
+                {name: self._new_probe(i, num_classes) for i, name in enumerate(self.head_names)}
+            )
+        elif not (self.head_is_trained and self.model.num_classes == num_classes):
+            self.model.reset_classifier(num_classes)
+            _init_head(self.model.get_classifier(), self.hparams["head_init_scale"])
+            self.head_is_trained = False
+        names = {*self.heads, MAIN}
+        self.scores = nn.ModuleDict(
+            {
+                name: Scores(num_classes, multi_label=self.multi_label, whole=name == MAIN)
+                for name in names
+            }
+        )
+        self.to(self.device)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return int(self.hparams["num_classes"])
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes: the data's, or numbers."""
+        return self.classes or [str(i) for i in range(self.num_classes)]
+
+    def set_classes(self, names: Sequence[str]) -> None:
+        """Take the names of the classes, in the order of their numbers.
+
+        Raises:
+            ValueError: If they are not those that it was trained with.
+        """
+        names = [str(name) for name in names]
+        if self.classes and names != self.classes:
+            raise ValueError(
+                f"the data has the classes {_short(names)}, this classifier knows "
+                f"{_short(self.classes)}: give data with the same class folders"
+            )
+        given = self.hparams["num_classes"]
+        if given and len(names) != given and not self.head_is_trained:
+            raise ValueError(
+                f"num_classes {given} does not go with the {len(names)} classes of the data "
+                f"({_short(names)}): leave it out"
+            )
+        self.set_num_classes(len(names))
+        self.classes = names
+
+    def _new_probe(self, i: int, num_classes: int) -> "Probe":
+        width = self.model.num_features
+        if self.layers:
+            width = self.model.feature_info[self.layers[i] - 1]["num_chs"]
+        layer = self.layers[i] if self.layers else 0
+        with torch.random.fork_rng(devices=[]):  # the same probe, alone or in a sweep
+            torch.manual_seed(seed_of(self.seed, layer))
+            probe = Probe(width, num_classes, self.hparams["pooling"], self.hparams["batch_norm"])
+            _init_head(probe.linear, self.hparams["head_init_scale"])
+        return probe
+
+    # Set-up and optimisation -------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Take classes, class weights and pixel statistics from the data."""
+        data = getattr(self.trainer, "datamodule", None)
+        names = getattr(data, "classes", None)
+        if stage != "predict":
+            if names:
+                self.set_classes(names)
+            elif data is not None and getattr(data, "has_labels", True) is False:
+                raise ValueError(
+                    f"{getattr(data, 'root', 'the data')} has no labels: put each class's images "
+                    "into a folder of its own"
+                )
+            if not self.hparams["num_classes"]:
+                raise ValueError("num_classes is not known: give it, or data with class folders")
+        if stage != "fit":
+            return
+        rank_zero_info(f"encoder {self.hparams['encoder']}: {self.origin}")
+        if not self.has_statistics and getattr(data, "mean", None) is not None:
+            self.set_statistics(data.mean, data.std)  # type: ignore[union-attr]
+        self.class_weights = self._weigh_classes(data).to(self.device)
+        if self.hparams["compile"]:
+            self.model.compile()
+
+    def _weigh_classes(self, data: Any) -> Tensor:
+        given = self.hparams["class_weights"]
+        if given is None:
+            return torch.ones(())
+        if given == "balanced":
+            counts = getattr(data, "class_counts", None)
+            if counts is None:
+                raise ValueError("class_weights balanced needs data that counts its classes")
+            images = int(getattr(data, "num_train", sum(counts)))
+            return balanced_weights(counts, multi_label=self.multi_label, images=images)
+        if len(given) != self.num_classes:
+            raise ValueError(
+                f"class_weights {given} are not {self.num_classes}, one for each class"
+            )
+        return torch.tensor(given, dtype=torch.float32)
+
+    def set_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Set the mean and standard deviation of each channel, for pixels in 0..1."""
+        self.mean.copy_(torch.tensor(mean).view_as(self.mean))
+        self.std.copy_(torch.tensor(std).view_as(self.std))
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Average the weights, if asked."""
+        decay = self.hparams["ema_decay"]
+        return [MovingAverage(decay=decay)] if decay else []
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build the optimiser, each block with its learning rate, and the per-step schedule."""
+        hp = self.hparams
+        names = ("base_lr", "schedule", "warmup_epochs", "warmup_lr", "min_lr", "milestones")
+        return optimizer_and_schedule(
+            self,
+            self.optimizer,
+            self.param_groups(),
+            **{name: hp[name] for name in names},
+        )
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups, each with its weight decay and the scale of its learning rate."""
+        hp = self.hparams
+        return param_groups(self, hp["weight_decay"], layer_decay=hp["layer_decay"])
+
+    def on_validation_start(self) -> None:
+        """Refuse to score a classifier that was never trained."""
+        self._refuse_untrained()
+
+    def on_test_start(self) -> None:
+        """Refuse to score a classifier that was never trained."""
+        self._refuse_untrained()
+
+    def on_predict_start(self) -> None:
+        """Refuse to predict with a classifier that was never trained."""
+        self._refuse_untrained()
+
+    def on_train_start(self) -> None:
+        """Remember that the classifier is no longer a random one."""
+        self.head_is_trained = True
+        if self.frozen:  # Lightning trains in the mode that it finds
+            self.encoder.eval()
+
+    def _refuse_untrained(self) -> None:
+        if self.trainer.state.fn != "fit" and not self.head_is_trained:
+            raise ValueError(
+                "this classifier is not trained yet, its answers would be random: give a trained "
+                "one with --ckpt_path (a run's folder, or last)"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep classes, origin and the optimiser's name and options as plain values."""
+        optimizer = cast(Optimizer, self.optimizers(use_pl_optimizer=False))
+        checkpoint["optimizer_spec"] = optimizer_spec(optimizer)
+        checkpoint["classes"], checkpoint["origin"] = self.classes, self.origin
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Build the heads that the file has, and go on with its optimiser."""
+        self.set_num_classes(checkpoint["hyper_parameters"]["num_classes"])
+        if names := checkpoint.get("classes"):
+            self.set_classes(names)
+        self.origin = checkpoint.get("origin", self.origin)
+        self.head_is_trained = self.has_statistics = True
+        if spec := checkpoint.get("optimizer_spec"):
+            self.optimizer = optimizer_from(spec, trust=self.trust)
+
+
+class Probe(nn.Module):
+    """A linear classifier on pooled tokens.
+
+    Args:
+        in_features: Width of the tokens.
+        num_classes: Classes.
+        pooling: mean, token or attention.
+        batch_norm: Normalise each feature over the batch first.
+    """
+
+    def __init__(self, in_features: int, num_classes: int, pooling: str, batch_norm: bool) -> None:
+        super().__init__()
+        self.pooling = pooling
+        if pooling == "attention":
+            self.query = nn.Parameter(torch.randn(1, 1, in_features) * 0.02)
+            heads = gcd(max(in_features // 64, 1), in_features)  # of 64 channels
+            self.attention = nn.MultiheadAttention(in_features, heads, batch_first=True)
+        self.norm = nn.BatchNorm1d(in_features, affine=False, eps=1e-6) if batch_norm else None
+        self.linear = nn.Linear(in_features, num_classes)
+
+    def forward(self, tokens: Tensor, class_token: Tensor | None = None) -> Tensor:
+        """Classify patch tokens, (B, L, D), or the class token, (B, D) -> logits, (B, K)."""
+        if self.pooling == "token":
+            assert class_token is not None
+            embedding = class_token
+        elif self.pooling == "attention":
+            query = self.query.expand(len(tokens), -1, -1)
+            embedding = self.attention(query, tokens, tokens, need_weights=False)[0][:, 0]
+        else:
+            embedding = tokens.mean(1)
+        return cast(Tensor, self.linear(embedding if self.norm is None else self.norm(embedding)))
+
+
+class MovingAverage(EMAWeightAveraging):
+    """Lightning's moving average of the weights, for a model whose head depends on the data."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Copy the model, whose classes must be known by then: callbacks are set up first."""
+        if stage == "fit":
+            pl_module.setup(stage)
+        super().setup(trainer, pl_module, stage)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, *args: Any) -> None:
+        """Keep both models; outside of training there is one."""
+        if self._average_model is not None:
+            super().on_save_checkpoint(trainer, *args)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, *args: Any) -> None:
+        """Take both models; outside of training there is one."""
+        if self._average_model is not None:
+            super().on_load_checkpoint(trainer, *args)
+
+
+def _check(hparams: Mapping[str, Any]) -> None:
+    """Refuse options that contradict each other or would do nothing."""
+    if hparams["layer"] is not None and not hparams["frozen"]:
+        raise ValueError(
+            f"layer {hparams['layer']} is for probes: add frozen true, or leave it out to "
+            "fine-tune the whole encoder"
+        )
+    if hparams["batch_norm"] and not hparams["frozen"]:
+        raise ValueError("batch_norm is for probes: add frozen true, or leave it out")
+    if hparams["layer_decay"] is not None and hparams["frozen"]:
+        raise ValueError("layer_decay does nothing to a frozen encoder: leave it out")
+    if hparams["compile"] and (hparams["frozen"] or hparams["pooling"] == "attention"):
+        raise ValueError("compile is for fine-tuning with timm's head: leave it out")
+    for name in ("label_smoothing", "random_erasing", "drop_path_rate"):
+        if not 0 <= hparams[name] < 1 + (name == "random_erasing"):
+            raise ValueError(f"{name} {hparams[name]} is no share: use 0 for none, or 0.1")
+    decay = hparams["layer_decay"]
+    if decay is not None and not 0 < decay <= 1:
+        raise ValueError(f"layer_decay {decay} is not between 0 and 1: use 0.65 to 0.9, or none")
+    ema = hparams["ema_decay"]
+    if ema is not None and not 0 < ema < 1:
+        raise ValueError(f"ema_decay {ema} is not between 0 and 1: use 0.999, or none")
+
+
+def _layers(layer: int | list[int] | str | None, model: Any, name: str) -> list[int]:
+    """Layers to read, counted from 1; none = the last, behind the final norm."""
+    if layer is None:
+        return []
+    if not hasattr(model, "forward_intermediates"):
+        raise ValueError(f"{name} gives no middle layers: leave layer out to read the last")
+    last = len(model.feature_info)
+    if isinstance(layer, str):
+        return list(range(1, last + 1))
+    layers = sorted(set(layer)) if isinstance(layer, list) else [layer]
+    if not layers or layers[0] < 1 or layers[-1] > last:
+        raise ValueError(f"layer {layer} of {name} does not exist: use 1 to {last}, or all")
+    return layers
+
+
+def _prefix_tokens(model: Any) -> int:
+    """Class and register tokens that stand before the patch tokens."""
+    return int(getattr(model, "num_prefix_tokens", 0))
+
+
+def _split(model: Any, features: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What forward_features gives, in any layout -> patch tokens, (B, L, D), and class token."""
+    prefix = _prefix_tokens(model)
+    if features.ndim == 3:
+        return features[:, prefix:], features[:, 0] if prefix else None
+    if getattr(model, "output_fmt", "NCHW") == "NHWC":
+        return features.flatten(1, 2), None  # NHWC -> NLC
+    return features.flatten(2).transpose(1, 2), None  # NCHW -> NLC
+
+
+def _init_head(head: Any, scale: float) -> None:
+    """The official initialisation: a normal of std 0.02 times the scale, biases 0."""
+    for module in head.modules() if isinstance(head, nn.Module) else ():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            with torch.no_grad():
+                module.weight.mul_(scale)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def _classifier_came_along(missing: Mapping[str, str]) -> bool:
+    return not any("head begins anew" in why for why in missing.values())
+
+
+def _imagenet(in_chans: int) -> tuple[list[float], list[float]]:
+    mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
+    if in_chans == 3:
+        return mean, std
+    return [sum(mean) / 3] * in_chans, [sum(std) / 3] * in_chans
+
+
+def _short(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:4])
+    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown
