@@ -364,8 +364,7 @@ class SimMIM(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimiser, with lr scaled by the global batch, and its per-step schedule."""
         hp = self.hparams
-        total_steps = int(self.trainer.estimated_stepping_batches)
-        steps_per_epoch = -(-self.trainer.num_training_batches // self._accumulation)
+        steps_per_epoch, total_steps = self._steps()
         scale = scaled_lr(1.0, self.global_batch_size)
         groups = param_groups(self, hp["weight_decay"], compat=self.compat)
         optimizer = self.optimizer(groups)
@@ -393,13 +392,26 @@ class SimMIM(L.LightningModule):
     @property
     def global_batch_size(self) -> int:
         """Images that one optimiser step sees, over all processes."""
-        loader: Any = self.trainer.train_dataloader
-        batch = getattr(loader.batch_sampler, "batch_size", None) or loader.batch_size
-        return int(batch) * self.trainer.world_size * self._accumulation
+        data: Any = getattr(self.trainer, "datamodule", None)
+        batch = getattr(data, "batch_size", None) or self.trainer.train_dataloader.batch_size
+        return int(batch) * self.trainer.world_size * int(self.trainer.accumulate_grad_batches)
 
-    @property
-    def _accumulation(self) -> int:
-        return int(self.trainer.accumulate_grad_batches)
+    def _steps(self) -> tuple[int, int]:
+        """Optimiser steps in an epoch and in the run."""
+        trainer = self.trainer
+        data: Any = getattr(trainer, "datamodule", None)
+        if hasattr(data, "batches_per_epoch"):
+            whole, limit = data.batches_per_epoch(trainer.world_size), trainer.limit_train_batches
+            batches = min(whole, limit) if isinstance(limit, int) else int(whole * limit)
+            total = None
+        else:
+            # For plain loaders Lightning's own estimate; it starts the loader, before a checkpoint
+            # says where in the epoch it should, and so does not go on exactly within an epoch.
+            total = int(trainer.estimated_stepping_batches)
+            batches = int(trainer.num_training_batches)
+        per_epoch = max(1, -(-batches // int(trainer.accumulate_grad_batches)))
+        limits = (trainer.max_steps, (trainer.max_epochs or -1) * per_epoch)
+        return per_epoch, total or min(steps for steps in limits if steps >= 0)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the optimiser's name and options as plain values, so that the file opens safely."""
