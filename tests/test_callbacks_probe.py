@@ -99,6 +99,18 @@ def test_labels_that_only_show_in_the_batch(tmp_path: Path) -> None:
     assert probe.pretrained == {}
 
 
+@pytest.mark.filterwarnings("ignore:Total length of `list`")  # Lightning asks whether it was meant
+def test_nothing_is_held_out(tmp_path: Path) -> None:
+    class NoVal(DigitsData):
+        def val_dataloader(self) -> Any:
+            return []
+
+    probe, pictures = OnlineProbe(1), Reconstructions(1)
+    trainer(tmp_path, probe, pictures, max_epochs=1).fit(MiniSimMIM(), datamodule=NoVal())
+    assert probe.pretrained == {}
+    assert len(list((tmp_path / "reconstructions").iterdir())) == 2  # of training images
+
+
 def test_big_sets_are_read_in_part_and_always_the_same(tmp_path: Path) -> None:
     reads = []
     for _ in range(2):

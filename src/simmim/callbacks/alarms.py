@@ -262,8 +262,8 @@ def mean_level(error: Any, target: Tensor, mask: Tensor) -> float:
 
 def _announce(trainer: L.Trainer, reason: str) -> None:
     message = (
-        f"the model has collapsed by epoch {trainer.current_epoch}: {reason}. It is unlikely to "
-        "recover: lower base_lr, lengthen warmup_epochs, or clip the gradients"
+        f"the model has collapsed after {trainer.current_epoch + 1} epochs: {reason}. It rarely "
+        "recovers: stop, and lower base_lr, lengthen warmup_epochs, or clip the gradients"
     )
     rank_zero_warn(message)
     for logger in trainer.loggers:

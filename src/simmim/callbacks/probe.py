@@ -134,6 +134,8 @@ class OnlineProbe(L.Callback):
         if not hasattr(data, "probe_dataloader") or not getattr(data, "has_labels", True):
             return None
         held_out = data.test_dataloader() if trainer.testing else data.val_dataloader()
+        if not isinstance(held_out, DataLoader) or len(held_out.dataset) == 0:  # type: ignore[arg-type]
+            return None
         return data.probe_dataloader(), held_out
 
     def _features(
@@ -144,10 +146,10 @@ class OnlineProbe(L.Callback):
         n, ranks = len(loader.dataset), trainer.world_size  # type: ignore[arg-type]
         chosen = _choose(n, min(self.max_samples, n))
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            chosen = chosen[: loader.batch_size]
+            chosen = chosen[: _batch_size(loader)]
         # Every process takes as many, as a collective inside the encoder (FSDP) needs: the last
         # ones come again from the front, and are cut off below.
-        padded = chosen.repeat(2)[: -(-len(chosen) // ranks) * ranks]
+        padded = chosen[torch.arange(-(-len(chosen) // ranks) * ranks) % len(chosen)]
         features: list[Tensor] = []
         labels: list[Tensor] = []
         silent = trainer.progress_bar_callback is None or not trainer.is_global_zero
@@ -200,10 +202,9 @@ def _choose(n: int, count: int) -> Tensor:
 
 def _over(loader: DataLoader[Any], places: list[int]) -> DataLoader[Any]:
     """Make a loader like the given one that reads these places, in this order."""
-    sampler = loader.batch_sampler
     return DataLoader(
         loader.dataset,
-        batch_size=loader.batch_size or getattr(sampler, "batch_size", None) or 64,
+        batch_size=_batch_size(loader),
         sampler=places,
         num_workers=min(loader.num_workers, len(places)),
         collate_fn=loader.collate_fn,
@@ -211,6 +212,10 @@ def _over(loader: DataLoader[Any], places: list[int]) -> DataLoader[Any]:
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
     )
+
+
+def _batch_size(loader: DataLoader[Any]) -> int:
+    return loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 64
 
 
 def _labels(batch: Any) -> Any:
