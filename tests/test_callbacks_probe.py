@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -10,12 +11,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import Precision
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 import ddp_callbacks
 from callback_parts import DigitsData, MiniSimMIM, trainer
 from simmim.callbacks import CollapseAlarm, OnlineProbe, Reconstructions, StopOnNonFinite
+from simmim.callbacks.look import call
 from simmim.probe import fit_linear_probe, knn_scores, top1
 
 
@@ -164,6 +167,37 @@ def test_features_are_read_in_the_runs_precision(tmp_path: Path, precision: Any)
     fit = trainer(tmp_path, OnlineProbe(), precision=precision)
     fit.validate(Watched(), DigitsData(), verbose=False)
     assert set(seen) == {torch.bfloat16}
+
+
+def test_wrapped_models_are_called_through_their_wrapper() -> None:
+    class Wrapper(torch.nn.Module):  # FSDP, say: only inside its forward are the weights whole
+        whole = False
+
+        def __init__(self, module: MiniSimMIM) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args: Tensor) -> Any:
+            self.whole = True
+            result = self.module(*args)
+            self.whole = False
+            return result
+
+    module = MiniSimMIM().eval()
+    wrapper = Wrapper(module)
+    plugin = Precision()
+    fake: Any = SimpleNamespace(
+        lightning_module=module, strategy=SimpleNamespace(model=wrapper), precision_plugin=plugin
+    )
+
+    def look(images: Tensor, mask: Tensor) -> tuple[bool, Tensor]:
+        return wrapper.whole, module(images, mask)  # which is the module's own forward again
+
+    images, mask = torch.rand(2, 1, 8, 8), torch.zeros(2, 2, 2, dtype=torch.bool)
+    whole, prediction = call(fake, look, images, mask)
+    assert whole
+    assert torch.equal(prediction, module(images, mask))
+    assert "forward" not in vars(module)
 
 
 def test_a_resumed_run_still_knows_the_untrained_numbers(tmp_path: Path) -> None:
