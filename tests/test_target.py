@@ -389,7 +389,7 @@ def test_the_statistics_of_the_data_reach_the_teacher() -> None:
         ("resnet18", (64, 96), 32, {}),
         ("convnext_atto", (64, 32), 32, {}),
         ("vit_tiny_patch16_224", (64, 32), 8, {"size": [128, 64]}),
-        ("vit_base_patch14_dinov2", (224, 224), 16, {"size": 196}),
+        ("vit_small_patch14_dinov2", (224, 224), 16, {"size": 196}),
     ],
 )
 def test_teachers_of_every_kind(

@@ -47,9 +47,11 @@ class LinearHead(nn.Module):
 class MLPHead(nn.Module):
     """Two linear layers with GELU between them: the "2-layer MLP" of the paper's ablation.
 
-    Args (those of `LinearHead`, and):
-        hidden_features: Channels between the layers; None: those of the features (the paper does
-            not say).
+    Args:
+        in_features: As of `LinearHead`; so are out_chans and upsample.
+        out_chans: Channels of the prediction.
+        upsample: Target elements along the side of one feature.
+        hidden_features: Channels between the layers; None: as many as the features have.
 
     Raises:
         ValueError: As of `LinearHead`.
@@ -80,7 +82,10 @@ class TransformerHead(nn.Module):
     blocks and a norm the prediction is linear. MAE's own has 8 blocks; in its ablation a single one
     is as good for fine-tuning.
 
-    Args (those of `LinearHead`, and):
+    Args:
+        in_features: As of `LinearHead`; so are out_chans and upsample.
+        out_chans: Channels of the prediction.
+        upsample: Target elements along the side of one feature.
         depth: Transformer blocks. 1.
         width: Channels of the blocks. 512: MAE's.
         num_heads: Attention heads. 16: MAE's.
@@ -126,14 +131,16 @@ class TransformerHead(nn.Module):
 class InverseHead(nn.Module):
     """A Swin transformer the other way round: the paper's "inverse Swin-T" and "inverse Swin-B".
 
-    The paper gives no details and the official code has no such head. Here: Swin's stages in
-    reverse order, each but the first entered by the inverse of patch merging (twice the side, half
-    the channels), until an element of the finest stage covers 4 x 4 of the target, Swin's own
-    patch, which a linear layer predicts. A target that needs fewer doublings keeps side and
-    channels in the stages that are left. The first stage, like Swin's last, does not shift its
-    windows.
+    The official code has no such head. Here: Swin's stages in reverse order, each but the first
+    entered by the inverse of patch merging (twice the side, half the channels), until a token
+    covers 4 x 4 elements of the target, Swin's own patch, which a linear layer predicts. A target
+    that needs fewer doublings keeps side and channels in the stages that are left. The first stage,
+    like Swin's last, does not shift its windows.
 
-    Args (those of `LinearHead`, and):
+    Args:
+        in_features: As of `LinearHead`; so are out_chans and upsample.
+        out_chans: Channels of the prediction.
+        upsample: Target elements along the side of one feature.
         variant: "tiny" or "base": depths 2, 6, 2, 2 from 768 channels, or 2, 18, 2, 2 from 1024.
         depths: Blocks of each stage, in place of the variant's.
         width: Channels of the first stage, in place of the variant's.
@@ -160,6 +167,11 @@ class InverseHead(nn.Module):
         depths, width = depths or _INVERSE[variant][0], width or _INVERSE[variant][1]
         self.pool, factor = _resolve(upsample)
         doublings = _doublings(factor, len(depths))
+        if width % 2**doublings:
+            raise ValueError(
+                f"width {width} of head 'inverse' cannot be halved {doublings} times: "
+                f"use a multiple of {2**doublings}"
+            )
         self.embed = nn.Conv2d(in_features, width, kernel_size=1)
         self.stages = nn.Sequential()
         for i, depth in enumerate(depths):
@@ -194,8 +206,6 @@ class _PatchExpanding(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        if dim % 2:
-            raise ValueError(f"width of head 'inverse' comes to {dim}, which cannot be halved")
         self.norm = nn.LayerNorm(dim)
         self.expansion = nn.Linear(dim, 2 * dim, bias=False)
 

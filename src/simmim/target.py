@@ -69,9 +69,8 @@ class Target(nn.Module):
 class Pixels(Target):
     """The normalised pixels themselves (SimMIM, section 3.4), or those of a smaller image.
 
-    The paper "downsamples" for its ablation of the resolution and does not say how; the official
-    code has none of it. Here each element is the mean of the pixels it covers, so that the target
-    of a hidden cell depends on no visible pixel.
+    The official code has nothing of the paper's ablation of the resolution. Here each element is
+    the mean of the pixels it covers, so that the target of a hidden cell depends on no visible one.
 
     Args:
         size: Height and width of the smaller image, or one number for both; None: the image's own.

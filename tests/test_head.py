@@ -1,0 +1,316 @@
+"""Heads: the paper's to the letter, what each of them sees, and each of them on every target."""
+
+import math
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from simmim.head import HEADS, InverseHead, LinearHead, MLPHead, TransformerHead
+from simmim.target import TARGETS
+
+SMALL: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "mlp": {},
+    "transformer": {"depth": 2, "width": 32, "num_heads": 4},
+    "inverse": {"depths": [1, 2, 2, 1], "width": 64, "window_size": 3},
+}
+
+
+def make(
+    name: str, upsample: int | Fraction, in_features: int = 24, out_chans: int = 5
+) -> nn.Module:
+    return HEADS[name](in_features, out_chans, upsample, **SMALL[name])
+
+
+@torch.no_grad()
+def reach(head: nn.Module, features: Tensor, place: tuple[int, int]) -> Tensor:
+    """Where the prediction changes with the feature at one place, (H, W)."""
+    moved = features.clone()
+    moved[:, :, place[0], place[1]] += 1
+    return (head(moved) - head(features)).abs().amax((0, 1)) > 1e-6
+
+
+# All of them -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("upsample", [1, 2, 4, 6, 14, 16, 32, Fraction(16, 8), Fraction(1, 2)])
+def test_shapes(name: str, upsample: int | Fraction) -> None:
+    head = make(name, upsample)
+    prediction = head(torch.randn(2, 24, 4, 6))
+    assert prediction.shape == (2, 5, 4 * upsample, 6 * upsample)
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("upsample", [1, 16, Fraction(1, 2)])
+def test_every_parameter_learns_from_every_feature(name: str, upsample: int | Fraction) -> None:
+    head, features = make(name, upsample), torch.randn(2, 24, 4, 6, requires_grad=True)
+    head(features).square().mean().backward()
+    for key, parameter in head.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+        assert parameter.grad.abs().sum() > 0, key
+    assert features.grad is not None
+    assert features.grad.abs().sum(1).ne(0).all()
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_images_of_a_batch_do_not_mix(name: str) -> None:
+    head, features = make(name, 4), torch.randn(3, 24, 4, 6)
+    together = head(features)
+    apart = torch.cat([head(one[None]) for one in features])
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_bfloat16(name: str) -> None:
+    head, features = make(name, 8), torch.randn(2, 24, 4, 6)
+    expected = head(features)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = head(features)
+    throughout = head.bfloat16()(features.bfloat16())
+    for ours in (under_autocast, throughout):
+        assert ours.shape == expected.shape
+        torch.testing.assert_close(ours.float(), expected, atol=0.06, rtol=0.1)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_coarser_target_sees_the_mean_of_what_it_covers(name: str) -> None:
+    """An element of 32 px and features of 16: four features an element."""
+    torch.manual_seed(1)
+    head = make(name, Fraction(16, 32))
+    torch.manual_seed(1)
+    plain = make(name, 1)
+    features = torch.randn(2, 24, 4, 6)
+    torch.testing.assert_close(head(features), plain(F.avg_pool2d(features, 2)))
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("upsample", [0, -1, Fraction(16, 14), Fraction(3, 2), Fraction(2, 3)])
+def test_what_has_no_whole_number_is_refused(name: str, upsample: int | Fraction) -> None:
+    with pytest.raises(ValueError, match=rf"cannot predict {upsample} target elements") as error:
+        make(name, upsample)
+    assert "\n" not in str(error.value)
+
+
+TARGET_OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("pixels", {}),
+    ("pixels", {"size": [32, 48]}),
+    ("pixels", {"size": [2, 3]}),  # 1/32 of the image, with features of 16 px
+    ("normalized_pixels", {}),
+    ("patch_normalized_pixels", {}),
+    ("hog", {}),
+    ("features", {"teacher": "vit_tiny_patch16_224", "pretrained": False}),
+    ("features", {"teacher": "resnet18", "pretrained": False}),
+    ("color_bins", {"bins": 4}),
+    ("color_bins", {"size": [8, 12], "bins": 256}),
+]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("stride", [16, 32])
+@pytest.mark.parametrize("in_chans", [1, 4])
+def test_every_head_predicts_every_target(head: str, stride: int, in_chans: int) -> None:
+    images = torch.randn(1, in_chans, 64, 96)
+    features = torch.randn(1, 24, 64 // stride, 96 // stride)
+    for name, options in TARGET_OPTIONS:
+        if name == "features" and in_chans == 4:
+            continue
+        target = TARGETS[name](
+            in_chans=in_chans,
+            img_size=(64, 96),
+            mean=[0.5] * in_chans,
+            std=[0.25] * in_chans,
+            **options,
+        )
+        model = HEADS[head](24, target.out_chans, Fraction(stride, target.stride), **SMALL[head])
+        prediction = model(features)
+        assert prediction.shape[1] == target.out_chans
+        assert prediction.shape[2:] == target(images).shape[2:]
+
+
+# Linear and MLP ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("stride", "in_chans"), [(16, 3), (32, 3), (4, 1), (2, 4)])
+def test_the_linear_head_is_the_official_decoder(stride: int, in_chans: int) -> None:
+    decoder = nn.Sequential(nn.Conv2d(24, stride**2 * in_chans, 1), nn.PixelShuffle(stride))
+    head = LinearHead(24, in_chans, stride)
+    assert {name: p.shape for name, p in head.named_parameters()} == {
+        "proj.weight": (stride**2 * in_chans, 24, 1, 1),
+        "proj.bias": (stride**2 * in_chans,),
+    }
+    head.load_state_dict({f"proj.{k}": v for k, v in decoder[0].state_dict().items()})
+    features = torch.randn(2, 24, 3, 5)
+    assert torch.equal(head(features), decoder(features))
+
+
+def test_channel_order_is_channel_row_column() -> None:
+    head = LinearHead(1, 3, 2)
+    nn.init.zeros_(head.proj.weight)
+    with torch.no_grad():
+        head.proj.bias.copy_(torch.arange(12))
+    block = head(torch.zeros(1, 1, 1, 1))[0]
+    assert block.tolist() == [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9], [10, 11]]]
+
+
+def test_the_mlp_head_by_hand() -> None:
+    head = MLPHead(4, 2, 1, hidden_features=7)
+    features = torch.randn(2, 4, 3, 5)
+    first, last = head.hidden[0], head.out.proj
+    rows = features.movedim(1, -1) @ first.weight.view(7, 4).mT + first.bias
+    rows = rows * 0.5 * (1 + torch.erf(rows / math.sqrt(2)))
+    rows = rows @ last.weight.view(2, 7).mT + last.bias
+    torch.testing.assert_close(head(features), rows.movedim(-1, 1))
+    assert MLPHead(4, 2, 1).out.proj.in_channels == 4
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp"])
+def test_light_heads_see_one_feature_an_element(name: str) -> None:
+    changed = reach(make(name, 4), torch.randn(1, 24, 3, 5), (1, 3))
+    expected = torch.zeros(12, 20, dtype=torch.bool)
+    expected[4:8, 12:16] = True
+    assert torch.equal(changed, expected)
+
+
+# Transformer -------------------------------------------------------------------------------------
+
+
+def test_the_transformer_head_sees_everything() -> None:
+    assert reach(make("transformer", 4), torch.randn(1, 24, 3, 5), (1, 3)).all()
+
+
+def test_the_transformer_head_knows_where_a_feature_is() -> None:
+    head, features = make("transformer", 1), torch.randn(1, 24, 1, 1).expand(-1, -1, 3, 5)
+    prediction = head(features)[0].flatten(1).mT
+    distance = torch.cdist(prediction, prediction)
+    assert (distance + torch.eye(15)).amin() > 1e-4  # alike features, unlike predictions
+    assert not any("pos" in name for name, _ in head.named_parameters())
+
+
+def test_positions_are_fixed_sines_and_cosines() -> None:
+    """With no block, no norm and no projection the prediction is the features plus positions."""
+    head = TransformerHead(16, 16, 1, depth=0, width=16, num_heads=1)
+    head.norm = nn.Identity()  # type: ignore[assignment]
+    for layer in (head.embed, head.out.proj):
+        nn.init.dirac_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    positions = head(torch.zeros(1, 16, 3, 5))[0].movedim(0, -1)  # 3, 5, 16
+    bands = 10000 ** -(torch.arange(4) / 4)
+    y, x = torch.meshgrid(torch.arange(3.0), torch.arange(5.0), indexing="ij")
+    expected = [f(axis[..., None] * bands) for f in (torch.sin, torch.cos) for axis in (y, x)]
+    torch.testing.assert_close(positions, torch.cat(expected, -1))
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"width": 30, "num_heads": 2}, 32),
+        ({"width": 32, "num_heads": 3}, 36),
+        ({"width": 500}, 512),
+    ],
+)
+def test_a_width_that_does_not_divide_is_refused(options: dict[str, Any], remedy: int) -> None:
+    with pytest.raises(ValueError, match=f"use a width of {remedy}$"):
+        TransformerHead(24, 3, 16, **options)
+
+
+# Inverse Swin ------------------------------------------------------------------------------------
+
+
+def stages(head: InverseHead) -> list[tuple[int, int]]:
+    """Width and depth of each run of blocks."""
+    found: list[tuple[int, int]] = []
+    for module in head.stages:
+        if hasattr(module, "expansion"):
+            continue
+        same = found and found[-1][0] == module.dim
+        found[-1:] = [(module.dim, found[-1][1] + 1)] if same else [*found[-1:], (module.dim, 1)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("variant", "upsample", "expected"),
+    [
+        ("tiny", 32, [(768, 2), (384, 6), (192, 2), (96, 2)]),  # Swin-T, the other way round
+        ("base", 32, [(1024, 2), (512, 18), (256, 2), (128, 2)]),
+        ("tiny", 16, [(768, 2), (384, 6), (192, 4)]),  # two doublings leave the 4 x 4
+        ("tiny", 1, [(768, 12)]),
+    ],
+)
+def test_the_inverse_head_is_swin_in_reverse(
+    variant: str, upsample: int, expected: list[tuple[int, int]]
+) -> None:
+    with torch.device("meta"):
+        head = InverseHead(1024, 3, upsample, variant=variant)
+        assert stages(head) == expected
+        assert head(torch.randn(1, 1024, 6, 6)).shape == (1, 3, 6 * upsample, 6 * upsample)
+
+
+def test_the_inverse_head_alternates_its_windows_but_in_the_first_stage() -> None:
+    head = InverseHead(8, 3, 32, depths=[2, 3, 2, 2], width=64, window_size=4)
+    shifts = [module.shift_size[0] for module in head.stages if not hasattr(module, "expansion")]
+    assert shifts == [0, 0, 0, 2, 0, 0, 2, 0, 2]
+
+
+def test_patch_expanding_keeps_each_token_in_its_place() -> None:
+    """Without blocks, each feature has charge of its own elements and of no others."""
+    head = InverseHead(24, 2, 16, depths=[0, 0, 0], width=32)
+    changed = reach(head, torch.randn(1, 24, 3, 5), (1, 3))
+    expected = torch.zeros(48, 80, dtype=torch.bool)
+    expected[16:32, 48:64] = True
+    assert torch.equal(changed, expected)
+
+
+def test_patch_expanding_undoes_patch_merging() -> None:
+    """With the same order of quarters, a merge and its inverse are the identity."""
+    from simmim.head import _PatchExpanding
+
+    expanding = _PatchExpanding(8)
+    expanding.norm = nn.Identity()  # type: ignore[assignment]
+    with torch.no_grad():
+        expanding.expansion.weight.copy_(torch.cat([torch.eye(8), -torch.eye(8)]))
+    tokens = torch.randn(1, 2, 3, 8)
+    fine = expanding(tokens)
+    assert fine.shape == (1, 4, 6, 4)
+    quarters = torch.cat([tokens, -tokens], -1).unflatten(3, (4, 4))
+    for i in range(4):  # row by row: upper left, upper right, lower left, lower right
+        assert torch.equal(fine[:, i // 2 :: 2, i % 2 :: 2], quarters[..., i, :])
+
+
+def test_the_inverse_head_takes_grids_that_its_windows_do_not_divide() -> None:
+    head = InverseHead(8, 3, 8, depths=[2, 2], width=32, window_size=7)
+    for grid in ((6, 6), (7, 7), (5, 9), (1, 1)):
+        assert head(torch.randn(1, 8, *grid)).shape[2:] == (8 * grid[0], 8 * grid[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variant": "small"}, "'small' .* neither tiny nor base"),
+        ({"width": 60}, "width 60 .* halved 3 times: use a multiple of 8"),
+    ],
+)
+def test_an_inverse_head_that_cannot_be_built_is_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        InverseHead(24, 3, 32, **options)
+
+
+def test_every_head_learns() -> None:
+    """Thirty steps towards noise take a quarter off the loss at least."""
+    features, target = torch.randn(4, 24, 4, 4), torch.randn(4, 3, 32, 32)
+    for name in HEADS:
+        head = make(name, 8, out_chans=3)
+        optimizer = torch.optim.Adam(head.parameters(), lr=0.02)
+        for _ in range(30):
+            loss = F.l1_loss(head(features), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert loss < 0.75 * target.abs().mean(), name
