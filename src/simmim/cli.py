@@ -1,0 +1,141 @@
+"""The table of commands: `simmim COMMAND ...`.
+
+Nothing here imports torch, so that help and typing errors are answered at once.
+"""
+
+import os
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+import simmim
+from simmim.mistakes import explain, nearest
+
+SUBCOMMANDS = {
+    "fit": "train",
+    "validate": "score a checkpoint on the validation images",
+    "test": "score a checkpoint on the test images",
+    "predict": "write pictures for the images of a folder",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A line of the table: what it does, and the function that gets its arguments."""
+
+    summary: str
+    target: str  # "module:function"
+    subcommands: tuple[str, ...] = ()
+
+    def load(self) -> Callable[[list[str]], None]:
+        """Import the function, and torch with it."""
+        module, _, function = self.target.partition(":")
+        return getattr(import_module(module), function)
+
+
+COMMANDS = {
+    "pretrain": Command(
+        "learn an encoder from unlabelled images by masked image modelling",
+        "simmim.task:pretrain",
+        tuple(SUBCOMMANDS),
+    ),
+}
+
+EXAMPLES = {
+    "simmim pretrain fit": "a demonstration: handwritten digits, minutes on a CPU",
+    "simmim pretrain fit -c image_folder --data.root DIR": "your own images",
+    "simmim pretrain fit --ckpt_path last": "go on with the last run",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: The arguments; those of the process by default.
+
+    Returns:
+        The exit status: 0, 1 where the command failed, 2 where it was misused, 130 on Ctrl+C.
+    """
+    try:
+        _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except SystemExit as stop:  # --help, --print_config
+        return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+    except KeyboardInterrupt as stop:
+        print(f"simmim: stopped; {stop}" if str(stop) else "simmim: stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None or os.environ.get("SIMMIM_DEBUG") == "1":
+            raise
+        print(f"simmim: {sentence}", file=sys.stderr)
+        return 2 if isinstance(error, ArgumentError) else 1
+    return 0
+
+
+def _dispatch(args: list[str]) -> None:
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return
+    if args[0] in ("-V", "--version"):
+        print(simmim.__version__)
+        return
+    name, rest = args[0], args[1:]
+    if name not in COMMANDS:
+        _refuse(f"unknown command {name!r}", name, COMMANDS)
+    command = COMMANDS[name]
+    if command.subcommands:
+        if rest and rest[0] in ("-h", "--help"):
+            print(_overview_of(name, command))
+            return
+        if not rest or rest[0].startswith("-"):
+            _refuse(f"simmim {name} needs a subcommand first", "", command.subcommands)
+        if rest[0] not in command.subcommands:
+            _refuse(f"unknown subcommand {rest[0]!r} of {name}", rest[0], command.subcommands)
+    command.load()(rest)
+
+
+def _refuse(what: str, given: str, names: "dict[str, Command] | tuple[str, ...]") -> None:
+    hint = nearest(given, names)
+    raise ArgumentError(None, f"{what}: {hint + ' ' if hint else ''}choose from {', '.join(names)}")
+
+
+def _overview() -> str:
+    return "\n".join(
+        [
+            "usage: simmim COMMAND ...",
+            "",
+            "Masked image modelling (SimMIM): pretrain an image encoder on unlabelled images.",
+            "",
+            "commands:",
+            *_table({name: command.summary for name, command in COMMANDS.items()}),
+            "",
+            "to start with:",
+            *_table(EXAMPLES),
+            "",
+            "simmim COMMAND --help says more.",
+        ]
+    )
+
+
+def _overview_of(name: str, command: Command) -> str:
+    choices = ",".join(command.subcommands)
+    summaries = {f"simmim {name} {choice}": SUBCOMMANDS[choice] for choice in command.subcommands}
+    return "\n".join(
+        [
+            f"usage: simmim {name} {{{choices}}} [-c CONFIG ...] [--OPTION VALUE ...]",
+            "",
+            f"{command.summary.capitalize()}.",
+            "",
+            *_table(summaries),
+            "",
+            f"simmim {name} fit --help lists every option.",
+        ]
+    )
+
+
+def _table(rows: dict[str, str]) -> list[str]:
+    width = max(map(len, rows))
+    return [f"  {name:<{width}}  {text}" for name, text in rows.items()]

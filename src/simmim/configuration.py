@@ -1,0 +1,185 @@
+"""Find configs by name, and read what a command line asks for before Lightning sees it."""
+
+import argparse
+import json
+from argparse import ArgumentError
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+OVERLAY = "overlay"  # the folder of configs that change an experiment but are none
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command line asks for.
+
+    Attributes:
+        command: The task, such as "pretrain".
+        subcommand: fit, validate, test or predict.
+        default: The embedded config, where the user names no experiment.
+        configs: The user's config files, in the order in which they overrule each other.
+        name: The run's name.
+        run_dir: The folder of all runs.
+        ckpt_path: "last", a checkpoint, a run's folder, or None.
+        options: The other arguments, as they came.
+    """
+
+    command: str
+    subcommand: str
+    default: Path | None
+    configs: tuple[Path, ...]
+    name: str
+    run_dir: Path
+    ckpt_path: str | None
+    options: tuple[str, ...]
+
+    def arguments(
+        self, base: Path | None = None, checkpoint: Mapping[str, Any] | None = None
+    ) -> list[str]:
+        """The arguments for the parser, where later ones overrule earlier ones.
+
+        Args:
+            base: What comes first in place of the default: the config of the run that goes on.
+            checkpoint: What the checkpoint says of its model, as a config.
+        """
+        first = base or self.default
+        said = [json.dumps(checkpoint)] if checkpoint else []
+        configs = [*([first] if first else []), *said, *self.configs]
+        run = [f"--name={self.name}", f"--run_dir={self.run_dir}"]
+        return [self.subcommand, *(f"--config={c}" for c in configs), *self.options, *run]
+
+
+def read_request(
+    command: str, default: str, args: list[str], follows: Mapping[str, str]
+) -> Request:
+    """Take apart the arguments of a task: subcommand first, then options in any order.
+
+    Args:
+        command: The task, such as "pretrain".
+        default: The config that is used where no experiment is named.
+        args: What stands behind the command.
+        follows: Options that are copied from others, {"data.img_size": "model.img_size"}.
+
+    Raises:
+        ArgumentError: If a config is not found, is no mapping, or sets what follows another option;
+            if the name is no folder's name.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-c", "--config", action="extend", nargs="+", default=[])
+    parser.add_argument("--ckpt_path")
+    parser.add_argument("--name")
+    parser.add_argument("--run_dir")
+    given, options = parser.parse_known_args(args[1:])
+
+    configs = [find_config(name, command) for name in given.config]
+    experiments = [path for path in configs if path.parent.name != OVERLAY]
+    embedded = None if experiments else find_config(default, command)
+    layers = [embedded, *configs] if embedded else configs
+    said: dict[str, Any] = {"name": (experiments or layers)[0].stem, "run_dir": "runs"}
+    for path in layers:
+        config = read_config(path)
+        _check_follows(config, path, follows)
+        said.update({k: v for k, v in config.items() if v is not None})
+    said.update({k: v for k, v in vars(given).items() if v is not None})
+    _check_name(said["name"])
+    return Request(
+        command=command,
+        subcommand=args[0],
+        default=embedded,
+        configs=tuple(configs),
+        name=said["name"],
+        run_dir=Path(said["run_dir"]),
+        ckpt_path=said.get("ckpt_path") or None,
+        options=tuple(options),
+    )
+
+
+def find_config(name: str, command: str) -> Path:
+    """Find a config: a file, or the name of one that travels with the package.
+
+    Args:
+        name: A path, or a name with or without its folder: "swin_base_100ep",
+            "pretrain/swin_base_100ep", "bf16".
+        command: The task, whose own folder is looked into first.
+
+    Raises:
+        ArgumentError: If there is neither; the nearest names are proposed.
+    """
+    if (path := Path(name)).is_file():
+        return path
+    packaged = packaged_configs()
+    short = name.removeprefix("configs/").removesuffix(".yaml")
+    for key in (f"{command}/{short}", f"{OVERLAY}/{short}", short):
+        if key in packaged:
+            return packaged[key]
+    usable = [key for key in packaged if key.split("/")[0] in (command, OVERLAY)]
+    names = {key.split("/")[-1]: key for key in usable} | {key: key for key in usable}
+    near = get_close_matches(short, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ArgumentError(
+        None,
+        f"config {name!r} is neither a file nor a packaged config: {hint}"
+        f"packaged are {', '.join(key.split('/')[-1] for key in usable)}",
+    )
+
+
+def packaged_configs() -> dict[str, Path]:
+    """Paths of the packaged configs by name: "pretrain/digits", "overlay/bf16", ..."""
+    folder = config_folder()
+    paths = {p.relative_to(folder).with_suffix("").as_posix(): p for p in folder.glob("*/*.yaml")}
+    return {name: paths[name] for name in sorted(paths) if not name.startswith("sweep/")}  # W&B's
+
+
+def config_folder() -> Path:
+    """Where the packaged configs are: inside the wheel, or at the top of a checkout."""
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "configs"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a config file as it is.
+
+    Raises:
+        ArgumentError: If it is not YAML, or not a mapping of options.
+    """
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ArgumentError(None, f"config {path} is not valid YAML: {error}") from error
+    if not isinstance(config, dict | None):
+        raise ArgumentError(None, f"config {path} holds a {type(config).__name__}, not options")
+    return config or {}
+
+
+def differences(name: str, asked: Any, kept: Any) -> dict[str, tuple[Any, Any]]:
+    """Where two values of an option differ: {dotted name: (asked, kept)}."""
+    asked, kept = (json.loads(json.dumps(value)) for value in (asked, kept))  # tuples are lists
+    if not isinstance(asked, dict) or not isinstance(kept, dict):
+        return {} if asked == kept else {name: (asked, kept)}
+    if asked.get("class_path") != kept.get("class_path"):  # the options of another class are others
+        return {name: (asked.get("class_path"), kept.get("class_path"))}
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in {**asked, **kept}:
+        inner = name if key == "init_args" else f"{name}.{key}"
+        found |= differences(inner, asked.get(key), kept.get(key))
+    return found
+
+
+def _check_follows(config: Mapping[str, Any], path: Path, follows: Mapping[str, str]) -> None:
+    """Refuse what jsonargparse would silently overwrite."""
+    for option, source in follows.items():
+        group, _, key = option.partition(".")
+        if key in (config.get(group) or {}):
+            raise ArgumentError(None, f"config {path}: {option} follows {source}, set that")
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or name != Path(name).name or name.startswith((".", "-")):
+        raise ArgumentError(
+            None, f"name {name!r} cannot be a folder: use letters, digits, dots, '-' and '_'"
+        )

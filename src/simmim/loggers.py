@@ -1,0 +1,234 @@
+"""Where numbers go: a CSV file that goes on with its run, and a board that is never in the way."""
+
+import configparser
+import csv
+import math
+import netrc
+import os
+import secrets
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+PROJECT = "simmim"  # on the board, where WANDB_PROJECT says no other
+HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # W&B's own, by its old and its new name
+RUN_ID = "run_id.txt"
+
+
+class MetricsFile(CSVLogger):
+    """Metrics as rows of a CSV file, which a resumed run continues.
+
+    Lightning's own deletes the rows that it finds.
+
+    Args:
+        folder: The run's folder.
+        filename: The file in it.
+        before_step: Rows of this optimiser step and later ones are dropped when the file is
+            opened: the run goes on from there. None drops nothing.
+    """
+
+    def __init__(
+        self, folder: Path, filename: str = "metrics.csv", before_step: int | None = None
+    ) -> None:
+        super().__init__(save_dir=folder, name=folder.parent.name, version=folder.name)
+        self.path, self.before_step = folder / filename, before_step
+        self._table: _Table | None = None
+
+    @property
+    def log_dir(self) -> str:
+        """The run's folder; Lightning and its callbacks find it here."""
+        return str(self.path.parent)
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The table that is being written."""
+        if self._table is None:
+            self._table = _Table(self.path, self.before_step)
+            self._experiment = self._table  # type: ignore[assignment]
+        return self._table
+
+
+class _Table:
+    """Rows of a CSV file: what stands there already, and what is added."""
+
+    def __init__(self, path: Path, before_step: int | None) -> None:
+        self.path = path
+        self.metrics: list[dict[str, Any]] = []  # not yet in the file; Lightning counts them
+        self.columns: list[str] = []
+        if path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file)
+                rows = [row for row in reader if _is_before(row, before_step)]
+                self.columns = list(reader.fieldnames or [])
+            self._rewrite(rows)
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Add a row."""
+        values = {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
+        self.metrics.append({"step": step, **values})
+
+    def log_hparams(self, params: Mapping[str, Any]) -> None:
+        """Leave the options out: config.yaml lies beside."""
+
+    def save(self) -> None:
+        """Write the new rows."""
+        new = {key for row in self.metrics for key in row} - set(self.columns)
+        rows, self.metrics = self.metrics, []
+        if new:
+            first = [key for key in ("step", "epoch") if key in new]
+            self.columns += first + sorted(new - {"step", "epoch"})
+            rows = [*self._read(), *rows]
+            self._rewrite(rows)
+        elif rows:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns).writerows(rows)
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        with beside.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        beside.replace(self.path)
+
+
+def _is_before(row: Mapping[str, str | None], step: int | None) -> bool:
+    """Whether a row is whole, and of an earlier step than this."""
+    text = row.get("step") or ""
+    return text.isdigit() and int(text) < (math.inf if step is None else step)
+
+
+# Weights & Biases --------------------------------------------------------------------------------
+
+
+def board(folder: Path, **options: Any) -> WandbLogger | None:
+    """Make the W&B logger of a run.
+
+    Nobody is asked anything: without a login (in the environment, a netrc file or W&B's settings)
+    the run is an offline one, and one line says how to sync it. WANDB_MODE is respected.
+
+    Args:
+        folder: The run's folder, which W&B's own goes into.
+        options: What the user sets of Lightning's WandbLogger (project, tags, log_model ...).
+
+    Returns:
+        The logger, or None where WANDB_MODE=disabled.
+    """
+    mode = os.environ.get("WANDB_MODE", "online").lower()
+    if mode == "disabled" or os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
+        return None
+    offline = options.pop("offline", False) or mode in ("offline", "dryrun") or not is_logged_in()
+    given = {name: value for name, value in options.items() if value not in (None, ".")}
+    defaults: dict[str, Any] = {
+        "name": f"{folder.parent.name}/{folder.name}",
+        "save_dir": folder,
+        "project": os.environ.get("WANDB_PROJECT", PROJECT),
+    }
+    if "WANDB_RUN_ID" not in os.environ and "WANDB_SWEEP_ID" not in os.environ:
+        defaults["id"] = _run_id(folder)
+    return _Board(offline=offline, **{**defaults, **given})
+
+
+def is_logged_in() -> bool:
+    """Whether there are credentials for W&B, without asking the network or the user."""
+    env, settings = os.environ, _wandb_settings()
+    if any(env.get(key) for key in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
+        return True
+    if settings.get("api_key"):
+        return True
+    url = env.get("WANDB_BASE_URL") or settings.get("base_url")
+    hosts = [urlsplit(url).netloc] if url else HOSTS
+    candidates = [Path(env["NETRC"])] if "NETRC" in env else [Path("~/.netrc"), Path("~/_netrc")]
+    for path in candidates:
+        with suppress(OSError, netrc.NetrcParseError):
+            logins = netrc.netrc(path.expanduser())
+            if any(logins.authenticators(host) for host in hosts):
+                return True
+    return False
+
+
+def _wandb_settings() -> dict[str, str]:
+    """W&B's settings: the user's, overruled by the working folder's."""
+    home = Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser()
+    parser = configparser.ConfigParser(default_section="nowhere", interpolation=None)
+    with suppress(configparser.Error, OSError, UnicodeDecodeError):
+        parser.read([home / "settings", Path("wandb", "settings")])
+        return dict(parser["default"]) if parser.has_section("default") else {}
+    return {}
+
+
+def _run_id(folder: Path) -> str:
+    """The board's name for this run, which stays when it is resumed."""
+    path = folder / "wandb" / RUN_ID
+    with suppress(OSError):
+        return path.read_text().strip()
+    return secrets.token_hex(4)
+
+
+class _Board(WandbLogger):
+    """W&B as a run, online if it can be."""
+
+    def __init__(self, offline: bool, **options: Any) -> None:
+        # Not Lightning's `offline`: it would set WANDB_MODE for whatever this process does next.
+        super().__init__(**options)
+        self._wandb_init.pop("anonymous", None)  # W&B warns of it, whatever it says
+        self.offline = offline
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """W&B's run; begun when first asked for."""
+        if self._experiment is not None:
+            return self._experiment
+        import wandb
+
+        if self.offline:
+            self._go_offline("nobody is logged in (wandb login), or WANDB_MODE says so")
+        try:
+            run = super().experiment
+        except (wandb.errors.CommError, wandb.errors.AuthenticationError) as error:
+            self._go_offline(f"the board cannot be reached: {' '.join(str(error).split())}")
+            run = super().experiment
+        folder = Path(run.dir).parent
+        with suppress(OSError):
+            (folder.parent / RUN_ID).write_text(run.id)
+        if self.offline:
+            rank_zero_info(f"W&B keeps an offline run; to sync it: wandb sync {_short(folder)}")
+        return run
+
+    def _go_offline(self, why: str) -> None:
+        import wandb
+
+        self.offline = True
+        self._wandb_init.update(mode="offline", settings=wandb.Settings(silent=True))
+
+
+def finish_board(loggers: list[Logger], failed: bool) -> None:
+    """End the W&B runs, so that the next one in this process begins its own."""
+    for logger in loggers:
+        if isinstance(logger, _Board) and logger._experiment is not None:
+            logger._experiment.finish(exit_code=int(failed))
+            logger._experiment = None
+
+
+def _short(path: Path) -> str:
+    """The path from here, where it is below, quoted for a shell if need be."""
+    import shlex
+
+    with suppress(ValueError):
+        path = path.resolve().relative_to(Path.cwd())
+    return shlex.quote(str(path))

@@ -1,0 +1,134 @@
+"""Say in one sentence what a user did wrong, and what to do instead.
+
+What is no mistake of the user's is left alone: it is a bug, and keeps its traceback.
+"""
+
+import errno
+import re
+import traceback
+from argparse import ArgumentError
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def explain(error: BaseException) -> str | None:
+    """Word a user's mistake.
+
+    Args:
+        error: What was raised.
+
+    Returns:
+        One sentence, or None where the user is not to blame.
+    """
+    kind = type(error)
+    if isinstance(error, ArgumentError):
+        return one_line(str(error))
+    if isinstance(error, OSError) and error.errno in FULL:
+        return f"the disk is full: {error.filename or error}"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {(error.strerror or str(error)).lower()}"
+    if kind.__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        return (
+            "the device's memory is full: use a smaller --data.batch_size (with "
+            "--trainer.accumulate_grad_batches the lr stays), --trainer.precision bf16-mixed, or "
+            "--model.grad_checkpointing true"
+        )
+    if kind.__name__ == "MisconfigurationException":  # Lightning's
+        return one_line(str(error))
+    if kind.__module__.split(".")[0] == "simmim":
+        return one_line(str(error))
+    if isinstance(error, ValueError) and (_is_ours(error) or _while_configuring(error)):
+        return one_line(str(error))
+    if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
+        return one_line(str(error)) if _while_configuring(error) else None
+    return None
+
+
+def word_usage_error(message: str, options: Iterable[str]) -> str:
+    """Turn jsonargparse's message into a sentence with the value and the remedy.
+
+    Args:
+        message: What jsonargparse says.
+        options: The options that there are, "--model.mask_ratio" and so on.
+    """
+    if found := re.match(r"unrecognized arguments: (\S+)", message):
+        return _unknown(found[1], options)
+    if found := re.search(r"does not accept (?:option|nested key|key) '([^']+)'", message):
+        return _unknown(f"--{found[1].removeprefix('--')}", options)
+    if found := re.search(r'Linked "(\S+)" must be given via "(\S+)"', message):
+        return f"{found[1]} follows {found[2]}: give --{found[2]}"
+    if found := re.search(r"argument (\S+): expected (.*)", message):
+        return f"{found[1].split('/')[-1]} needs a value"
+    if found := re.match(r'Parser key "(\S+)":', message):
+        return _wrong_value(found[1], message)
+    return one_line(message)
+
+
+def one_line(message: str) -> str:
+    """A message without line breaks."""
+    return " ".join(message.split())
+
+
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
+    """A hint at the name that was probably meant: "did you mean ...?", or nothing."""
+    near = get_close_matches(name, list(names), n=1, cutoff=cutoff)
+    return f"did you mean {near[0]}?" if near else ""
+
+
+def _unknown(argument: str, options: Iterable[str]) -> str:
+    option = argument.split("=")[0]
+    if not option.startswith("-"):
+        return f"unexpected argument {argument!r}: options begin with --, configs follow -c"
+    hint = nearest(option, options) or "see --help for those that there are"
+    return f"unknown option {option}: {hint}"
+
+
+def _wrong_value(key: str, message: str) -> str:
+    """`Parser key "model.mask_fill": Expected a typing.Literal[...]. Got value: tokn`."""
+    values = re.findall(
+        r"(?:Given value|Got value|import path string|Expected a path but): ?(.*)", message
+    )
+    value = values[-1] if values else ""
+    if "import path string" in message:
+        return (
+            f"--{key} {value}: no class of that name is known here: check its spelling, or give "
+            "the import path (package.module.Class)"
+        )
+    choices = [
+        c for group in re.findall(r"Literal\[([^\]]*)\]", message) for c in group.split(", ")
+    ]
+    words = list(dict.fromkeys(choice.strip("'") for choice in choices))
+    kinds = dict.fromkeys(
+        re.findall(r"<class '(?:\w+\.)*(\w+)'>|(list\[[\w, ]+\])", _subtypes(message))
+    )
+    plain = [a or b.replace("[", " of ").rstrip("]") for a, b in kinds if a != "NoneType"]
+    hint = nearest(value, words)
+    expected = " or ".join([*words, *plain]) or one_line(message.split(":", 1)[1])
+    return one_line(f"--{key} does not take {value!r}: {hint} it takes {expected}")
+
+
+def _subtypes(message: str) -> str:
+    """The part of a message that names the types, without the type of what was given."""
+    if found := re.search(r"Subtypes: (.*)", message):
+        return found[1]
+    return message.split("Got value")[0].split("Given value type")[0]
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether we raised it on purpose: the frame that raised it is in this package."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and _module(frames[-1][0]).split(".")[0] == "simmim"
+
+
+def _while_configuring(error: BaseException) -> bool:
+    """Whether it was raised while model, data and trainer were being made from options."""
+    return any(
+        frame.f_code.co_name in ("instantiate_classes", "instantiate_trainer")
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
+
+
+def _module(frame: object) -> str:
+    return str(getattr(frame, "f_globals", {}).get("__name__", ""))

@@ -1,0 +1,323 @@
+"""A run's folder, its checkpoints, its metrics and its board."""
+
+import csv
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from simmim import loggers, run
+from simmim.loggers import MetricsFile, board, finish_board, is_logged_in
+from simmim.run import DurableCheckpointIO, find_start, leave_run, new_run, newest_run, run_of
+
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in (*RANKS, run.FOLDER_VARIABLE):
+        monkeypatch.delenv(key, raising=False)
+
+
+def finished(run_dir: Path, name: str) -> Path:
+    """A run's folder as a fit leaves it."""
+    folder = new_run(run_dir, name)
+    (folder / "checkpoints").mkdir()
+    torch.save(
+        {"hyper_parameters": {"mask_ratio": 0.6}, "global_step": 7},
+        folder / "checkpoints/last.ckpt",
+    )
+    (folder / "config.yaml").write_text("model: {optimizer: {class_path: torch.optim.SGD}}\n")
+    leave_run(folder, failed=False)
+    return folder
+
+
+# The folder --------------------------------------------------------------------------------------
+
+
+def test_each_run_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "a" / "version_notes").mkdir(parents=True)
+    folders = [new_run(tmp_path, "a") for _ in range(3)]
+    assert [folder.name for folder in folders] == ["version_0", "version_1", "version_2"]
+    folders[0].rmdir()
+    assert new_run(tmp_path, "a").name == "version_3"  # a number is used once
+    assert new_run(tmp_path, "b").name == "version_0"
+
+
+def test_runs_that_begin_at_once_do_not_share_a_folder(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        folders = list(pool.map(lambda _: new_run(tmp_path, "a"), range(64)))
+    assert len(set(folders)) == 64
+
+
+@pytest.mark.parametrize(
+    ("environment", "first"),
+    [
+        ({}, True),
+        ({"LOCAL_RANK": "0", "NODE_RANK": "0"}, True),
+        ({"LOCAL_RANK": "1"}, False),
+        ({"LOCAL_RANK": "0", "NODE_RANK": "1"}, False),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, True),
+        ({"RANK": "8", "LOCAL_RANK": "0"}, False),  # torchrun, another machine
+        ({"SLURM_PROCID": "3"}, False),
+        ({"SLURM_PROCID": "0"}, True),
+        ({"SLURM_PROCID": "0", "LOCAL_RANK": "1"}, False),  # Lightning's own, inside salloc
+    ],
+)
+def test_one_process_makes_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], first: bool
+) -> None:
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    assert run.is_first_process() is first
+    folder = new_run(tmp_path, "a")
+    assert (folder == tmp_path / "a" / "version_0") is first
+    assert (tmp_path / "a" / "version_0").exists() is first
+
+
+def test_the_processes_that_we_start_write_where_we_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = new_run(tmp_path, "a")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert new_run(tmp_path, "a") == folder
+    leave_run(folder, failed=True)  # not theirs to remove
+    assert folder.exists()
+
+
+def test_a_run_that_failed_before_it_began_leaves_nothing(tmp_path: Path) -> None:
+    folder = new_run(tmp_path, "a")
+    (folder / "wandb").mkdir()
+    leave_run(folder, failed=True)
+    assert not folder.exists()
+    assert run.FOLDER_VARIABLE not in os.environ
+    kept = finished(tmp_path, "a")
+    leave_run(kept, failed=True)
+    assert (kept / "checkpoints/last.ckpt").exists()
+
+
+# Going on ----------------------------------------------------------------------------------------
+
+
+def test_last_is_the_newest_run_of_the_name_that_has_a_checkpoint(tmp_path: Path) -> None:
+    first, second = finished(tmp_path, "a"), finished(tmp_path, "a")
+    new_run(tmp_path, "a")
+    finished(tmp_path, "b")
+    assert newest_run(tmp_path, "a") == second
+    for number in range(3, 12):
+        (tmp_path / "a" / f"version_{number}").mkdir()
+    tenth = finished(tmp_path, "a")
+    assert tenth.name == "version_12"
+    assert newest_run(tmp_path, "a") == tenth  # 12 comes after 9
+    assert first != second
+
+
+def test_no_run_to_go_on_with_names_the_others(tmp_path: Path) -> None:
+    finished(tmp_path, "mine")
+    with pytest.raises(ValueError, match="--name mine"):
+        newest_run(tmp_path, "digits")
+
+
+def test_a_checkpoint_says_what_it_was_made_with(tmp_path: Path) -> None:
+    folder = finished(tmp_path, "a")
+    expected = {"mask_ratio": 0.6, "optimizer": {"class_path": "torch.optim.SGD"}}
+    for given in ("last", str(folder), str(folder / "checkpoints/last.ckpt")):
+        start = find_start(given, tmp_path, "a")
+        assert (start.run, start.step, start.model) == (folder, 7, expected)
+        assert start.goes_on
+
+
+def test_an_earlier_checkpoint_branches_off(tmp_path: Path) -> None:
+    folder = finished(tmp_path, "a")
+    best = folder / "checkpoints/best.ckpt"
+    best.write_bytes((folder / "checkpoints/last.ckpt").read_bytes())
+    start = find_start(str(best), tmp_path, "a")
+    assert start.run == folder
+    assert not start.goes_on  # a fit from here would overwrite what came after
+
+
+def test_a_checkpoint_outside_of_a_run_belongs_to_none(tmp_path: Path) -> None:
+    moved = tmp_path / "moved.ckpt"
+    moved.write_bytes((finished(tmp_path, "a") / "checkpoints/last.ckpt").read_bytes())
+    assert run_of(moved) is None
+    assert find_start(str(moved), tmp_path, "a").run is None
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", None])
+def test_what_is_no_checkpoint_is_refused_in_a_sentence(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    path = tmp_path / "x.ckpt"
+    if content is None:
+        torch.save({"state_dict": {}}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="x.ckpt is no checkpoint"):
+        find_start(str(path), tmp_path, "a")
+
+
+# Checkpoints -------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_written_whole(tmp_path: Path) -> None:
+    io = DurableCheckpointIO()
+    for i in range(2):
+        io.save_checkpoint({"i": i}, tmp_path / "checkpoints" / "last.ckpt")
+    assert io.load_checkpoint(tmp_path / "checkpoints" / "last.ckpt") == {"i": 1}
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    io, path = DurableCheckpointIO(), tmp_path / "last.ckpt"
+    io.save_checkpoint({"i": 0}, path)
+
+    def full(checkpoint: object, file: object) -> None:
+        file.write(b"half")  # type: ignore[attr-defined]
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="no room for a checkpoint"):
+        io.save_checkpoint({"i": 1}, path)
+    assert torch.load(path) == {"i": 0}
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no kill -9")
+def test_kill_9_during_a_save_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch; from pathlib import Path; from simmim.run import DurableCheckpointIO\n"
+        "io, path = DurableCheckpointIO(), Path(sys.argv[1]) / 'checkpoints' / 'last.ckpt'\n"
+        "weights = torch.zeros(4_000_000)\n"
+        "for i in range(10_000): io.save_checkpoint({'i': i, 'weights': weights}, path)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.1)
+    process.kill()
+    process.wait()
+    assert torch.load(path)["weights"].shape == (4_000_000,)
+    run.clean_up(tmp_path)
+    assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
+
+
+# Metrics -----------------------------------------------------------------------------------------
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_metrics_go_on_after_a_resume(tmp_path: Path) -> None:
+    first = MetricsFile(tmp_path)
+    for step in range(6):
+        first.log_metrics({"epoch": 0, "train/loss": 1.0 - step / 10}, step)
+        first.save()
+    first.log_metrics({"val/loss": torch.tensor(0.5)}, 5)
+    first.save()
+
+    again = MetricsFile(tmp_path, before_step=4)
+    again.log_metrics({"train/loss": 0.25, "lr": 0.1}, 4)
+    again.save()
+    again.log_metrics({"train/loss": 0.2, "lr": 0.1}, 5)
+    again.finalize("success")
+
+    table = rows(tmp_path / "metrics.csv")
+    assert list(table[0]) == ["step", "epoch", "train/loss", "val/loss", "lr"]
+    assert [row["step"] for row in table] == ["0", "1", "2", "3", "4", "5"]
+    assert [row["train/loss"] for row in table[3:]] == ["0.7", "0.25", "0.2"]
+    assert [row["lr"] for row in table[3:]] == ["", "0.1", "0.1"]
+
+
+def test_a_row_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,epoch,train/loss\n0,0,1.5\n1,0,1.4\n,")
+    again = MetricsFile(tmp_path, before_step=9)
+    again.log_metrics({"train/loss": 1.3}, 2)
+    again.save()
+    assert [row["step"] for row in rows(tmp_path / "metrics.csv")] == ["0", "1", "2"]
+
+
+def test_lightning_finds_the_folder_in_the_metrics(tmp_path: Path) -> None:
+    assert MetricsFile(tmp_path).log_dir == str(tmp_path)
+
+
+# The board ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home without a login."""
+    for key in [key for key in os.environ if key.startswith("WANDB_")] + ["NETRC"]:
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_without_credentials_nobody_is_logged_in(nobody: Path) -> None:
+    assert not is_logged_in()
+    (nobody / ".netrc").write_text("machine example.org login user password secret\n")
+    assert not is_logged_in()
+
+
+@pytest.mark.parametrize("key", ["WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"])
+def test_a_key_in_the_environment_is_a_login(
+    nobody: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv(key, "x" * 40)
+    assert is_logged_in()
+
+
+def test_a_netrc_file_is_a_login(nobody: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (nobody / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
+    assert is_logged_in()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://board.example.org")
+    assert not is_logged_in()  # at that server
+    (nobody / "other").write_text("machine board.example.org login user password secret\n")
+    monkeypatch.setenv("NETRC", str(nobody / "other"))
+    assert is_logged_in()
+
+
+def test_settings_of_the_working_folder_count(nobody: Path) -> None:
+    (nobody / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
+    (nobody / "wandb").mkdir()
+    (nobody / "wandb" / "settings").write_text("[default]\nbase_url = https://board.example.org\n")
+    assert not is_logged_in()
+
+
+def test_the_board_can_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert board(tmp_path) is None
+
+
+def test_an_offline_run_keeps_its_name_and_says_how_to_sync(
+    nobody: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(loggers, "rank_zero_info", said.append)
+    folder = new_run(nobody / "runs", "a")
+    ids = []
+    for _ in range(2):  # a run, and its resumption
+        logger = board(folder)
+        assert logger is not None
+        logger.log_metrics({"val/loss": 0.5}, step=3)
+        ids.append(logger.experiment.id)
+        finish_board([logger], failed=False)
+    assert ids[0] == ids[1]
+    assert len(list((folder / "wandb").glob("offline-run-*"))) == 2
+    assert said[0].startswith("W&B keeps an offline run; to sync it: wandb sync runs/a/version_0/")
+    assert (nobody / said[0].split()[-1]).is_dir()
+    assert "WANDB_MODE" not in os.environ  # the next run decides for itself
