@@ -6,6 +6,7 @@ Modeling", CVPR 2022, arXiv:2111.09886.
 """
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from functools import partial
 from inspect import signature
 from typing import Any, Literal, cast
@@ -18,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
+from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from simmim.encoder import Encoder
@@ -178,7 +180,7 @@ class SimMIM(L.LightningModule):
         self.head = find_part(head, HEADS, "head", trust=trust)(
             self.encoder.num_features,
             self.target.out_chans,
-            _upsample(self.encoder.stride, self.target.stride),
+            Fraction(self.encoder.stride, self.target.stride),  # target elements along a feature
             **(head_kwargs or {}),
         )
         self._check(target, loss)
@@ -328,7 +330,7 @@ class SimMIM(L.LightningModule):
         shown = {"original": original, "masked": original.masked_fill(hidden, 0.5)}
         pixels = self.target.to_pixels(prediction, images)
         if pixels is None:
-            truth, guess = self.target.picture(target), self.target.picture(prediction)
+            truth, guess = self.target.picture(target), self.target.picture(prediction, target)
             shown["target"] = truth
         else:
             truth, guess = original, self._picture(pixels)
@@ -392,8 +394,8 @@ class SimMIM(L.LightningModule):
     @property
     def global_batch_size(self) -> int:
         """Images that one optimiser step sees, over all processes."""
-        data: Any = getattr(self.trainer, "datamodule", None)
-        batch = getattr(data, "batch_size", None) or self.trainer.train_dataloader.batch_size
+        data, loader = getattr(self.trainer, "datamodule", None), self.trainer.train_dataloader
+        batch = getattr(data, "batch_size", None) or cast(DataLoader[Any], loader).batch_size or 1
         return int(batch) * self.trainer.world_size * int(self.trainer.accumulate_grad_batches)
 
     def _steps(self) -> tuple[int, int]:
@@ -461,11 +463,6 @@ def _default_statistics(in_chans: int) -> tuple[tuple[float, ...], tuple[float, 
     if in_chans == 3:
         return IMAGENET_MEAN, IMAGENET_STD
     return (sum(IMAGENET_MEAN) / 3,) * in_chans, (sum(IMAGENET_STD) / 3,) * in_chans
-
-
-def _upsample(encoder_stride: int, target_stride: int) -> int:
-    """How many target elements there are along the side of one feature."""
-    return encoder_stride // target_stride
 
 
 def _fuse(optimizer: Optimizer, precision: str) -> None:
