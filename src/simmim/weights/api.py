@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import timm
 import torch
 from lightning import __version__ as lightning_version
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from simmim.weights.files import find_checkpoint, read_checkpoint
@@ -134,7 +135,7 @@ def load_weights(model: "SimMIM", source: str | Path, resize: Resize = "official
         resize: How positions change size, as the "official" code or as "timm" does it.
 
     Returns:
-        What became of each tensor.
+        What became of each tensor; the model's attribute `report` keeps it.
 
     Raises:
         ValueError: If the file's encoder is not complete, or is not the model's.
@@ -147,6 +148,8 @@ def load_weights(model: "SimMIM", source: str | Path, resize: Resize = "official
     report = fit(weights, _places(model), model.encoder.model, resize)
     if (eps := weights.architecture.norm_eps) is not None:  # a checkpoint of this model keeps it
         model.hparams["encoder_kwargs"] = {**options, "norm_eps": eps}
+    rank_zero_info(str(report))
+    model.report = report  # type: ignore[assignment]
     return report
 
 

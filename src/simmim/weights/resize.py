@@ -68,7 +68,7 @@ def _resize_official(table: Tensor, old: Size, new: Size) -> Tensor:
     degrees = {"kx": min(3, len(y) - 1), "ky": min(3, len(x) - 1), "s": 0}
     heads = [
         RectBivariateSpline(y, x, head.reshape(len(y), len(x)), **degrees)(new_y, new_x)
-        for head in table.float().T.numpy()
+        for head in table.detach().float().T.numpy()
     ]
     resized = torch.from_numpy(np.stack(heads, -1)).to(table.dtype)
     return resized.reshape(-1, table.shape[1])
