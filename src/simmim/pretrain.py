@@ -180,7 +180,7 @@ class SimMIM(L.LightningModule):
         self.head = find_part(head, HEADS, "head", trust=trust)(
             self.encoder.num_features,
             self.target.out_chans,
-            Fraction(self.encoder.stride, self.target.stride),  # target elements along a feature
+            _upsample(self.encoder.stride, self.target.stride),
             **(head_kwargs or {}),
         )
         self._check(target, loss)
@@ -463,6 +463,12 @@ def _default_statistics(in_chans: int) -> tuple[tuple[float, ...], tuple[float, 
     if in_chans == 3:
         return IMAGENET_MEAN, IMAGENET_STD
     return (sum(IMAGENET_MEAN) / 3,) * in_chans, (sum(IMAGENET_STD) / 3,) * in_chans
+
+
+def _upsample(encoder_stride: int, target_stride: int) -> int | Fraction:
+    """How many target elements there are along the side of one feature."""
+    ratio = Fraction(encoder_stride, target_stride)
+    return ratio.numerator if ratio.denominator == 1 else ratio
 
 
 def _fuse(optimizer: Optimizer, precision: str) -> None:
