@@ -11,17 +11,14 @@ SRC = Path(__file__).parents[1] / "src" / "simmim"
 METHOD = {"masking", "encoder", "observe", "head", "target", "loss"}  # observe: encoder's own
 TASKS = {"pretrain", "classify", "segment", "detect", "callbacks"}
 SHARED = {"optim", "weights", "probe", "training", "augment", "transfer", "scores", "readout"}
-SHARED = {"training", "transfer", "readout", "augment", "scores"}  # what several tasks do alike
 COMMANDS = {"embed", "export", "compare", "doctor", "benchmark"}
 FREE = {"parts"}  # finds a part by its name; knows none of them
 MAY_IMPORT = {
     **{area: {"masking", "observe"} for area in METHOD},
-    **{area: METHOD | SHARED | TASKS | {"optim", "weights", "probe"} for area in TASKS},
-    **{area: METHOD | SHARED | {"optim", "weights"} for area in SHARED},
-    **{area: METHOD | {"optim", "weights", "pretrain"} for area in ("optim", "weights")},
-    "probe": METHOD,
+    **{area: METHOD | SHARED | {"pretrain"} for area in SHARED},
+    **{area: METHOD | SHARED | TASKS for area in TASKS},
     "data": {"data", "masking"},
-    **{area: METHOD | SHARED | TASKS | {"optim", "weights", "probe", "data"} for area in COMMANDS},
+    **{area: METHOD | SHARED | TASKS | {"data"} for area in COMMANDS},
 }
 
 

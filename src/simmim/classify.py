@@ -1,13 +1,11 @@
 """What an encoder is worth as a classifier: fine-tuning, or a linear probe of frozen features."""
 
 from collections.abc import Mapping, Sequence
-from math import gcd
 from typing import Any, Literal, cast
 
 import lightning as L
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -18,8 +16,10 @@ from torch.optim import AdamW, Optimizer
 from simmim.augment import Mixer, erase
 from simmim.masking import sample_keys
 from simmim.optim import param_groups
+from simmim.readout import Probe, choose_layers, init_head_, read_tokens
 from simmim.scores import Scores, balanced_weights, class_accuracy
 from simmim.training import (
+    MovingAverage,
     optimizer_and_schedule,
     optimizer_from,
     optimizer_spec,
@@ -163,7 +163,7 @@ class Classifier(L.LightningModule):
         self.encoder.requires_grad_(not frozen)
         if grad_checkpointing:
             backbone.model.set_grad_checkpointing(True)
-        self.layers = _layers(layer, backbone.model, backbone.encoder)
+        self.layers = choose_layers(layer, backbone.model, backbone.encoder)
         self.heads = nn.ModuleDict()
         self.scores = nn.ModuleDict()
         self.classes: list[str] = []
@@ -194,29 +194,13 @@ class Classifier(L.LightningModule):
         if not self.own_head:
             return {MAIN: self.model(images)}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            tokens = self.tokens(images)
-        found = {name: head(*tokens[name]) for name, head in self.heads.items()}
-        return found if MAIN in found else {**found, MAIN: found[list(found)[-1]]}
-
-    def tokens(self, images: Tensor) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """Patch tokens, (B, L, D), and class token, (B, D), that each head reads."""
-        needs_prefix = self.hparams["pooling"] == "token"
-        if not self.layers:
-            return {MAIN: _split(self.model, self.model.forward_features(images))}
-        options = {"return_prefix_tokens": True} if needs_prefix else {}
-        found = self.model.forward_intermediates(
-            images,
-            indices=[layer - 1 for layer in self.layers],
-            stop_early=True,
-            output_fmt="NCHW",
-            intermediates_only=True,
-            **options,
-        )
-        pairs = found if needs_prefix else [(features, None) for features in found]
-        return {
-            name: (features.flatten(2).transpose(1, 2), None if prefix is None else prefix[:, 0])
-            for name, (features, prefix) in zip(self.head_names, pairs, strict=True)
+            class_token = self.hparams["pooling"] == "token"
+            read = read_tokens(self.model, images, self.layers, class_token=class_token)
+        found = {
+            name: head(*tokens)
+            for (name, head), tokens in zip(self.heads.items(), read, strict=True)
         }
+        return found if MAIN in found else {**found, MAIN: found[list(found)[-1]]}
 
     @property
     def model(self) -> Any:
@@ -363,7 +347,7 @@ class Classifier(L.LightningModule):
             )
         elif not (self.head_is_trained and self.model.num_classes == num_classes):
             self.model.reset_classifier(num_classes)
-            _init_head(self.model.get_classifier(), self.hparams["head_init_scale"])
+            init_head_(self.model.get_classifier(), self.hparams["head_init_scale"])
             self.head_is_trained = False
         names = {*self.heads, MAIN}
         self.scores = nn.ModuleDict(
@@ -405,7 +389,7 @@ class Classifier(L.LightningModule):
         self.set_num_classes(len(names))
         self.classes = names
 
-    def _new_probe(self, i: int, num_classes: int) -> "Probe":
+    def _new_probe(self, i: int, num_classes: int) -> Probe:
         width = self.model.num_features
         if self.layers:
             width = self.model.feature_info[self.layers[i] - 1]["num_chs"]
@@ -413,7 +397,7 @@ class Classifier(L.LightningModule):
         with torch.random.fork_rng(devices=[]):  # the same probe, alone or in a sweep
             torch.manual_seed(seed_of(self.seed, layer))
             probe = Probe(width, num_classes, self.hparams["pooling"], self.hparams["batch_norm"])
-            _init_head(probe.linear, self.hparams["head_init_scale"])
+            init_head_(probe.linear, self.hparams["head_init_scale"])
         return probe
 
     # Set-up and optimisation -------------------------------------------------------------------
@@ -525,59 +509,6 @@ class Classifier(L.LightningModule):
             self.optimizer = optimizer_from(spec, trust=self.trust)
 
 
-class Probe(nn.Module):
-    """A linear classifier on pooled tokens.
-
-    Args:
-        in_features: Width of the tokens.
-        num_classes: Classes.
-        pooling: mean, token or attention.
-        batch_norm: Normalise each feature over the batch first.
-    """
-
-    def __init__(self, in_features: int, num_classes: int, pooling: str, batch_norm: bool) -> None:
-        super().__init__()
-        self.pooling = pooling
-        if pooling == "attention":
-            self.query = nn.Parameter(torch.randn(1, 1, in_features) * 0.02)
-            heads = gcd(max(in_features // 64, 1), in_features)  # of 64 channels
-            self.attention = nn.MultiheadAttention(in_features, heads, batch_first=True)
-        self.norm = nn.BatchNorm1d(in_features, affine=False, eps=1e-6) if batch_norm else None
-        self.linear = nn.Linear(in_features, num_classes)
-
-    def forward(self, tokens: Tensor, class_token: Tensor | None = None) -> Tensor:
-        """Classify patch tokens, (B, L, D), or the class token, (B, D) -> logits, (B, K)."""
-        if self.pooling == "token":
-            assert class_token is not None
-            embedding = class_token
-        elif self.pooling == "attention":
-            query = self.query.expand(len(tokens), -1, -1)
-            embedding = self.attention(query, tokens, tokens, need_weights=False)[0][:, 0]
-        else:
-            embedding = tokens.mean(1)
-        return cast(Tensor, self.linear(embedding if self.norm is None else self.norm(embedding)))
-
-
-class MovingAverage(EMAWeightAveraging):
-    """Lightning's moving average of the weights, for a model whose head depends on the data."""
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Copy the model, whose classes must be known by then: callbacks are set up first."""
-        if stage == "fit":
-            pl_module.setup(stage)
-        super().setup(trainer, pl_module, stage)
-
-    def on_save_checkpoint(self, trainer: L.Trainer, *args: Any) -> None:
-        """Keep both models; outside of training there is one."""
-        if self._average_model is not None:
-            super().on_save_checkpoint(trainer, *args)
-
-    def on_load_checkpoint(self, trainer: L.Trainer, *args: Any) -> None:
-        """Take both models; outside of training there is one."""
-        if self._average_model is not None:
-            super().on_load_checkpoint(trainer, *args)
-
-
 def _check(hparams: Mapping[str, Any]) -> None:
     """Refuse options that contradict each other or would do nothing."""
     if hparams["layer"] is not None and not hparams["frozen"]:
@@ -600,47 +531,6 @@ def _check(hparams: Mapping[str, Any]) -> None:
     ema = hparams["ema_decay"]
     if ema is not None and not 0 < ema < 1:
         raise ValueError(f"ema_decay {ema} is not between 0 and 1: use 0.999, or none")
-
-
-def _layers(layer: int | list[int] | str | None, model: Any, name: str) -> list[int]:
-    """Layers to read, counted from 1; none = the last, behind the final norm."""
-    if layer is None:
-        return []
-    if not hasattr(model, "forward_intermediates"):
-        raise ValueError(f"{name} gives no middle layers: leave layer out to read the last")
-    last = len(model.feature_info)
-    if isinstance(layer, str):
-        return list(range(1, last + 1))
-    layers = sorted(set(layer)) if isinstance(layer, list) else [layer]
-    if not layers or layers[0] < 1 or layers[-1] > last:
-        raise ValueError(f"layer {layer} of {name} does not exist: use 1 to {last}, or all")
-    return layers
-
-
-def _prefix_tokens(model: Any) -> int:
-    """Class and register tokens that stand before the patch tokens."""
-    return int(getattr(model, "num_prefix_tokens", 0))
-
-
-def _split(model: Any, features: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What forward_features gives, in any layout -> patch tokens, (B, L, D), and class token."""
-    prefix = _prefix_tokens(model)
-    if features.ndim == 3:
-        return features[:, prefix:], features[:, 0] if prefix else None
-    if getattr(model, "output_fmt", "NCHW") == "NHWC":
-        return features.flatten(1, 2), None  # NHWC -> NLC
-    return features.flatten(2).transpose(1, 2), None  # NCHW -> NLC
-
-
-def _init_head(head: Any, scale: float) -> None:
-    """The official initialisation: a normal of std 0.02 times the scale, biases 0."""
-    for module in head.modules() if isinstance(head, nn.Module) else ():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            with torch.no_grad():
-                module.weight.mul_(scale)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
 
 
 def _classifier_came_along(missing: Mapping[str, str]) -> bool:

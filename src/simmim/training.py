@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -29,9 +30,30 @@ def seed_step(module: L.LightningModule, seed: int, batch_idx: int) -> None:
 
 def global_batch_size(trainer: L.Trainer) -> int:
     """Images that one optimiser step sees, over all processes."""
+    data: Any = getattr(trainer, "datamodule", None)
     loader: Any = trainer.train_dataloader
-    batch = getattr(loader.batch_sampler, "batch_size", None) or loader.batch_size
+    batch = getattr(data, "batch_size", None) or loader.batch_size
     return int(batch) * trainer.world_size * int(trainer.accumulate_grad_batches)
+
+
+def count_steps(trainer: L.Trainer) -> tuple[int, int]:
+    """Optimiser steps in an epoch and in the run.
+
+    A data module that has `batches_per_epoch(world_size)` is asked. For plain loaders there is
+    Lightning's own estimate: it starts the loader, before a checkpoint says where in the epoch it
+    should, and so does not go on exactly within an epoch.
+    """
+    data: Any = getattr(trainer, "datamodule", None)
+    total = None
+    if hasattr(data, "batches_per_epoch"):
+        whole, limit = data.batches_per_epoch(trainer.world_size), trainer.limit_train_batches
+        batches = min(whole, limit) if isinstance(limit, int) else int(whole * limit)
+    else:
+        total = int(trainer.estimated_stepping_batches)
+        batches = int(trainer.num_training_batches)
+    per_epoch = max(1, -(-batches // int(trainer.accumulate_grad_batches)))
+    limits = (trainer.max_steps, (trainer.max_epochs or -1) * per_epoch)
+    return per_epoch, total or min(steps for steps in limits if steps >= 0)
 
 
 def optimizer_and_schedule(
@@ -68,9 +90,8 @@ def optimizer_and_schedule(
     if not groups:
         raise ValueError("nothing is left to train: all parameters are frozen")
     trainer = module.trainer
-    total_steps = int(trainer.estimated_stepping_batches)  # sets the loader up
+    steps, total_steps = count_steps(trainer)
     batch = global_batch_size(trainer)
-    steps = -(-trainer.num_training_batches // int(trainer.accumulate_grad_batches))
     scale = scaled_lr(1.0, batch)
     built = optimizer(groups)
     _fuse(built, str(trainer.precision))
@@ -132,6 +153,26 @@ def optimizer_from(spec: dict[str, Any], *, trust: bool) -> OptimizerCallable:
     safe = path.startswith(("torch.optim.", "timm.optim."))
     kind: Any = find_part(path, {}, "optimizer", trust=safe or trust)
     return partial(kind, **spec["init_args"])
+
+
+class MovingAverage(EMAWeightAveraging):
+    """Lightning's moving average of the weights, for a model whose head depends on the data."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Copy the model, whose classes must be known by then: callbacks are set up first."""
+        if stage == "fit":
+            pl_module.setup(stage)
+        super().setup(trainer, pl_module, stage)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, *args: Any) -> None:
+        """Keep both models; outside of training there is one."""
+        if self._average_model is not None:
+            super().on_save_checkpoint(trainer, *args)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, *args: Any) -> None:
+        """Take both models; outside of training there is one."""
+        if self._average_model is not None:
+            super().on_load_checkpoint(trainer, *args)
 
 
 def _fuse(optimizer: Optimizer, precision: str) -> None:

@@ -1,0 +1,231 @@
+"""What a person sees of a classifier: which classes it takes for which, and its predictions."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from simmim.callbacks.pictures import BACKGROUND, INK
+
+NAMED, NUMBERED = 40, 20  # classes up to which rows have names, and cells numbers
+MOST, LEAST = (8, 48, 107), (247, 251, 255)  # colours of all and of none of a class's images
+PREDICTIONS = "predictions.csv"
+
+
+class ConfusionMatrix(L.Callback):
+    """Draw which classes are taken for which, and list each class's accuracy.
+
+    `confusion_matrix.png` and `classes.csv` in the run's folder belong to the last evaluation; W&B
+    and TensorBoard get the picture. Several labels an image have no such matrix.
+
+    Args:
+        every_n_epochs: Epochs between two pictures; the last epoch always has one. 0 draws none.
+    """
+
+    def __init__(self, every_n_epochs: int = 10) -> None:
+        if every_n_epochs < 0:
+            raise ValueError(f"every_n_epochs {every_n_epochs} is negative: use 0 to draw nothing")
+        self.every_n_epochs = every_n_epochs
+        self._undrawn = False
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw every few epochs."""
+        if not self.every_n_epochs or trainer.sanity_checking:
+            return
+        self._undrawn = True
+        if trainer.state.fn != "fit" or (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw the last evaluation, however the run came to its end."""
+        if self._undrawn:
+            self._draw(trainer, pl_module)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw the test's."""
+        if self.every_n_epochs:
+            self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._undrawn = False
+        folder = trainer.log_dir or trainer.default_root_dir  # every process must ask
+        module: Any = pl_module
+        counts: Tensor | None = module.confusion_matrix
+        if counts is None or not trainer.is_global_zero:
+            return
+        picture = draw_confusion(counts, module.class_names)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("confusion_matrix", [picture])
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(
+                    "confusion_matrix", np.asarray(picture), trainer.global_step, dataformats="HWC"
+                )
+        if trainer.fast_dev_run or (not trainer.loggers and trainer.state.fn != "fit"):  # type: ignore[attr-defined]
+            return
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            picture.save(Path(folder) / "confusion_matrix.png")
+            _write_classes(Path(folder) / "classes.csv", counts, module.class_names)
+        except OSError as error:  # a full disk costs the picture, not the run
+            rank_zero_warn(f"no picture: {error}")
+
+
+class PredictionTable(L.Callback):
+    """Write `predictions.csv` into the run's folder: path, label and probabilities of each image.
+
+    The label is the most probable class, or with several labels an image those above one half,
+    separated by ";". Rows are in the order of the images, whatever process saw them.
+    """
+
+    def __init__(self) -> None:
+        self._folder: Path | None = None
+        self._part: Any = None
+        self._seen = 0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Find the run's folder, which every process must ask for."""
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep Lightning from collecting what is written."""
+        assert self._folder is not None
+        trainer.predict_loop.return_predictions = False
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._seen = 0
+        self._part = _part(self._folder, trainer.global_rank).open(
+            "w", newline="", encoding="utf-8", errors="surrogateescape"
+        )
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the rows of a batch."""
+        module: Any = pl_module
+        names, several = module.class_names, module.multi_label
+        paths = batch.get("path") if isinstance(batch, Mapping) else None
+        writer = csv.writer(self._part)
+        for i, row in enumerate(outputs["probabilities"].float().cpu().tolist()):
+            place = self._seen * trainer.world_size + trainer.global_rank
+            path = paths[i] if paths else f"{place:06d}"
+            shares = [f"{value:.6g}" for value in row]
+            writer.writerow([place, path, label_of(row, names, several), *shares])
+            self._seen += 1
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the rows of all processes together, and say where they are."""
+        assert self._folder is not None
+        self._part.close()
+        trainer.strategy.barrier()
+        if not trainer.is_global_zero:
+            return
+        module: Any = pl_module
+        parts = [_part(self._folder, rank) for rank in range(trainer.world_size)]
+        header = ["path", "label", *(f"probability of {name}" for name in module.class_names)]
+        merge_parts(parts, self._folder / PREDICTIONS, header)
+        print(f"Predictions: {self._folder / PREDICTIONS}")
+
+
+def label_of(row: Sequence[float], names: Sequence[str], several: bool) -> str:
+    """Name the predicted class, or of several labels those that are more likely than not."""
+    if several:
+        return ";".join(name for name, share in zip(names, row, strict=True) if share > 0.5)
+    return names[max(range(len(row)), key=row.__getitem__)]
+
+
+def merge_parts(parts: Sequence[Path], target: Path, header: Sequence[str]) -> None:
+    """Merge tables whose first column is the place of a row, and remove them."""
+    options: Any = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+    rows = []
+    for part in parts:
+        with part.open(**options) as file:
+            rows += list(csv.reader(file))
+    with target.open("w", **options) as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(row[1:] for row in sorted(rows, key=lambda row: int(row[0])))
+    for part in parts:
+        part.unlink()
+
+
+def draw_confusion(counts: Tensor, names: Sequence[str]) -> Image.Image:
+    """Draw a confusion matrix: a row for each class, shaded by the share predicted as each column.
+
+    Args:
+        counts: (label, prediction), (K, K).
+        names: Of the classes.
+
+    Returns:
+        The picture, RGB. Up to 40 classes are named, up to 20 have their counts in the cells.
+    """
+    n, font = len(names), ImageFont.load_default(size=12)
+    cell = 34 if n <= NUMBERED else max(2, 640 // n)
+    shown = [name if len(name) <= 18 else f"{name[:17]}…" for name in names]
+    margin = 24 + (max(int(font.getlength(name)) for name in shown) if n <= NAMED else 0)
+    side = cell * n
+    picture = Image.new("RGB", (margin + side + 8, margin + side + 8), BACKGROUND)
+    draw = ImageDraw.Draw(picture)
+    shares = (counts / counts.sum(1, keepdim=True).clamp_min(1)).cpu().numpy()[..., None]
+    colours = np.array(LEAST) + shares * (np.array(MOST) - np.array(LEAST))
+    table = Image.fromarray(colours.round().astype(np.uint8))
+    picture.paste(table.resize((side, side), Image.Resampling.NEAREST), (margin, margin))
+    draw.rectangle((margin - 1, margin - 1, margin + side, margin + side), outline=INK)
+    if n <= NAMED:
+        _draw_names(picture, shown, margin, cell, font)
+    if n <= NUMBERED:
+        for row in range(n):
+            for column in range(n):
+                if count := int(counts[row, column]):
+                    dark = shares[row, column, 0] > 0.5
+                    middle = (margin + (column + 0.5) * cell, margin + (row + 0.5) * cell)
+                    ink = BACKGROUND if dark else INK
+                    draw.text(middle, str(count), fill=ink, font=font, anchor="mm")
+    draw.text((margin + side / 2, 10), "prediction", fill=INK, font=font, anchor="mm")
+    _draw_upright(picture, "label", (10, margin + side // 2), font)
+    return picture
+
+
+def _draw_names(
+    picture: Image.Image, names: Sequence[str], margin: int, cell: int, font: Any
+) -> None:
+    draw = ImageDraw.Draw(picture)
+    for i, name in enumerate(names):
+        middle = margin + int((i + 0.5) * cell)
+        draw.text((margin - 4, middle), name, fill=INK, font=font, anchor="rm")
+        length = int(font.getlength(name))
+        _draw_upright(picture, name, (middle, margin - 4 - length // 2), font)
+
+
+def _draw_upright(picture: Image.Image, text: str, middle: tuple[int, int], font: Any) -> None:
+    """Write a line from below upwards."""
+    line = Image.new("RGB", (int(font.getlength(text)) + 2, 16), BACKGROUND)
+    ImageDraw.Draw(line).text((1, 8), text, fill=INK, font=font, anchor="lm")
+    line = line.rotate(90, expand=True)
+    picture.paste(line, (middle[0] - line.width // 2, middle[1] - line.height // 2))
+
+
+def _write_classes(path: Path, counts: Tensor, names: Sequence[str]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["class", "images", "recognised", "accuracy"])
+        for name, row, hits in zip(names, counts, counts.diagonal(), strict=True):
+            images = int(row.sum())
+            share = f"{int(hits) / images:.4f}" if images else ""
+            writer.writerow([name, images, int(hits), share])
+
+
+def _part(folder: Path, rank: int) -> Path:
+    return folder / f".{PREDICTIONS}.{rank}"

@@ -1,0 +1,122 @@
+"""What a probe reads of an encoder: tokens of a layer, pooled to one embedding."""
+
+from math import gcd
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+Tokens = tuple[Tensor, Tensor | None]  # of the patches, (B, L, D), and the class token, (B, D)
+
+
+def choose_layers(layer: int | list[int] | str | None, model: Any, name: str) -> list[int]:
+    """Say which layers of a timm model are read.
+
+    Args:
+        layer: Blocks of a plain transformer, stages of a hierarchical model, counted from 1; or
+            "all". None: the last, behind the final norm.
+        model: The timm model.
+        name: Its name, for the error.
+
+    Returns:
+        Layers, counted from 1 and in order; none = the last, behind the final norm.
+
+    Raises:
+        ValueError: If there is no such layer.
+    """
+    if layer is None:
+        return []
+    if not hasattr(model, "forward_intermediates"):
+        raise ValueError(f"{name} gives no middle layers: leave layer out to read the last")
+    last = len(model.feature_info)
+    if isinstance(layer, str):
+        return list(range(1, last + 1))
+    layers = sorted(set(layer)) if isinstance(layer, list) else [layer]
+    if not layers or layers[0] < 1 or layers[-1] > last:
+        raise ValueError(f"layer {layer} of {name} does not exist: use 1 to {last}, or all")
+    return layers
+
+
+def read_tokens(
+    model: Any, images: Tensor, layers: list[int], *, class_token: bool = False
+) -> list[Tokens]:
+    """Run a timm model once and read its tokens.
+
+    Args:
+        model: The timm model.
+        images: Normalised, (B, C, H, W).
+        layers: From `choose_layers`.
+        class_token: Whether the class tokens of middle layers are wanted too.
+
+    Returns:
+        The tokens of each layer, without its norm; or without layers those of the last, with it.
+    """
+    if not layers:
+        return [_split(model, model.forward_features(images))]
+    found = model.forward_intermediates(
+        images,
+        indices=[layer - 1 for layer in layers],
+        stop_early=True,
+        output_fmt="NCHW",
+        intermediates_only=True,
+        **({"return_prefix_tokens": True} if class_token else {}),
+    )
+    pairs = found if class_token else [(features, None) for features in found]
+    return [
+        (features.flatten(2).transpose(1, 2), None if prefix is None else prefix[:, 0])
+        for features, prefix in pairs  # NCHW -> NLC
+    ]
+
+
+class Probe(nn.Module):
+    """A linear classifier on pooled tokens.
+
+    Args:
+        in_features: Width of the tokens.
+        num_classes: Classes.
+        pooling: mean, token or attention.
+        batch_norm: Normalise each feature over the batch first.
+    """
+
+    def __init__(self, in_features: int, num_classes: int, pooling: str, batch_norm: bool) -> None:
+        super().__init__()
+        self.pooling = pooling
+        if pooling == "attention":
+            self.query = nn.Parameter(torch.randn(1, 1, in_features) * 0.02)
+            heads = gcd(max(in_features // 64, 1), in_features)  # of 64 channels
+            self.attention = nn.MultiheadAttention(in_features, heads, batch_first=True)
+        self.norm = nn.BatchNorm1d(in_features, affine=False, eps=1e-6) if batch_norm else None
+        self.linear = nn.Linear(in_features, num_classes)
+
+    def forward(self, tokens: Tensor, class_token: Tensor | None = None) -> Tensor:
+        """Classify patch tokens, (B, L, D), or the class token, (B, D) -> logits, (B, K)."""
+        if self.pooling == "token":
+            assert class_token is not None
+            embedding = class_token
+        elif self.pooling == "attention":
+            query = self.query.expand(len(tokens), -1, -1)
+            embedding = self.attention(query, tokens, tokens, need_weights=False)[0][:, 0]
+        else:
+            embedding = tokens.mean(1)
+        return cast(Tensor, self.linear(embedding if self.norm is None else self.norm(embedding)))
+
+
+def init_head_(head: Any, scale: float) -> None:
+    """Initialise a classifier as the official code does: std 0.02 times a scale, biases 0."""
+    for module in head.modules() if isinstance(head, nn.Module) else ():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            with torch.no_grad():
+                module.weight.mul_(scale)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def _split(model: Any, features: Tensor) -> Tokens:
+    """What forward_features gives, in any layout -> patch tokens, (B, L, D), and class token."""
+    prefix = int(getattr(model, "num_prefix_tokens", 0))
+    if features.ndim == 3:
+        return features[:, prefix:], features[:, 0] if prefix else None
+    if getattr(model, "output_fmt", "NCHW") == "NHWC":
+        return features.flatten(1, 2), None  # NHWC -> NLC
+    return features.flatten(2).transpose(1, 2), None  # NCHW -> NLC
