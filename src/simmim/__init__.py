@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "SimMIM": "simmim.pretrain",
+    "Classifier": "simmim.classify",
     "mask_images": "simmim.masking",
     "l1_loss": "simmim.loss",
     "mse_loss": "simmim.loss",
@@ -21,6 +22,7 @@ _HOME = {
 __all__ = list(_HOME)  # noqa: PLE0604
 
 if TYPE_CHECKING:
+    from simmim.classify import Classifier as Classifier
     from simmim.data import ImageFolderData as ImageFolderData
     from simmim.loss import l1_loss as l1_loss
     from simmim.loss import mse_loss as mse_loss

@@ -41,6 +41,11 @@ COMMANDS = {
         "simmim.task:pretrain",
         tuple(SUBCOMMANDS),
     ),
+    "classify": Command(
+        "fine-tune an encoder to classify, or probe what its features are worth",
+        "simmim.task:classify",
+        tuple(SUBCOMMANDS),
+    ),
 }
 
 EXAMPLES = {

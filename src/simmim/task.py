@@ -4,7 +4,7 @@ import json
 import logging
 import warnings
 from argparse import ArgumentError
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
@@ -33,10 +33,25 @@ from simmim.run import (
     new_run,
 )
 
-LINKS = {  # said once, used twice
-    "model.img_size": ("data.img_size",),
-    "model.in_chans": ("data.in_chans",),
-    "seed_everything": ("model.seed", "data.seed"),
+
+@dataclass(frozen=True)
+class Link:
+    """What is said once and used twice.
+
+    Attributes:
+        source: The option that is given; of several, what the target is computed from.
+        compute: Makes the value from those of the sources; None copies it.
+    """
+
+    source: str | tuple[str, ...]
+    compute: Callable[..., Any] | None = None
+
+
+LINKS = {  # by target
+    "data.img_size": Link("model.img_size"),
+    "data.in_chans": Link("model.in_chans"),
+    "model.seed": Link("seed_everything", int),
+    "data.seed": Link("seed_everything", int),
 }
 NOT_IN_A_CONFIG = ("ckpt_path", "weights_only", "verbose", "return_predictions")
 
@@ -52,6 +67,7 @@ class Task:
         default: The config where none is named.
         callbacks: Callbacks that are always there, by the name of their options.
         writers: Callbacks without options.
+        links: What is said once and used twice, by target, where it differs from pretraining.
     """
 
     name: str
@@ -60,6 +76,7 @@ class Task:
     default: str
     callbacks: Mapping[str, type[Callback]]
     writers: tuple[type[Callback], ...] = ()
+    links: Mapping[str, Link] = field(default_factory=dict)
 
 
 def pretrain(args: list[str]) -> None:
@@ -88,6 +105,37 @@ def pretrain(args: list[str]) -> None:
     )
 
 
+def classify(args: list[str]) -> None:
+    """`simmim classify {fit,validate,test,predict}`."""
+    from simmim import callbacks
+    from simmim.callbacks.classification import ConfusionMatrix, PredictionTable
+    from simmim.classify import Classifier
+    from simmim.data.classification import ClassificationData
+    from simmim.transfer import channels, image_size
+
+    run_task(
+        Task(
+            name="classify",
+            model=Classifier,
+            data=ClassificationData,
+            default="classify/finetune_small",
+            callbacks={
+                "confusion": ConfusionMatrix,
+                "non_finite": callbacks.StopOnNonFinite,
+                "throughput": callbacks.Throughput,
+                "progress_bar": callbacks.ProgressBar,
+            },
+            writers=(PredictionTable,),
+            links={
+                "data.img_size": Link(("model.img_size", "model.weights"), image_size),
+                "data.in_chans": Link(("model.in_chans", "model.weights"), channels),
+                "data.multi_label": Link("model.multi_label"),
+            },
+        ),
+        args,
+    )
+
+
 def run_task(task: Task, args: list[str]) -> None:
     """Run a task's subcommand.
 
@@ -101,7 +149,10 @@ def run_task(task: Task, args: list[str]) -> None:
         KeyboardInterrupt: On Ctrl+C; it says how to go on.
     """
     _quieten_lightning()
-    follows = {target: source for source, targets in LINKS.items() for target in targets}
+    follows = {
+        target: link.source if isinstance(link.source, str) else link.source[0]
+        for target, link in {**LINKS, **task.links}.items()
+    }
     request = read_request(task.name, task.default, args, follows)
     start = None
     if request.ckpt_path:
@@ -144,7 +195,6 @@ class TaskCLI(LightningCLI):
             task.model,
             task.data,
             save_config_callback=None,
-            trainer_defaults={"use_distributed_sampler": False},  # our sampler deals out ranks
             seed_everything_default=0,
             parser_kwargs={
                 "prog": f"simmim {task.name}",
@@ -181,14 +231,21 @@ class TaskCLI(LightningCLI):
             help="Folder of all runs: RUN_DIR/NAME/version_N.",
         )
 
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Put what makes an experiment before Lightning's own options, in help and in configs."""
+        parser.add_lightning_class_args(self.task.model, "model")
+        parser.add_lightning_class_args(self.task.data, "data")
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults(
+            {"trainer.use_distributed_sampler": False}
+        )  # our sampler deals out ranks
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add our callbacks, and tie what must agree."""
         for name, callback in self.task.callbacks.items():
             parser.add_lightning_class_args(callback, name)
-        for source, targets in LINKS.items():
-            compute = int if source == "seed_everything" else None
-            for target in targets:
-                parser.link_arguments(source, target, compute_fn=compute)
+        for target, link in {**LINKS, **self.task.links}.items():
+            parser.link_arguments(link.source, target, compute_fn=link.compute)
         self.options = parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
