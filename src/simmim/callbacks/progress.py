@@ -82,7 +82,7 @@ class ProgressBar(TQDMProgressBar):
         self.seconds = seconds
         self._drawn = self._run_began = self._epoch_began = 0.0  # by time.monotonic
         self._first_step = 0
-        self._images = 0  # of this epoch, over all processes
+        self._images, self._speed = 0, 0.0  # of this epoch, over all processes
 
     def on_train_start(self, *args: Any) -> None:
         """Start the clock of the time left."""
@@ -113,6 +113,7 @@ class ProgressBar(TQDMProgressBar):
     ) -> None:
         """Redraw if it is time."""
         self._images += images_in(batch) * trainer.world_size
+        self._speed = self._images / max(time.monotonic() - self._epoch_began, 1e-9)
         last = batch_idx + 1 == trainer.num_training_batches
         if last or time.monotonic() - self._drawn >= self.seconds:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
@@ -126,8 +127,8 @@ class ProgressBar(TQDMProgressBar):
         metrics.pop("v_num", None)
         if "train/loss" in metrics:
             metrics = {"loss": metrics.pop("train/loss"), **metrics}
-        if (elapsed := time.monotonic() - self._epoch_began) > 0 and trainer.training:
-            metrics["images/s"] = round(self._images / elapsed)
+        if self._speed:
+            metrics["images/s"] = round(self._speed)
         if (left := self._seconds_left(trainer)) is not None:
             metrics["left"] = self.train_progress_bar.format_interval(left)
         return metrics
