@@ -4,6 +4,7 @@ from copy import deepcopy
 from typing import Any, NamedTuple
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -23,24 +24,13 @@ def family(name: str, img_size: int = 64, cell: int = 32, **options: Any) -> Fam
 
 
 TINY = {"embed_dim": 32, "num_heads": 2, "depth": 2}
+SWIN = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "window_size": 2}
 FAST = [
     family("vit_tiny_patch16_224", **TINY),
     family("vit_small_patch16_dinov3", **TINY),
     family("beit_base_patch16_224", **TINY, use_rel_pos_bias=False, use_shared_rel_pos_bias=True),
-    family(
-        "swin_tiny_patch4_window7_224",
-        embed_dim=16,
-        depths=(1, 1, 1, 1),
-        num_heads=(1, 1, 2, 2),
-        window_size=2,
-    ),
-    family(
-        "swinv2_tiny_window8_256",
-        embed_dim=16,
-        depths=(1, 1, 1, 1),
-        num_heads=(1, 1, 2, 2),
-        window_size=2,
-    ),
+    family("swin_tiny_patch4_window7_224", **SWIN),
+    family("swinv2_tiny_window8_256", **SWIN),
     family("cait_xxs24_224", **TINY),
     family("hiera_tiny_224", embed_dim=16, num_heads=1, stages=(1, 1, 1, 1)),
     family("test_resnet"),
@@ -86,7 +76,7 @@ SLOW = [
     family("gemma4_vit_167m", 96, 48, **TINY, head_dim=16, intermediate_size=64),
     family("ghostnet_050"),
     family("hardcorenas_a"),
-    family("hgnetv2_b0"),
+    family("hgnetv2_b0", 128),
     family("sam2_hiera_tiny", embed_dim=16),
     family("hrnet_w18_small"),
     family("iformer_t"),
@@ -133,13 +123,7 @@ SLOW = [
     family("skresnet18"),
     family("starnet_s1"),
     family("swiftformer_xs"),
-    family(
-        "swinv2_cr_tiny_224",
-        embed_dim=16,
-        depths=(1, 1, 1, 1),
-        num_heads=(1, 1, 2, 2),
-        window_size=2,
-    ),
+    family("swinv2_cr_tiny_224", **SWIN),
     family("tiny_vit_5m_224"),
     family("tnt_s_patch16_224", embed_dim=32, depth=2, num_heads_outer=2),
     family("tresnet_m"),
@@ -171,6 +155,8 @@ SLOW = [
 )
 def built(request: pytest.FixtureRequest) -> Encoder:
     name, img_size, cell, options = request.param
+    if not timm.is_model(name):
+        pytest.skip(f"this version of timm has no {name}")
     torch.manual_seed(0)
     return Encoder(name, img_size, mask_patch_size=cell, **options)
 
@@ -219,12 +205,16 @@ def test_no_hidden_pixel_has_any_part_in_the_features(encoder: Encoder) -> None:
 def test_what_is_trained_gets_a_gradient(encoder: Encoder, training: bool) -> None:
     images, mask = draw(encoder)
     encoder.train(training)
+    with torch.no_grad():
+        for parameter in encoder.parameters():  # a scale that begins at 0 would stop the gradient
+            parameter.add_(0.05 * torch.randn_like(parameter))
     head = nn.Conv2d(encoder.num_features, 1, 1)
     head(encoder(images, mask)).square().sum().backward()
-    trained = {n: p for n, p in encoder.named_parameters() if p.requires_grad}
-    assert [name for name, p in trained.items() if p.grad is None] == []
-    assert encoder.mask_token is not None
-    assert encoder.mask_token.grad.abs().max() > 0
+    for name, parameter in encoder.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        if parameter.requires_grad and not training:  # BatchNorm, training, takes out a constant
+            assert parameter.grad.any(), name
+    assert encoder.mask_token.requires_grad
 
 
 def test_what_is_frozen_has_no_part_in_the_features(encoder: Encoder) -> None:
