@@ -208,6 +208,8 @@ def test_uint8_is_normalised_with_the_pixel_statistics() -> None:
         ({"head": "linea"}, "did you mean 'linear'"),
         ({"loss": "cosine"}, "does not go with target 'pixels'"),
         ({"mask_ratio": 1.2}, "1.2"),
+        ({"head_kwargs": {"depth": 2}}, "head 'linear' has no option 'depth'"),
+        ({"target_kwargs": {"windw": 47}}, "has no option 'windw'"),
     ],
 )
 def test_impossible_choices_are_refused_in_one_sentence(kwargs: dict[str, Any], words: str) -> None:
@@ -275,7 +277,6 @@ def test_accumulation_counts_in_the_global_batch(tmp_path: Path) -> None:
     model = tiny(base_lr=5.12, warmup_epochs=0)
     run = trainer(tmp_path, accumulate_grad_batches=2, enable_checkpointing=False)
     run.fit(model, loader())
-    assert model.global_batch_size == 8
     assert run.optimizers[0].param_groups[0]["initial_lr"] == pytest.approx(0.08)
 
 
@@ -286,6 +287,25 @@ def test_weight_decay_and_dropout_are_options(tmp_path: Path) -> None:
     run = trainer(tmp_path, enable_checkpointing=False)
     run.fit(model, loader())
     assert {group["weight_decay"] for group in run.optimizers[0].param_groups} == {0.0, 0.3}
+
+
+def test_a_new_head_trains_alone_on_loaded_weights_at_first(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.fit(tiny(), loader())
+    run.save_checkpoint(path := tmp_path / "x.ckpt")
+    model = tiny(weights=str(path), head="mlp", warmup_epochs=0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    class Compare(L.Callback):
+        def on_train_batch_end(self, run: L.Trainer, model: L.LightningModule, *_: Any) -> None:
+            moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+            encoder = {n for n in moved if n.startswith("encoder.model.")}
+            assert bool(encoder) == (run.global_step > 2)  # 5 % of 40 steps
+            assert any(n.startswith("head.") for n in moved)
+
+    trainer(tmp_path, max_epochs=20, callbacks=[Compare()], enable_checkpointing=False).fit(
+        model, loader()
+    )
 
 
 # Checkpoints -------------------------------------------------------------------------------------

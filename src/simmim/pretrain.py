@@ -7,19 +7,14 @@ Modeling", CVPR 2022, arXiv:2111.09886.
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from functools import partial
-from inspect import signature
 from typing import Any, Literal, cast
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
-from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from simmim.encoder import Encoder
@@ -34,12 +29,21 @@ from simmim.masking import (
     sample_keys,
     upsample_mask,
 )
-from simmim.optim import Schedule, init_official_, param_groups, scaled_lr
-from simmim.parts import find_part
+from simmim.optim import init_official_, param_groups
+from simmim.parts import build_part, find_part
 from simmim.target import TARGETS
+from simmim.training import (
+    count_steps,
+    optimizer_and_schedule,
+    optimizer_from,
+    optimizer_spec,
+    seed_step,
+)
+from simmim.weights import Report, load_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0..1; timm's and torchvision's constants
 IMAGENET_STD = (0.229, 0.224, 0.225)
+HEAD_ALONE = 0.05  # share of the steps in which a new head trains alone on loaded weights
 VAL_SEED = 2111_09886  # the validation masks' own seed: equal in every epoch and every run
 
 
@@ -170,26 +174,34 @@ class SimMIM(L.LightningModule):
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
-        self.target = find_part(target, TARGETS, "target", trust=trust)(
+        self.target = build_part(
+            target,
+            TARGETS,
+            "target",
             in_chans=in_chans,
             img_size=self.encoder.img_size,
             mean=mean,
             std=std,
-            **(target_kwargs or {}),
+            options=target_kwargs,
+            trust=trust,
         )
-        self.head = find_part(head, HEADS, "head", trust=trust)(
+        self.head = build_part(
+            head,
+            HEADS,
+            "head",
             self.encoder.num_features,
             self.target.out_chans,
             _upsample(self.encoder.stride, self.target.stride),
-            **(head_kwargs or {}),
+            options=head_kwargs,
+            trust=trust,
         )
         self._check(target, loss)
         self.val_loss = MeanMetric()
         if compat == "official":
             init_official_(self.encoder)
+        self.report: Report | None = None  # what became of each tensor of the weights
+        self._steps_head_alone = 0
         if weights is not None:
-            from simmim.weights import load_weights
-
             load_weights(self, weights)
 
     # The method ------------------------------------------------------------------------------
@@ -291,10 +303,20 @@ class SimMIM(L.LightningModule):
         mask, keys = self.draw_mask(raw, index, validation=True)
         return self.reconstruct(images, mask, keys)
 
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Let a new head come to terms with loaded weights before they move.
+
+        At first its gradients are noise to an encoder that is trained already.
+        """
+        if self.report is not None and self.global_step < self._steps_head_alone:
+            loaded = set(self.report.used.values())
+            for name, parameter in self.named_parameters():
+                if name in loaded:
+                    parameter.grad = None
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed dropout and drop path from the step, so that a resumed run draws the same."""
-        place = (self.seed, self.global_step, batch_idx, self.global_rank)
-        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+        seed_step(self, self.seed, batch_idx)
 
     def _evaluate(self, part: str, batch: Any, batch_idx: int) -> None:
         raw, images, index = self.inputs(batch, batch_idx)
@@ -366,72 +388,30 @@ class SimMIM(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimiser, with lr scaled by the global batch, and its per-step schedule."""
         hp = self.hparams
-        steps_per_epoch, total_steps = self._steps()
-        scale = scaled_lr(1.0, self.global_batch_size)
-        groups = param_groups(self, hp["weight_decay"], compat=self.compat)
-        optimizer = self.optimizer(groups)
-        _fuse(optimizer, str(self.trainer.precision))
-        schedule = Schedule(
-            optimizer,
+        if self.report is not None and self.report.head_is_new:
+            self._steps_head_alone = round(HEAD_ALONE * count_steps(self.trainer)[1])
+        return optimizer_and_schedule(
+            self,
+            self.optimizer,
+            param_groups(self, hp["weight_decay"], compat=self.compat),
+            base_lr=hp["base_lr"],
             schedule=hp["schedule"],
-            lr=hp["base_lr"] * scale,
-            total_steps=total_steps,
-            warmup_steps=round(hp["warmup_epochs"] * steps_per_epoch),
-            warmup_lr=hp["warmup_lr"] * scale,
-            min_lr=hp["min_lr"] * scale,
-            milestones=[epoch * steps_per_epoch for epoch in hp["milestones"] or [700]],
+            warmup_epochs=hp["warmup_epochs"],
+            warmup_lr=hp["warmup_lr"],
+            min_lr=hp["min_lr"],
+            milestones=hp["milestones"] or [700],
             compat=self.compat,
         )
-        rank_zero_info(
-            f"lr {hp['base_lr'] * scale:.3g} = base_lr {hp['base_lr']:g} x global batch "
-            f"{self.global_batch_size} / 512; {total_steps} steps"
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
-
-    @property
-    def global_batch_size(self) -> int:
-        """Images that one optimiser step sees, over all processes."""
-        data, loader = getattr(self.trainer, "datamodule", None), self.trainer.train_dataloader
-        batch = getattr(data, "batch_size", None) or cast(DataLoader[Any], loader).batch_size or 1
-        return int(batch) * self.trainer.world_size * int(self.trainer.accumulate_grad_batches)
-
-    def _steps(self) -> tuple[int, int]:
-        """Optimiser steps in an epoch and in the run."""
-        trainer = self.trainer
-        data: Any = getattr(trainer, "datamodule", None)
-        if hasattr(data, "batches_per_epoch"):
-            whole, limit = data.batches_per_epoch(trainer.world_size), trainer.limit_train_batches
-            batches = min(whole, limit) if isinstance(limit, int) else int(whole * limit)
-            total = None
-        else:
-            # For plain loaders Lightning's own estimate; it starts the loader, before a checkpoint
-            # says where in the epoch it should, and so does not go on exactly within an epoch.
-            total = int(trainer.estimated_stepping_batches)
-            batches = int(trainer.num_training_batches)
-        per_epoch = max(1, -(-batches // int(trainer.accumulate_grad_batches)))
-        limits = (trainer.max_steps, (trainer.max_epochs or -1) * per_epoch)
-        return per_epoch, total or min(steps for steps in limits if steps >= 0)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the optimiser's name and options as plain values, so that the file opens safely."""
         optimizer = cast(Optimizer, self.optimizers(use_pl_optimizer=False))
-        kind = type(optimizer)
-        options = signature(kind).parameters
-        checkpoint["optimizer_spec"] = {
-            "class_path": f"{kind.__module__}.{kind.__qualname__}",
-            "init_args": {k: v for k, v in optimizer.defaults.items() if k in options},
-        }
+        checkpoint["optimizer_spec"] = optimizer_spec(optimizer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the optimiser that the checkpoint was made with."""
         if spec := checkpoint.get("optimizer_spec"):
-            path = str(spec["class_path"])
-            safe = path.startswith(("torch.optim.", "timm.optim."))
-            kind: Any = find_part(path, {}, "optimizer", trust=safe or self.trust)
-            self.optimizer = partial(kind, **spec["init_args"])
+            self.optimizer = optimizer_from(spec, trust=self.trust)
 
     # Small print -----------------------------------------------------------------------------
 
@@ -451,6 +431,10 @@ class SimMIM(L.LightningModule):
             raise ValueError(
                 f"loss {loss!r} does not go with target {target!r}: use {' or '.join(losses)}"
             )
+        if self.fourier_weight and "cross_entropy" in (losses or ()):
+            raise ValueError(
+                f"fourier_weight goes with pictures, not with target {target!r}: use 0"
+            )
         cell, stride = self.encoder.mask_patch_size, self.target.stride
         if cell % stride:
             raise ValueError(
@@ -469,12 +453,3 @@ def _upsample(encoder_stride: int, target_stride: int) -> int | Fraction:
     """How many target elements there are along the side of one feature."""
     ratio = Fraction(encoder_stride, target_stride)
     return ratio.numerator if ratio.denominator == 1 else ratio
-
-
-def _fuse(optimizer: Optimizer, precision: str) -> None:
-    """Use the fused kernel where it exists: one launch instead of hundreds."""
-    fused = optimizer.defaults.get("fused", False)
-    if fused is None and precision != "16-mixed":  # there Lightning could no longer clip
-        optimizer.defaults["fused"] = True
-        for group in optimizer.param_groups:
-            group["fused"] = True

@@ -1,4 +1,4 @@
-"""What the downstream tasks do alike while they train: optimiser, schedule, seeds, kept values."""
+"""What the tasks do alike while they train: optimiser, schedule, seeds, kept values."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import Optimizer
 
-from simmim.optim import LayerRow, Schedule, scaled_lr
+from simmim.optim import Compat, LayerRow, Schedule, scaled_lr
 from simmim.parts import find_part
 
 
@@ -50,6 +50,7 @@ def count_steps(trainer: L.Trainer) -> tuple[int, int]:
         batches = min(whole, limit) if isinstance(limit, int) else int(whole * limit)
     else:
         total = int(trainer.estimated_stepping_batches)
+        trainer.fit_loop.setup_data()  # which the estimate leaves out where max_steps says it all
         batches = int(trainer.num_training_batches)
     per_epoch = max(1, -(-batches // int(trainer.accumulate_grad_batches)))
     limits = (trainer.max_steps, (trainer.max_epochs or -1) * per_epoch)
@@ -67,6 +68,7 @@ def optimizer_and_schedule(
     warmup_lr: float,
     min_lr: float,
     milestones: Sequence[float] | None = None,
+    compat: Compat = "default",
 ) -> OptimizerLRScheduler:
     """Build an optimiser and its per-step schedule, and print what each group gets.
 
@@ -80,6 +82,7 @@ def optimizer_and_schedule(
         warmup_lr: Where the warm-up begins.
         min_lr: Where the cosine ends.
         milestones: Epochs at which multistep multiplies by 0.1.
+        compat: As in `Schedule`.
 
     Returns:
         What `configure_optimizers` returns.
@@ -104,6 +107,7 @@ def optimizer_and_schedule(
         warmup_lr=warmup_lr * scale,
         min_lr=min_lr * scale,
         milestones=[round(epoch * steps) for epoch in milestones or ()],
+        compat=compat,
     )
     rank_zero_info(
         f"lr {base_lr * scale:.3g} = base_lr {base_lr:g} x global batch {batch} / 512; "
