@@ -1,0 +1,162 @@
+"""One sample: file -> pixels -> transform -> a dict; and samples -> a batch."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from simmim.data.decode import UnreadableImage, read_image
+from simmim.data.draws import uniforms
+from simmim.data.index import FileIndex
+from simmim.data.scans import Intensity
+
+T = TypeVar("T")
+Transform = Callable[[Tensor, Iterator[float]], dict[str, Any]]
+Key = int | tuple[int, int]  # a sample's index, or (epoch, index)
+
+TRIES = 32  # files in a row; were half of all files bad, one sample in four billion would fail
+
+
+class ImageData(Dataset[dict[str, Any]]):
+    """The images of an index, or some of them.
+
+    A sample is a dict: `image`, what else the transform gives, `index` (its place here), and
+    `label` where there are classes. It depends on (seed, epoch, index) alone: ask for
+    `data[epoch, index]`; `data[index]` is epoch 0.
+
+    Args:
+        files: The index.
+        transform: Takes (C, H, W) and uniform random numbers, gives a dict.
+        places: Which files of the index; None: all.
+        in_chans: Channels of the images.
+        intensity: How deeper scans become 0..1.
+        seed: Of the transform.
+        on_bad: What an unreadable file does: "skip" puts another sample, drawn by (seed, epoch,
+            index), in its place, and marks it in `unreadable`; "raise" raises.
+        labelled: Whether the samples have labels.
+
+    Attributes:
+        unreadable: 1 for each file that could not be read, uint8; workers share it.
+    """
+
+    def __init__(
+        self,
+        files: FileIndex,
+        transform: Transform,
+        places: npt.NDArray[np.int64] | None = None,
+        *,
+        in_chans: int = 3,
+        intensity: Intensity | None = None,
+        seed: int = 0,
+        on_bad: Literal["skip", "raise"] = "skip",
+        labelled: bool = True,
+    ) -> None:
+        self.files, self.transform, self.seed, self.on_bad = files, transform, seed, on_bad
+        self.places = None if places is None else torch.from_numpy(places)
+        self.in_chans, self.intensity = in_chans, intensity or Intensity()
+        self.labels: Tensor | None = None
+        if labelled and files.labels is not None:
+            self.labels = files.labels if self.places is None else files.labels[self.places]
+        self.unreadable = torch.zeros(len(self), dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self.files) if self.places is None else len(self.places)
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} of {len(self)} images")
+        image, index = self._read(epoch, index % len(self))
+        sample = {**self.transform(image, uniforms(self.seed, epoch, index)), "index": index}
+        if self.labels is not None:
+            sample["label"] = int(self.labels[index])
+        return sample
+
+    def path(self, index: int) -> str:
+        """Path of a sample's file."""
+        return self.files.path(self._place(index))
+
+    def name(self, index: int) -> str:
+        """Path of a sample's file below the folder, with "/" between folders on every system."""
+        return self.files.name(self._place(index))
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, in the order of their labels."""
+        return self.files.classes
+
+    @property
+    def class_to_idx(self) -> dict[str, int]:
+        """The label of each class."""
+        return {name: label for label, name in enumerate(self.classes)}
+
+    @property
+    def samples(self) -> list[tuple[str, int]]:
+        """(path, label) of each image, as torchvision's `ImageFolder` has them; made when asked."""
+        labels = [0] * len(self) if self.labels is None else self.labels.tolist()
+        return [(self.path(i), label) for i, label in enumerate(labels)]
+
+    def why_unreadable(self, index: int) -> str:
+        """Read a file once more, and say what is wrong with it."""
+        try:
+            read_image(self.path(index), self.in_chans, self.intensity)
+        except UnreadableImage as error:
+            return str(error).partition(" cannot be read: ")[2]
+        return "it could be read the second time"
+
+    def _place(self, index: int) -> int:
+        return index if self.places is None else int(self.places[index])
+
+    def _read(self, epoch: int, index: int) -> tuple[Tensor, int]:
+        """Read an image, or the one that replaces it."""
+        others = uniforms(self.seed, epoch, index, 1)
+        for _ in range(TRIES):
+            try:
+                return read_image(self.path(index), self.in_chans, self.intensity), index
+            except UnreadableImage as error:
+                if self.on_bad == "raise":
+                    raise
+                self.unreadable[index] = 1
+                index, reason = int(next(others) * len(self)), error
+        raise UnreadableImage(f"{TRIES} files in a row could not be read, the last: {reason}")
+
+
+class WholeFolder(ImageData):
+    """Every image once, with its `path`: unreadable ones are left out instead of replaced."""
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        sample = super().__getitem__(key)
+        return {**sample, "path": self.path(sample["index"])}
+
+    def __getitems__(self, keys: Sequence[Key]) -> list[dict[str, Any]]:
+        """Read a batch. If all of it is unreadable, one other image stands for it."""
+        samples = [self[key] for key in keys]
+        wanted = [s for s, key in zip(samples, keys, strict=True) if s["index"] == key]
+        return wanted or samples[:1]
+
+
+class Loader(DataLoader[T]):
+    """A DataLoader that Lightning knows to go on where it stopped: its sampler finds the place."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the place follows from the number of steps."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to load."""
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack samples to a batch; where 8-bit images meet deeper scans, all become float in 0..1."""
+    if len({sample["image"].dtype for sample in samples}) > 1:
+        samples = [{**sample, "image": _unit(sample["image"])} for sample in samples]
+    batch: dict[str, Any] = default_collate(samples)
+    return batch
+
+
+def _unit(image: Tensor) -> Tensor:
+    return image.float() / 255 if image.dtype == torch.uint8 else image

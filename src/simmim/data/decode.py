@@ -1,0 +1,185 @@
+"""The bytes of an image file -> pixels, as a person expects to see them.
+
+JPEG goes through libjpeg-turbo, in the strict mode that refuses what is damaged (others return
+garbage), everything else through Pillow. No size that a header claims is believed before it was
+compared with `MAX_PIXELS`.
+"""
+
+import os
+import warnings
+from contextlib import suppress
+from functools import cache
+from io import BytesIO
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from simmim.data.scans import Intensity, check_size, decode_dicom, decode_npy
+
+Pixels = npt.NDArray[np.generic]
+
+MAX_BYTES = 2**30  # of a file
+ORIENTATION = 0x0112  # EXIF's tag: how the camera was held
+# Raster images alone: Pillow would start Ghostscript for an EPS that is called .png.
+FORMATS = ("JPEG", "MPO", "PNG", "TIFF", "WEBP", "GIF", "BMP", "DIB", "PPM", "AVIF", "JPEG2000")
+LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R 601, as in JPEG and Pillow
+
+
+class UnreadableImage(ValueError):
+    """A file that is no image, or a damaged one; the message says which and why."""
+
+    def __init__(self, message: str) -> None:
+        # A worker's error comes with its traceback before it: the sentence is all that is wanted.
+        super().__init__(message.strip().rpartition("UnreadableImage: ")[2])
+
+
+def read_image(path: str, in_chans: int, intensity: Intensity) -> Tensor:
+    """Read an image file.
+
+    Args:
+        path: The file.
+        in_chans: Channels that are wanted.
+        intensity: How a scan of more than 8 bits becomes 0..1.
+
+    Returns:
+        uint8, or float32 in 0..1 from a deeper scan, (in_chans, H, W).
+
+    Raises:
+        UnreadableImage: With the file's name and the reason.
+    """
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                raise ValueError(f"the file has more than {MAX_BYTES:,} bytes")
+            data = file.read()
+        return decode_image(data, in_chans, intensity, path)
+    except Exception as error:  # decoders raise whatever they like
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = _what_else(data)
+        raise UnreadableImage(f"{path!r} cannot be read: {reason}") from error
+
+
+def decode_image(data: bytes, in_chans: int, intensity: Intensity, name: str = "") -> Tensor:
+    """Decode the bytes of an image file; what they are is told by themselves, not by the name.
+
+    Rotated as EXIF says; of an animation or a stack of pages the first; transparent parts on white.
+
+    Args:
+        data: The whole file.
+        in_chans: Channels that are wanted: gray becomes three equal channels, colour its luminance,
+            and four keep the transparency. Other numbers must be the file's own.
+        intensity: How a scan of more than 8 bits becomes 0..1.
+        name: Of the file; only a DICOM file without its preamble is told by it.
+
+    Returns:
+        uint8, or float32 in 0..1 from a deeper scan, (in_chans, H, W).
+
+    Raises:
+        Exception: Of many kinds, where the file is no image, or a damaged one.
+    """
+    pixels = None
+    if data[:3] == b"\xff\xd8\xff":
+        pixels = _decode_jpeg(data, in_chans)
+    elif data[128:132] == b"DICM" or name.lower().endswith(".dcm"):
+        pixels = decode_dicom(data, intensity)
+    elif data[:6] == b"\x93NUMPY":
+        pixels = decode_npy(data, in_chans, intensity)
+    if pixels is None:
+        pixels = _decode_by_pillow(data, in_chans, intensity)
+    pixels = np.ascontiguousarray(_to_channels(pixels, in_chans))
+    return torch.from_numpy(pixels).permute(2, 0, 1)  # HWC -> CHW
+
+
+def _what_else(data: bytes) -> str:
+    if not data.strip(b"\0"):
+        return "the file is empty" if not data else "the file holds nothing but zeros"
+    if data.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the image: run git lfs pull"
+    return "it is no image, or its beginning is damaged"
+
+
+def _decode_jpeg(data: bytes, in_chans: int) -> Pixels | None:
+    """Decode by libjpeg-turbo; None for what it does not know (CMYK, rare subsamplings)."""
+    try:
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    check_size(width, height)
+    if colors not in ("YCbCr", "RGB", "Gray"):
+        return None
+    gray = colors == "Gray" or in_chans == 1
+    pixels: Pixels = simplejpeg.decode_jpeg(data, "GRAY" if gray else "RGB", strict=True)
+    # Camera headers come first; the rest of the file need not be searched.
+    return _rotate(pixels, _orientation(data)) if b"Exif\0\0" in data[:131_072] else pixels
+
+
+def _orientation(data: bytes) -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(BytesIO(data), formats=("JPEG",)) as image:
+                return int(image.getexif().get(ORIENTATION, 1))
+        except Exception:  # nonsense in the EXIF block is no reason to refuse the pixels
+            return 1
+
+
+def _rotate(pixels: Pixels, orientation: int) -> Pixels:
+    """Turn the picture as it was seen: EXIF's eight cases."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels
+
+
+def _decode_by_pillow(data: bytes, in_chans: int, intensity: Intensity) -> Pixels:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of sizes, which we check, and of EXIF blocks
+        with Image.open(BytesIO(data), formats=_formats()) as image:
+            check_size(*image.size)
+            image.load()
+            with suppress(Exception):  # nonsense in the EXIF block
+                ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith(("I", "F")):
+                return intensity(np.asarray(image))[..., None]
+            return np.atleast_3d(np.array(_flatten(image, keep_alpha=in_chans == 4)))
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """The formats that this build of Pillow reads."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _flatten(image: Image.Image, keep_alpha: bool) -> Image.Image:
+    """Bring 8-bit modes to gray or RGB, on white where they are transparent."""
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        if keep_alpha:
+            return rgba
+        white = Image.new("RGBA", rgba.size, "white")
+        flat = Image.alpha_composite(white, rgba)
+        return flat.convert("L" if image.mode == "LA" else "RGB")
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def _to_channels(pixels: Pixels, in_chans: int) -> Pixels:
+    """Turn gray into colour or colour into gray, (H, W, C)."""
+    chans = pixels.shape[2]
+    if chans == in_chans:
+        return pixels
+    if chans == 1 and in_chans == 3:
+        return np.repeat(pixels, 3, axis=2)
+    if chans == 3 and in_chans == 1:
+        gray = pixels @ np.array(LUMINANCE, dtype=np.float32)
+        gray = gray.round() if pixels.dtype == np.uint8 else gray
+        return gray.astype(pixels.dtype)[..., None]
+    raise ValueError(f"it has {chans} channels, data.in_chans is {in_chans}")

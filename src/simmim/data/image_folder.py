@@ -1,0 +1,420 @@
+"""The data module: any folder of images, or a data set by name, as batches of uint8."""
+
+import os
+import sys
+from math import inf
+from typing import Any, Literal, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import Sampler
+
+from simmim.data import named
+from simmim.data.bad_files import BadFiles
+from simmim.data.checks import (
+    check_choice,
+    check_image_size,
+    check_number,
+    check_range,
+    find_root,
+)
+from simmim.data.dataset import ImageData, Key, Loader, Transform, WholeFolder, collate
+from simmim.data.layout import Part, read_folder, read_parts
+from simmim.data.sampler import (
+    EpochSampler,
+    EvenSampler,
+    choose,
+    even_batch_size,
+    limited,
+    position,
+)
+from simmim.data.scans import Intensity
+from simmim.data.split import check_group_pattern
+from simmim.data.statistics import (
+    Statistics,
+    given_statistics,
+    imagenet_statistics,
+    measured_statistics,
+)
+from simmim.data.transforms import CenterCrop, RandomCrop, flip_marked
+
+Batch = dict[str, Any]
+
+SMALL = 32 * 2**20  # bytes of images that one process reads in a second: workers are not worth it
+MAX_WORKERS = 16
+
+
+class ImageFolderData(L.LightningDataModule):
+    """Images of a folder, with or without classes, with or without a split of their own.
+
+    `train/` and `val/` (and `test/`) are taken where they exist; otherwise a part of the images,
+    chosen by a hash of their names, validates. Folders right below are classes; where there are
+    none, or images lie beside them, the images have no labels. It reads what Pillow reads, and
+    deeper scans: 16-bit PNG and TIFF, float TIFF, DICOM, NumPy arrays.
+
+    A batch is a dict: `image`, uint8 (B, C, H, W), or float32 in 0..1 of deeper scans; `index`, the
+    place in the data set; `label` where there are classes; `path` in predict.
+
+    Args:
+        root: Folder of images, at any depth.
+        dataset: A data set by name, where root is not given: digits (1,797 handwritten digits that
+            come with scikit-learn), or one that torchvision downloads: cifar10, cifar100, dtd,
+            eurosat, fashion_mnist, flowers102, food101, imagenette, mnist, oxford_pets.
+        data_dir: Folder in which named data sets are kept, as image folders.
+        img_size: Height and width in pixels: one number, or [height, width]. For a model it is
+            said there (`--model.img_size`).
+        in_chans: Channels: gray images become three equal ones, colour its luminance.
+        batch_size: Images in a batch, of each process. 128 (the paper's 2048 over 16 GPUs).
+        num_workers: Processes that read images, of each process that trains; by default as many as
+            there are CPU cores less one, up to 16, and none for less than 32 MB of images.
+        val_fraction: Share of the images that validates where there is no val/; 0 = none.
+        split_seed: Which share: of its own, so that all runs and tasks split alike.
+        group_pattern: Regular expression, searched in each path; its first group names the patient
+            or scene, whose images all go to one side of the split: '(patient[0-9]+)_'.
+        crop_scale: Share of the image's area that a training crop takes, from and to. 0.67 to 1
+            (the released code).
+        crop_ratio: Width over height of a training crop, from and to. 3/4 to 4/3 (the released
+            code).
+        hflip: Probability that a training image is mirrored. 0.5 (the released code).
+        val_crop: Side of the crop from the middle of an image that is evaluated, as a share of the
+            largest one that fits. 1; published ImageNet accuracies are with 0.875 (224 of 256).
+        statistics: Mean and standard deviation of the pixels: imagenet (torchvision's; the mean of
+            the three for other than three channels), measured (from the training images, at most
+            10,000), or your own [[means], [stds]] on a scale of 0 to 1.
+        percentiles: Deeper scans: the percentiles of each image that become 0 and 1.
+        window: Deeper scans: the values that become 0 and 1 (such as [-160, 240] Hounsfield units)
+            for all images, instead of percentiles.
+        bad_files: What a file that cannot be read does: skip (another image takes its place; it is
+            listed in bad_files.txt in the run's folder) or raise (the run stops and names it).
+        max_bad_share: Share of unreadable files above which skip stops the run all the same.
+        seed: Seed of order, crops and flips. On the command line it is `--seed_everything`.
+
+    Attributes:
+        root: The folder, also of a named data set.
+        classes: Names of the classes; empty where there are none. After setup, like all below.
+        class_to_idx: The label of each class.
+        class_counts: Training images of each class.
+        has_labels: Whether the batches have labels.
+        num_train: Number of training images.
+        mean: Of the pixels' channels, on a scale of 0 to 1; None but for training.
+        std: Their standard deviation, likewise.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        dataset: str | None = None,
+        data_dir: str = "data",
+        img_size: int | list[int] = 224,
+        in_chans: int = 3,
+        batch_size: int = 128,
+        num_workers: int | None = None,
+        val_fraction: float = 0.1,
+        split_seed: int = 0,
+        group_pattern: str | None = None,
+        crop_scale: tuple[float, float] = (0.67, 1.0),
+        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        hflip: float = 0.5,
+        val_crop: float = 1.0,
+        statistics: Literal["imagenet", "measured"] | list[list[float]] = "imagenet",
+        percentiles: tuple[float, float] = (0.5, 99.5),
+        window: tuple[float, float] | None = None,
+        bad_files: Literal["skip", "raise"] = "skip",
+        max_bad_share: float = 0.5,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.root = find_root(root, dataset, data_dir, named.NAMES)
+        self.dataset, self.data_dir = None if root else dataset, os.path.expanduser(data_dir)
+        self.img_size, self.in_chans = check_image_size(img_size), in_chans
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.val_fraction, self.split_seed = val_fraction, split_seed
+        self.group_pattern, self.seed = group_pattern, seed
+        self.statistics, self.bad_files, self.max_bad_share = statistics, bad_files, max_bad_share
+        for name, low, high in (
+            ("in_chans", 1, inf),
+            ("batch_size", 1, inf),
+            ("val_fraction", 0, 0.99),
+            ("split_seed", 0, inf),
+            ("max_bad_share", 0, 1),
+            ("seed", 0, inf),
+        ):
+            check_number(name, getattr(self, name), low, high)
+        check_number("num_workers", num_workers or 0, 0)
+        check_number("hflip", hflip, 0, 1)
+        check_number("val_crop", val_crop, 0.01, 1)
+        check_group_pattern(group_pattern)
+        check_choice("bad_files", bad_files, ("skip", "raise"))
+        if isinstance(statistics, str):
+            check_choice("statistics", statistics, ("imagenet", "measured"))
+        else:
+            given_statistics(statistics, in_chans)
+        self.intensity = Intensity(
+            check_range("percentiles", percentiles, 0, 100),
+            None if window is None else check_range("window", window),
+        )
+        self.train_transform: Transform = RandomCrop(
+            self.img_size,
+            check_range("crop_scale", crop_scale, 0.001, 1),
+            check_range("crop_ratio", crop_ratio, 0.001),
+            hflip,
+        )
+        self.val_transform: Transform = CenterCrop(self.img_size, val_crop)
+        self.classes: list[str] = []
+        self.has_labels = False
+        self.mean: tuple[float, ...] | None = None
+        self.std: tuple[float, ...] | None = None
+        self.sets: dict[str, ImageData] = {}  # training, probe, validation, test, predict
+        self._resumed_step = 0
+
+    # What Lightning calls ------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Make or download a named data set, and measure statistics, once on each machine."""
+        if self.dataset is not None:
+            named.prepare(self.dataset, self.data_dir)
+        if self.statistics == "measured" and self._trains():
+            self._setup_parts()
+            self._statistics()  # into the cache, for the other processes
+
+    def setup(self, stage: str | None = None) -> None:
+        """Index the folder, and split it where it is not split.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict"; None: all of them.
+
+        Raises:
+            ValueError: If there is no image, or none to validate with.
+        """
+        if self.dataset is not None and not os.path.isdir(self.root):
+            self.prepare_data()
+        if stage != "predict":
+            if "training" not in self.sets:
+                self._setup_parts()
+            self._check_evaluated(stage)
+        if stage in ("fit", None):
+            self._resumed_step = 0
+            self.mean, self.std = self._statistics()
+        if stage in ("predict", None) and "predict" not in self.sets:
+            whole = Part(read_folder(self.root))
+            self.sets["predict"] = self._make(whole, self.val_transform, WholeFolder)
+        self._add_report()
+
+    def train_dataloader(self) -> Loader[Batch]:
+        """Batches in an order that depends on (seed, epoch); each process gets its part of them."""
+        data = self.sets["training"]
+        replicas, rank = self._process()
+        callbacks = self.trainer.callbacks if self.trainer else []  # type: ignore[attr-defined]
+        if any(isinstance(c, GradientAccumulationScheduler) for c in callbacks):
+            raise ValueError(
+                "with GradientAccumulationScheduler the number of steps does not tell the place in "
+                "the data: use trainer.accumulate_grad_batches"
+            )
+        batch_size = min(self.batch_size, len(data) // replicas)
+        if not batch_size:
+            raise ValueError(
+                f"{len(data)} training images are fewer than the {replicas} processes: use fewer"
+            )
+        if batch_size < self.batch_size:
+            rank_zero_info(
+                f"batches of {batch_size}, not of data.batch_size {self.batch_size}: "
+                f"there are {len(data)} training images"
+            )
+        batches = self.batches_per_epoch(replicas)
+        sampler = EpochSampler(data, batch_size, batches, self.seed, replicas, rank, self._start)
+        return self._loader(data, sampler, batch_size, drop_last=True)
+
+    def val_dataloader(self) -> Loader[Batch] | list[Loader[Batch]]:
+        """All validation images in order, each once, over all processes; [] if there are none."""
+        data = self.sets.get("validation")
+        return [] if data is None else self._in_order(data)
+
+    def test_dataloader(self) -> Loader[Batch]:
+        """The images of test/, or else the validation images."""
+        return self._in_order(self.sets.get("test") or self.sets["validation"])
+
+    def predict_dataloader(self) -> Loader[Batch]:
+        """Every image below the root, with its path."""
+        return self._in_order(self.sets["predict"])
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Mirror, on the device, the images that the worker marked."""
+        if isinstance(batch, dict) and "flip" in batch:
+            batch["image"] = flip_marked(batch["image"], batch.pop("flip"))
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the number of steps: loaders may be made before the trainer knows it again."""
+        return {"global_step": self.trainer.global_step if self.trainer else 0}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after these steps."""
+        self._resumed_step = int(state_dict["global_step"])
+
+    # What others call ----------------------------------------------------------------------------
+
+    def probe_dataloader(self, limit: int | None = None) -> Loader[Batch]:
+        """The training images through the validation transform, in order, for every process all.
+
+        Args:
+            limit: At most so many, the same ones always.
+        """
+        data = self.sets["probe"]
+        if limit is not None and limit < len(data):
+            places = choose(len(data), limit)
+            kept = places if data.places is None else data.places.numpy()[places]
+            data = self._make(Part(data.files, kept), self.val_transform)
+        return self._loader(data, EvenSampler(data), self.batch_size)
+
+    def batches_per_epoch(self, world_size: int = 1) -> int:
+        """Count the training batches of an epoch, of each of so many processes.
+
+        What does not fill a batch of every process is left to another epoch; nor does the last
+        optimiser step have fewer batches than the others, where gradients are accumulated.
+        """
+        batches = len(self.sets["training"]) // (self.batch_size * world_size)
+        return max(batches - batches % self._accumulation, min(batches, self._accumulation), 1)
+
+    @property
+    def class_to_idx(self) -> dict[str, int]:
+        """The label of each class."""
+        return {name: label for label, name in enumerate(self.classes)}
+
+    @property
+    def num_train(self) -> int:
+        """Number of training images."""
+        return len(self.sets["training"])
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Training images of each class."""
+        labels = self.sets["training"].labels
+        if labels is None:
+            return []
+        return cast(list[int], torch.bincount(labels, minlength=len(self.classes)).tolist())
+
+    # Parts ---------------------------------------------------------------------------------------
+
+    def _setup_parts(self) -> None:
+        parts = read_parts(self.root, self.val_fraction, self.split_seed, self.group_pattern)
+        self.classes = parts["train"].files.classes
+        self.has_labels = bool(self.classes)
+        self.sets["training"] = self._make(parts["train"], self.train_transform)
+        self.sets["probe"] = self._make(parts["train"], self.val_transform)
+        for part, name in {"val": "validation", "test": "test"}.items():
+            if part in parts:
+                self.sets[name] = self._make(parts[part], self.val_transform)
+
+    def _make(
+        self, part: Part, transform: Transform, kind: type[ImageData] = ImageData
+    ) -> ImageData:
+        return kind(
+            part.files,
+            transform,
+            part.places,
+            in_chans=self.in_chans,
+            intensity=self.intensity,
+            seed=self.seed if transform is self.train_transform else 0,
+            on_bad=self.bad_files,
+        )
+
+    def _check_evaluated(self, stage: str | None) -> None:
+        """Refuse to validate, or to test, without images."""
+        if "validation" in self.sets or (stage == "test" and "test" in self.sets):
+            return
+        if self.val_fraction:
+            raise ValueError(
+                f"{self.root!r} has no image to validate with, which takes two images (or groups): "
+                "add some, or set data.val_fraction to 0"
+            )
+        if stage in ("validate", "test"):
+            raise ValueError(
+                f"{self.root!r} has no val/, and data.val_fraction is 0: make one, or use 0.1"
+            )
+
+    def _statistics(self) -> Statistics:
+        if not isinstance(self.statistics, str):
+            return given_statistics(self.statistics, self.in_chans)
+        if self.statistics == "imagenet":
+            return imagenet_statistics(self.in_chans)
+        data = self.sets["probe"]
+        return measured_statistics(data, self._workers(data))
+
+    def _add_report(self) -> None:
+        if self.trainer is not None and self.bad_files == "skip":
+            callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+            callbacks[:] = [c for c in callbacks if not isinstance(c, BadFiles)]
+            callbacks.insert(0, BadFiles(self.sets, self.max_bad_share))
+
+    # Loaders -------------------------------------------------------------------------------------
+
+    def _in_order(self, data: ImageData) -> Loader[Batch]:
+        replicas, rank = self._process()
+        batch_size = even_batch_size(len(data), self.batch_size, replicas)
+        return self._loader(data, EvenSampler(data, replicas, rank), batch_size)
+
+    def _loader(
+        self, data: ImageData, sampler: Sampler[Key], batch_size: int, drop_last: bool = False
+    ) -> Loader[Batch]:
+        workers = min(self._workers(data), -(-len(data) // batch_size))
+        if workers:
+            data.unreadable.share_memory_()
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return Loader(
+            data,
+            batch_size=batch_size,
+            sampler=sampler,
+            drop_last=drop_last,
+            collate_fn=collate,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=on_gpu,
+        )
+
+    def _workers(self, data: ImageData) -> int:
+        if self.num_workers is not None:
+            return self.num_workers
+        if _estimate_bytes(data) < SMALL:
+            return 0
+        share = self.trainer.num_devices if self.trainer else 1
+        return min(max(_cpu_count() // share - 1, 1), MAX_WORKERS)
+
+    def _process(self) -> tuple[int, int]:
+        """How many processes share the data, and which one this is."""
+        kwargs = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
+        return kwargs.get("num_replicas", 1), kwargs.get("rank", 0)
+
+    def _start(self) -> tuple[int, int] | None:
+        """Where training goes on, as (epoch, batch): nothing but the number of steps decides."""
+        trainer = self.trainer
+        if trainer is None:
+            return None
+        step = max(trainer.global_step, self._resumed_step)
+        batches = self.batches_per_epoch(self._process()[0])
+        limit = trainer.limit_train_batches
+        return position(step, max(limited(batches, limit), 1), self._accumulation)
+
+    @property
+    def _accumulation(self) -> int:
+        return int(self.trainer.accumulate_grad_batches) if self.trainer else 1
+
+    def _trains(self) -> bool:
+        return self.trainer is None or self.trainer.state.fn in (None, "fit")
+
+
+def _estimate_bytes(data: ImageData) -> int:
+    """Estimate the size of all files from 64 of them."""
+    sizes = []
+    for index in range(0, len(data), -(-len(data) // 64)):
+        path = data.path(index)
+        sizes.append(os.path.getsize(path) if os.path.exists(path) else 0)
+    return sum(sizes) * len(data) // max(len(sizes), 1)
+
+
+def _cpu_count() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity") and sys.platform != "win32":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,172 @@
+"""Which images a folder holds: every file's relative path and class, in three arrays.
+
+A Python list of a million paths is copied into every worker, page by page, as its reference counts
+are touched. One buffer of bytes with offsets is shared: forked workers see the parent's pages, and
+spawned ones get the tensors through shared memory.
+"""
+
+import os
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+# torchvision's nine endings, and what else people keep scans and pictures in.
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
+    *(".gif", ".avif", ".jp2", ".dcm", ".npy"),
+)
+PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+
+
+@dataclass(frozen=True)
+class FileIndex:
+    """The image files below a folder, in torchvision's order: by class, folder and name.
+
+    Attributes:
+        root: The folder, as it was given.
+        names: All relative paths one behind the other, uint8; separated by "/" on every system.
+        starts: Where each begins in `names`, and where the last one ends, int64, (n + 1,).
+        labels: The class of each file, int64, (n,); None where there are no classes.
+        classes: Names of the classes: folders right below the root that hold images. Empty where
+            there are none, or where images also lie loose in the root.
+        suffixes: Endings that occur, in lower case.
+    """
+
+    root: str
+    names: Tensor
+    starts: Tensor
+    labels: Tensor | None
+    classes: list[str]
+    suffixes: frozenset[str]
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def name(self, place: int) -> str:
+        """Relative path of a file, with "/" between folders on every system."""
+        start, end = self.starts[place : place + 2].tolist()
+        return os.fsdecode(self.names[start:end].numpy().tobytes())
+
+    def path(self, place: int) -> str:
+        """Path of a file, as it can be opened."""
+        return os.path.join(self.root, *self.name(place).split("/"))
+
+
+def check_folder(root: str) -> None:
+    """Refuse what is no folder.
+
+    Raises:
+        ValueError: If there is nothing there, or a file.
+    """
+    if os.path.isfile(root):
+        raise ValueError(f"data.root {root!r} is a file: give the folder that holds the images")
+    if not os.path.isdir(root):
+        raise ValueError(f"data.root {root!r} does not exist: give a folder of images")
+
+
+def find_parts(root: str) -> dict[str, str]:
+    """Find the folders train/, val/ (or valid/, validation/) and test/, in upper or lower case.
+
+    Returns:
+        The folders there are, by "train", "val" and "test"; empty unless there is a train/, for
+        then the folder is to be split by us.
+    """
+    folders = {entry.name.lower(): entry.path for entry in os.scandir(root) if entry.is_dir()}
+    parts = {
+        part: next(folders[name] for name in names if name in folders)
+        for part, names in PARTS.items()
+        if folders.keys() & set(names)
+    }
+    return parts if "train" in parts else {}
+
+
+def scan(root: str) -> FileIndex:
+    """Index the images below a folder, at any depth.
+
+    Files count by their ending, in upper or lower case. Hidden files and folders are left out, and
+    with them macOS's `._photo.jpg`, which are no pictures. Links are followed, but not in circles.
+
+    Raises:
+        ValueError: If there is no image.
+    """
+    folders = sorted(_walk(root), key=lambda folder: (folder.relative.split("/")[0], folder))
+    names, lengths, labels = bytearray(), array("q", [0]), array("q")
+    classes = [] if any(not f.relative for f in folders) else _classes(folders)
+    number = {name: i for i, name in enumerate(classes)}
+    for folder in folders:
+        names += folder.names
+        lengths.extend(folder.lengths)
+        if classes:
+            label = number[folder.relative.split("/")[0]]
+            labels.extend(array("q", [label]) * len(folder.lengths))
+    if len(lengths) == 1:
+        raise ValueError(
+            f"{root!r} holds no images: give a folder with files that end in {', '.join(SUFFIXES)}"
+        )
+    return FileIndex(
+        root,
+        torch.frombuffer(names, dtype=torch.uint8),
+        torch.frombuffer(lengths, dtype=torch.int64).cumsum(0),
+        torch.frombuffer(labels, dtype=torch.int64) if classes else None,
+        classes,
+        frozenset(suffix for folder in folders for suffix in folder.suffixes),
+    )
+
+
+@dataclass(order=True)
+class _Folder:
+    """The images that lie in one folder: their paths joined, and the length of each in bytes."""
+
+    relative: str
+    names: bytes
+    lengths: list[int]
+    suffixes: set[str]
+
+
+def _walk(root: str) -> Iterator[_Folder]:
+    """Visit each folder with images in it."""
+    waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
+    while waiting:
+        relative, above = waiting.pop()
+        path = os.path.join(root, relative)
+        try:
+            status, entries = os.stat(path), sorted(os.scandir(path), key=lambda e: e.name)
+        except PermissionError as error:  # lost+found at the top of a disk
+            rank_zero_warn(f"left out a folder: {error}")
+            continue
+        if (here := (status.st_dev, status.st_ino)) in above:
+            continue  # a link to a folder that this one lies in
+        prefix = f"{relative}/" if relative else ""
+        visible = [e for e in entries if not e.name.startswith(".") and e.name != "__MACOSX"]
+        waiting += [(prefix + e.name, (*above, here)) for e in visible if _is_folder(e)]
+        images = [e.name for e in visible if e.name.lower().endswith(SUFFIXES) and _is_file(e)]
+        if images:
+            encoded = [os.fsencode(prefix + name) for name in images]
+            suffixes = {os.path.splitext(name)[1].lower() for name in images}
+            yield _Folder(relative, b"".join(encoded), [len(name) for name in encoded], suffixes)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether this is a file, or a link to nothing, which is to be reported as unreadable.
+
+    Pipes and devices are neither: to open them could wait for ever.
+    """
+    try:
+        return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+    except OSError:  # a link to itself
+        return True
+
+
+def _classes(folders: list[_Folder]) -> list[str]:
+    return sorted({folder.relative.split("/")[0] for folder in folders})

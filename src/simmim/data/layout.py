@@ -1,0 +1,86 @@
+"""The parts of a folder: what is trained on, what validates, what tests, and the classes of all."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from simmim.data.index import FileIndex, check_folder, find_parts, scan
+from simmim.data.scans import check_pydicom
+from simmim.data.split import validation_mask
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some images of an index.
+
+    Attributes:
+        files: The index.
+        places: Which of its files; None: all.
+    """
+
+    files: FileIndex
+    places: npt.NDArray[np.int64] | None = None
+
+
+def read_folder(folder: str) -> FileIndex:
+    """Index a folder that is to be read.
+
+    Raises:
+        ValueError: If it is no folder, holds no image, or DICOM files that nothing can read.
+    """
+    check_folder(folder)
+    files = scan(folder)
+    if ".dcm" in files.suffixes:
+        check_pydicom()
+    return files
+
+
+def read_parts(
+    root: str, val_fraction: float, split_seed: int = 0, group_pattern: str | None = None
+) -> dict[str, Part]:
+    """Find the parts of a folder, the same for every task.
+
+    There are labels where all images of train/ and val/ lie in class folders; the classes are
+    those of both. Images of test/ have labels if theirs are among them.
+
+    Args:
+        root: A folder with train/ (and val/, and test/), or of images.
+        val_fraction: Share of the training images that validates where there is no val/; see
+            `validation_mask` for this and the rest.
+        split_seed: Which share.
+        group_pattern: What belongs together.
+
+    Returns:
+        "train", and "val" and "test" where there are images for them.
+
+    Raises:
+        ValueError: If a part is empty, or the pattern does not match.
+    """
+    check_folder(root)
+    files = {part: read_folder(folder) for part, folder in find_parts(root).items()}
+    files = files or {"train": read_folder(root)}
+    split = [index for part, index in files.items() if part != "test"]
+    classes: list[str] = []
+    if all(index.classes for index in split):
+        classes = sorted({name for index in split for name in index.classes})
+    parts = {part: Part(_relabel(index, classes)) for part, index in files.items()}
+    if "val" not in parts and val_fraction:
+        whole = parts["train"].files
+        labels = np.zeros(len(whole), np.int64) if whole.labels is None else whole.labels.numpy()
+        names = (whole.name(place) for place in range(len(whole)))
+        mask = validation_mask(names, labels, val_fraction, split_seed, group_pattern)
+        parts["train"] = Part(whole, np.flatnonzero(~mask))
+        if mask.any():
+            parts["val"] = Part(whole, np.flatnonzero(mask))
+    return parts
+
+
+def _relabel(files: FileIndex, classes: list[str]) -> FileIndex:
+    """Number the labels of a part by the classes of the whole; where they do not fit, drop them."""
+    if files.labels is None or not set(files.classes) <= set(classes):
+        return replace(files, labels=None, classes=classes)
+    place = {name: label for label, name in enumerate(classes)}
+    number = torch.tensor([place[name] for name in files.classes])
+    return replace(files, labels=number[files.labels], classes=classes)

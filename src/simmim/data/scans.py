@@ -1,0 +1,125 @@
+"""Scans that are deeper than 8 bits: their units -> 0..1, and the formats that only they have."""
+
+import math
+import warnings
+from dataclasses import dataclass
+from importlib.util import find_spec
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Pixels = npt.NDArray[np.generic]
+
+MAX_PIXELS = 2**30 // 12  # 89 megapixels, 256 MB of RGB: where Pillow begins to warn of bombs
+SAMPLE = 2**18  # pixels, evenly spread, that percentiles are read from
+
+
+@dataclass(frozen=True)
+class Intensity:
+    """How the values of a scan become 0..1: linear between two values, cut off beyond them.
+
+    The depth of a file says nothing: a 16-bit MRI may end at 278, and divided by 65535 it is black.
+    So by default the two values are percentiles of the image itself. NaN becomes 0.
+
+    Attributes:
+        percentiles: The lower and the upper one.
+        window: The two values themselves, in the scan's units (for CT in Hounsfield units), instead
+            of percentiles: then equal values stay equal between images.
+    """
+
+    percentiles: tuple[float, float] = (0.5, 99.5)
+    window: tuple[float, float] | None = None
+
+    def __call__(self, values: Pixels) -> npt.NDArray[np.float32]:
+        """Map values, of any number type, to float32 in 0..1."""
+        floats = values.astype(np.float32)
+        low, high = self.window or self._range(floats)
+        with np.errstate(over="ignore", invalid="ignore"):  # a window without width is a step
+            unit = (floats - low) / max(float(high - low), 1e-30)
+        return np.nan_to_num(unit.clip(0, 1), copy=False)
+
+    def _range(self, values: npt.NDArray[np.float32]) -> tuple[float, float]:
+        flat = values.ravel()
+        sample = flat[:: math.ceil(flat.size / SAMPLE)]
+        sample = sample[np.isfinite(sample)]
+        if not sample.size:
+            return 0.0, 1.0
+        low, high = np.percentile(sample, self.percentiles)
+        if low == high:  # a few bright spots on a black ground
+            low, high = sample.min(), sample.max()
+        return float(low), float(high)
+
+
+def check_size(width: int, height: int) -> None:
+    """Refuse a size that no photograph has, before memory is taken for it.
+
+    Raises:
+        ValueError: If the header claims more than `MAX_PIXELS`, or nothing.
+    """
+    if not 0 < width * height <= MAX_PIXELS:
+        raise ValueError(f"its header claims {width} x {height} pixels, at most {MAX_PIXELS:,} go")
+
+
+def decode_npy(data: bytes, in_chans: int, intensity: Intensity) -> Pixels:
+    """Decode a NumPy array of shape (H, W), (H, W, C) or (C, H, W).
+
+    uint8 is kept as it is; anything else is a scan, all its channels on one scale.
+
+    Raises:
+        ValueError: If it is something else, or holds less than its header claims.
+    """
+    stream = BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    read_header = np.lib.format.read_array_header_1_0
+    if version != (1, 0):
+        read_header = np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(stream)
+    if dtype.kind not in "buif" or len(shape) not in (2, 3):
+        raise ValueError(f"an array of {dtype} and shape {shape} is no image")
+    if math.prod(shape) * dtype.itemsize > len(data):
+        raise ValueError(f"its header claims the shape {shape}, for which it is too short")
+    values = np.load(BytesIO(data), allow_pickle=False)
+    if values.ndim == 2:
+        values = values[..., None]
+    elif values.shape[0] == in_chans != values.shape[2]:
+        values = np.moveaxis(values, 0, 2)  # CHW -> HWC
+    check_size(values.shape[1], values.shape[0])
+    return values if values.dtype == np.uint8 else intensity(values)
+
+
+def check_pydicom() -> None:
+    """Refuse a folder of DICOM files where nothing can read them.
+
+    Raises:
+        ValueError: If pydicom is not installed.
+    """
+    if find_spec("pydicom") is None:
+        raise ValueError("DICOM files (.dcm) need pydicom: pip install 'simmim[dicom]'")
+
+
+def decode_dicom(data: bytes, intensity: Intensity) -> Pixels:
+    """Decode the first frame of a DICOM file, with its rescale slope, palette and MONOCHROME1.
+
+    Returns:
+        float32 in 0..1 for a scan, (H, W, 1); uint8 for colour, (H, W, 3).
+
+    Raises:
+        Exception: Of many kinds, where the file is damaged or its compression not known.
+    """
+    from pydicom import dcmread
+    from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of values against the standard: they are many
+        scan: Any = dcmread(BytesIO(data), force=True)
+        check_size(int(scan.Columns), int(scan.Rows))
+        values = pixel_array(scan, index=0)
+        colors = scan.PhotometricInterpretation
+        if colors == "PALETTE COLOR":
+            values = apply_color_lut(values, scan)
+        if values.ndim == 3:
+            return values if values.dtype == np.uint8 else (values >> 8).astype(np.uint8)
+        unit = intensity(apply_modality_lut(values, scan))
+    return (1 - unit if colors == "MONOCHROME1" else unit)[..., None]

@@ -1,0 +1,101 @@
+"""Mean and standard deviation of the pixels, by which the model normalises them."""
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from torch.utils.data import DataLoader, Subset
+
+from simmim.data.dataset import ImageData, collate
+from simmim.data.sampler import choose
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel, in 0..1
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0..1; torchvision's and timm's constants
+IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_IMAGES = 10_000  # their mean is known to a few thousandths of its standard deviation
+
+
+def imagenet_statistics(in_chans: int) -> Statistics:
+    """Take ImageNet's, or for other than three channels the mean of the three."""
+    if in_chans == 3:
+        return IMAGENET_MEAN, IMAGENET_STD
+    return (sum(IMAGENET_MEAN) / 3,) * in_chans, (sum(IMAGENET_STD) / 3,) * in_chans
+
+
+def given_statistics(values: Sequence[Sequence[float]], in_chans: int) -> Statistics:
+    """Take what the user gives.
+
+    Raises:
+        ValueError: If it is not a mean and a std for each channel.
+    """
+    if len(values) != 2 or any(len(v) != in_chans for v in values) or min(values[1]) <= 0:
+        raise ValueError(
+            f"data.statistics {list(map(list, values))} is not [means, stds] with {in_chans} "
+            "numbers each: give as many as data.in_chans, stds above 0"
+        )
+    mean, std = (tuple(float(x) for x in v) for v in values)
+    return mean, std
+
+
+def measured_statistics(data: ImageData, num_workers: int = 0) -> Statistics:
+    """Measure the pixels of the images, or of 10,000 of them chosen at random, once.
+
+    What was measured is kept in the user's cache folder, under a key of the files' names, sizes and
+    times and of how they are read, so that other processes and later runs need not read them again.
+
+    Args:
+        data: The training images with the validation transform.
+        num_workers: Processes that read.
+    """
+    places = choose(len(data), MAX_IMAGES).tolist()
+    file = _cache_folder() / f"statistics-{_key(data, places)}.json"
+    with suppress(OSError, ValueError):
+        mean, std = json.loads(file.read_text())
+        return tuple(mean), tuple(std)
+    mean, std = _measure(data, places, num_workers)
+    with suppress(OSError):  # a home that cannot be written costs the next run a few seconds
+        file.parent.mkdir(parents=True, exist_ok=True)
+        beside = file.with_suffix(f".{os.getpid()}")
+        beside.write_text(json.dumps([mean, std]))
+        beside.replace(file)
+    return mean, std
+
+
+def _measure(data: ImageData, places: list[int], num_workers: int) -> Statistics:
+    loader: DataLoader[Any] = DataLoader(
+        Subset(data, places), batch_size=32, num_workers=num_workers, collate_fn=collate
+    )
+    pixels = 0
+    total = torch.zeros(data.in_chans, dtype=torch.float64)
+    squares = torch.zeros(data.in_chans, dtype=torch.float64)
+    for batch in Tqdm(loader, desc="Pixel statistics", leave=False, disable=len(places) < 1000):
+        images = batch["image"].double()
+        images = images / 255 if batch["image"].dtype == torch.uint8 else images
+        pixels += images.numel() // data.in_chans
+        total += images.sum((0, 2, 3))
+        squares += images.square().sum((0, 2, 3))
+    mean = total / pixels
+    std = (squares / pixels - mean.square()).clamp_min(0).sqrt()
+    return tuple(mean.tolist()), tuple(std.clamp_min(1 / 255).tolist())  # a grey level: never 0
+
+
+def _key(data: ImageData, places: list[int]) -> str:
+    digest = blake2b(digest_size=16)
+    digest.update(repr((data.transform, data.intensity, data.in_chans, len(data))).encode())
+    for place in places:
+        digest.update(os.fsencode(data.name(place)))
+        with suppress(OSError):
+            status = os.stat(data.path(place))
+            digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "simmim"
