@@ -49,7 +49,10 @@ class Request:
         """
         first = base or self.default
         said = [json.dumps(checkpoint)] if checkpoint else []
-        configs = [*([first] if first else []), *said, *self.configs]
+        # To be scored or shown, a model is what its checkpoint says, whatever config is named for
+        # the data. fit takes what it is asked for first, so as to name what it must ignore.
+        given = [*said, *self.configs] if self.subcommand == "fit" else [*self.configs, *said]
+        configs = [*([first] if first else []), *given]
         run = [f"--name={self.name}", f"--run_dir={self.run_dir}"]
         return [self.subcommand, *(f"--config={c}" for c in configs), *self.options, *run]
 

@@ -1,0 +1,84 @@
+"""What the README shows works as it is written there."""
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from simmim.cli import main
+from simmim.configuration import packaged_configs
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SMALL = {
+    "--model.encoder": "vit_tiny_patch16_224",
+    "--model.encoder_kwargs": "{patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}",
+    "--model.img_size": "32",
+    "--model.mask_patch_size": "8",
+    "--data.batch_size": "4",
+    "--data.num_workers": "0",
+    "--trainer.accelerator": "cpu",
+    "--trainer.max_epochs": "1",
+}
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def _commands() -> list[str]:
+    lines = [
+        line.partition("#")[0].strip() for block in _blocks("sh") for line in block.split("\n")
+    ]
+    return [line for line in lines if line]
+
+
+@pytest.fixture
+def folders(
+    tmp_path: Path, make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("path/to/images/a", "path/to/images/b", "path/to/other/images"):
+        make_images(tmp_path / name, 12)
+
+
+@pytest.mark.usefixtures("folders")
+@pytest.mark.filterwarnings("ignore")  # a reader's session, where warnings are no errors
+def test_the_python_of_the_readme() -> None:
+    blocks = _blocks("python")
+    assert len(blocks) >= 2
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.usefixtures("folders")
+@pytest.mark.filterwarnings("ignore")
+def test_the_commands_of_the_readme_one_after_the_other() -> None:
+    commands = [shlex.split(line)[1:] for line in _commands() if line.startswith("simmim pretrain")]
+    assert {words[1] for words in commands} == {"fit", "validate", "predict"}
+    small = [word for option in SMALL.items() for word in option]
+    for words in commands:
+        starts, goes_on = words[1] == "fit" and "last" not in words, words[1] == "fit"
+        extra = small if starts else ["--trainer.max_epochs", "2"] if goes_on else []
+        assert main([*words, *extra]) == 0, words
+    run = Path("runs/image_folder/version_0")
+    assert len(list((run / "predictions").rglob("*.png"))) == 12
+
+
+def test_every_make_target_of_the_readme_exists() -> None:
+    named = set(re.findall(r"make ([a-z-]+)", README)) - {"it"}
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert named <= targets
+
+
+def test_every_config_of_the_readme_exists() -> None:
+    named = set(re.findall(r"`((?:swin|vit|swinv2)_[a-z]+_\d+ep)`", README))
+    named |= set(re.findall(r"-c (\w+)", README))
+    assert named <= {name.split("/")[-1] for name in packaged_configs()}
+
+
+def test_the_picture_of_the_readme_is_there() -> None:
+    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
+        assert (ROOT / path).is_file(), path
