@@ -424,3 +424,9 @@ def test_what_cannot_work_is_refused_with_the_reason(
 ) -> None:
     with pytest.raises(ValueError, match=f"(?i){message}"):
         Encoder(**{"name": "vit_tiny_patch16_224", "img_size": 64, **arguments})
+
+
+def test_norm_eps_reaches_every_layer_norm() -> None:
+    encoder = Encoder("vit_tiny_patch16_224", 64, norm_eps=1e-12, **TINY)
+    eps = {m.eps for m in encoder.modules() if isinstance(m, nn.LayerNorm)}
+    assert eps == {1e-12}
