@@ -105,7 +105,7 @@ class PredictionWriter(L.Callback):
 
     def __init__(self) -> None:
         self.folder: Path | None = None
-        self._written: set[str] = set()  # names, as a file system that ignores case sees them
+        self._written: dict[str, str] = {}  # paths by name, as where case does not matter
         self._seen = 0  # images of this process
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -114,7 +114,7 @@ class PredictionWriter(L.Callback):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep Lightning from collecting what is written."""
-        self._written, self._seen = set(), 0
+        self._written, self._seen = {}, 0
         trainer.predict_loop.return_predictions = False
 
     def on_predict_batch_end(
@@ -146,9 +146,10 @@ class PredictionWriter(L.Callback):
         if root is not None and Path(path).is_relative_to(root):
             path = str(Path(path).relative_to(root))
         name = safe_name(path)
-        if name.casefold() in self._written:  # "A.jpg" beside "a.jpg": one file on macOS, Windows
+        # "A.jpg" beside "a.jpg" is one file on macOS and Windows. (The same path comes twice where
+        # an image stands in for one that cannot be read: that is the same picture.)
+        if self._written.setdefault(name.casefold(), path) != path:
             name = safe_name(path + "\0")
-        self._written.add(name.casefold())
         return name
 
 
