@@ -1,0 +1,140 @@
+"""The split: a function of names and seed, near its share, true to classes and groups."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from simmim.data.layout import read_parts
+from simmim.data.split import check_group_pattern, validation_mask
+
+
+def mask(
+    names: list[str],
+    labels: list[int] | None = None,
+    fraction: float = 0.1,
+    seed: int = 0,
+    pattern: str | None = None,
+) -> np.ndarray:
+    return validation_mask(
+        names, np.array(labels or [0] * len(names)), fraction, seed, group_pattern=pattern
+    )
+
+
+def test_it_is_a_known_function_of_names_and_seed() -> None:
+    names = [f"class/{i}.jpg" for i in range(20)]
+    assert np.flatnonzero(mask(names, fraction=0.25)).tolist() == [1, 2, 5, 11, 17]
+    assert np.flatnonzero(mask(names, fraction=0.25, seed=1)).tolist() == [2, 4, 6, 7, 17]
+
+
+def test_each_class_gives_its_share() -> None:
+    names = [f"{label}/{i}" for label in range(7) for i in range(40)]
+    labels = [label for label in range(7) for _ in range(40)]
+    chosen = mask(names, labels)
+    assert np.bincount(np.array(labels)[chosen]).tolist() == [4] * 7
+
+
+@pytest.mark.parametrize(("size", "fraction"), [(4, 0.1), (1, 0.5), (3, 0.34), (25, 0.1)])
+def test_many_small_classes_give_their_share_together(size: int, fraction: float) -> None:
+    labels = np.repeat(np.arange(300), size)
+    names = [f"{label}/{i}" for i, label in enumerate(labels)]
+    chosen = mask(names, labels.tolist(), fraction)
+    if size > 1:
+        assert chosen.sum() == pytest.approx(fraction * len(names), abs=1)
+        assert np.bincount(labels[chosen], minlength=300).max() < size  # never a whole class
+    else:
+        assert chosen.sum() == 1  # of classes with one image none can spare it; one must
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.5, 0.99])
+def test_two_images_are_one_and_one(fraction: float) -> None:
+    assert mask(["a", "b"], fraction=fraction).sum() == 1
+
+
+def test_nothing_validates_where_nothing_shall_or_can() -> None:
+    assert not mask(["a", "b", "c"], fraction=0).any()
+    assert not mask(["a"], fraction=0.5).any()
+
+
+def test_added_images_move_few_others() -> None:
+    names = [f"{i}.png" for i in range(1000)]
+    before, after = mask(names), mask([*names, *(f"new{i}.png" for i in range(100))])
+    assert (before != after[:1000]).sum() <= 20
+
+
+def test_a_smaller_share_is_part_of_a_larger_one() -> None:
+    names = [f"{i}.png" for i in range(500)]
+    assert (mask(names, fraction=0.1) <= mask(names, fraction=0.2)).all()
+
+
+def test_accents_hash_alike_composed_or_not() -> None:
+    others = [f"{i}.png" for i in range(9)]
+    assert mask(["\u00e9.png", *others]).tolist() == mask(["e\u0301.png", *others]).tolist()
+
+
+def test_groups_stay_together() -> None:
+    rng = np.random.default_rng(0)
+    patients = rng.integers(0, 60, 600)
+    labels = rng.integers(0, 3, 600)  # patients have images in all classes
+    names = [f"{c}/p{p:02d}_{i}.png" for i, (p, c) in enumerate(zip(patients, labels, strict=True))]
+    chosen = mask(names, labels.tolist(), 0.2, pattern=r"(p\d+)_")
+    assert set(patients[chosen]).isdisjoint(patients[~chosen])
+    assert chosen.mean() == pytest.approx(0.2, abs=0.05)
+
+
+def test_groups_within_classes_are_stratified() -> None:
+    names = [f"{c}/{c}{p}_{i}.png" for c in "abc" for p in range(20) for i in range(5)]
+    labels = np.repeat([0, 1, 2], 100)
+    chosen = mask(names, labels.tolist(), 0.1, pattern=r"(\w\d+)_")
+    assert np.bincount(labels[chosen]).tolist() == [10, 10, 10]
+
+
+def test_one_group_trains_and_two_are_divided() -> None:
+    assert not mask(["p1_a", "p1_b"], fraction=0.5, pattern="(p.)").any()
+    assert mask(["p1_a", "p2_b", "p2_c"], fraction=0.01, pattern="(p.)").sum() in (1, 2)
+
+
+def test_a_pattern_must_name_every_image() -> None:
+    with pytest.raises(ValueError, match=r"'\(p\\\\d\+\)' does not match 'x.png': its first group"):
+        mask(["p1.png", "x.png"], pattern=r"(p\d+)")
+    with pytest.raises(ValueError, match="has no group: put what names the patient in brackets"):
+        check_group_pattern("p[0-9]+")
+    with pytest.raises(ValueError, match="is no regular expression"):
+        check_group_pattern("(p")
+
+
+def test_it_does_not_depend_on_the_process() -> None:
+    code = (
+        "import numpy as np; from simmim.data.split import validation_mask\n"
+        "print(np.flatnonzero(validation_mask(map(str, range(90)), np.zeros(90, int), 0.2)))"
+    )
+    lists = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in "12"
+    ]  # fmt: skip
+    assert lists[0] == lists[1]
+
+
+def test_it_does_not_depend_on_the_place(tmp_path: Path) -> None:
+    chosen = []
+    for place in ("here", "there/deeper"):
+        for i in range(30):
+            file = tmp_path / place / "ab"[i % 2] / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+        part = read_parts(str(tmp_path / place), 0.2)["val"]
+        chosen.append([part.files.name(i) for i in part.places])
+    assert chosen[0] == chosen[1]
+
+
+def test_train_folder_is_split_like_the_folder_itself(tmp_path: Path) -> None:
+    for i in range(20):
+        (tmp_path / "train" / "a").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "train" / "a" / f"{i}.png").touch()
+    whole, inner = read_parts(str(tmp_path), 0.2), read_parts(str(tmp_path / "train"), 0.2)
+    assert whole["val"].places.tolist() == inner["val"].places.tolist()
