@@ -1,7 +1,6 @@
 """The data module: any folder of images, or a data set by name, as batches of uint8."""
 
 import os
-import sys
 from math import inf
 from typing import Any, Literal, cast
 
@@ -39,11 +38,9 @@ from simmim.data.statistics import (
     measured_statistics,
 )
 from simmim.data.transforms import CenterCrop, RandomCrop, flip_marked
+from simmim.data.workers import default_workers
 
 Batch = dict[str, Any]
-
-SMALL = 32 * 2**20  # bytes of images that one process reads in a second: workers are not worth it
-MAX_WORKERS = 16
 
 
 class ImageFolderData(L.LightningDataModule):
@@ -92,7 +89,6 @@ class ImageFolderData(L.LightningDataModule):
         seed: Seed of order, crops and flips. On the command line it is `--seed_everything`.
 
     Attributes:
-        root: The folder, also of a named data set.
         classes: Names of the classes; empty where there are none. After setup, like all below.
         class_to_idx: The label of each class.
         class_counts: Training images of each class.
@@ -376,10 +372,7 @@ class ImageFolderData(L.LightningDataModule):
     def _workers(self, data: ImageData) -> int:
         if self.num_workers is not None:
             return self.num_workers
-        if _estimate_bytes(data) < SMALL:
-            return 0
-        share = self.trainer.num_devices if self.trainer else 1
-        return min(max(_cpu_count() // share - 1, 1), MAX_WORKERS)
+        return default_workers(data, self.trainer.num_devices if self.trainer else 1)
 
     def _process(self) -> tuple[int, int]:
         """How many processes share the data, and which one this is."""
@@ -402,19 +395,3 @@ class ImageFolderData(L.LightningDataModule):
 
     def _trains(self) -> bool:
         return self.trainer is None or self.trainer.state.fn in (None, "fit")
-
-
-def _estimate_bytes(data: ImageData) -> int:
-    """Estimate the size of all files from 64 of them."""
-    sizes = []
-    for index in range(0, len(data), -(-len(data) // 64)):
-        path = data.path(index)
-        sizes.append(os.path.getsize(path) if os.path.exists(path) else 0)
-    return sum(sizes) * len(data) // max(len(sizes), 1)
-
-
-def _cpu_count() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity") and sys.platform != "win32":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

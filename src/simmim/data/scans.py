@@ -78,7 +78,7 @@ def decode_npy(data: bytes, in_chans: int, intensity: Intensity) -> Pixels:
     shape, _, dtype = read_header(stream)
     if dtype.kind not in "buif" or len(shape) not in (2, 3):
         raise ValueError(f"an array of {dtype} and shape {shape} is no image")
-    if math.prod(shape) * dtype.itemsize > len(data):
+    if math.prod(shape) * dtype.itemsize > len(data) - stream.tell():
         raise ValueError(f"its header claims the shape {shape}, for which it is too short")
     values = np.load(BytesIO(data), allow_pickle=False)
     if values.ndim == 2:

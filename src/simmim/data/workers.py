@@ -1,0 +1,34 @@
+"""How many processes read images."""
+
+import os
+
+from simmim.data.dataset import ImageData
+
+SMALL = 32 * 2**20  # bytes of images, which one process reads in a second or two
+MAX_WORKERS = 16
+
+
+def default_workers(data: ImageData, processes: int = 1) -> int:
+    """Choose a number of workers: none for a small folder, otherwise the cores less one.
+
+    Args:
+        data: What they are to read.
+        processes: Processes on this machine that share its cores.
+    """
+    if _estimate_bytes(data) < SMALL:
+        return 0
+    return min(max(_cpu_count() // processes - 1, 1), MAX_WORKERS)
+
+
+def _estimate_bytes(data: ImageData) -> int:
+    """Estimate the size of all files from 64 of them."""
+    paths = [data.path(index) for index in range(0, len(data), -(-len(data) // 64))]
+    sizes = [os.path.getsize(path) for path in paths if os.path.exists(path)]
+    return sum(sizes) * len(data) // len(paths)
+
+
+def _cpu_count() -> int:
+    """Count the CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
