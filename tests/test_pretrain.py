@@ -196,6 +196,13 @@ def test_uint8_is_normalised_with_the_pixel_statistics() -> None:
     )
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_lightnings_precisions(tmp_path: Path, precision: Any) -> None:
+    run = trainer(tmp_path, precision=precision, enable_checkpointing=False)
+    run.fit(tiny(), loader())
+    assert run.callback_metrics["train/loss"].isfinite()
+
+
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [

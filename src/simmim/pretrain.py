@@ -256,7 +256,7 @@ class SimMIM(L.LightningModule):
     def normalize(self, raw: Tensor) -> Tensor:
         """Turn uint8, or float in 0..1, into what the encoder sees: zero mean, unit variance."""
         images = raw.float() / 255 if raw.dtype == torch.uint8 else raw.float()
-        return (images - self.mean) / self.std
+        return ((images - self.mean) / self.std).to(self.mean.dtype)  # bf16 in bf16-true
 
     def inputs(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
         """Take a batch apart: a dict of ours, (images, labels), or images alone.
