@@ -91,6 +91,21 @@ def test_groups_within_classes_are_stratified() -> None:
     assert np.bincount(labels[chosen]).tolist() == [10, 10, 10]
 
 
+def test_a_class_does_not_lose_its_only_group() -> None:
+    names = [f"{c}/{c}{p}_{i}.png" for c, n in (("a", 1), ("b", 9)) for p in range(n) for i in "xy"]
+    labels = np.array([0] * 2 + [1] * 18)
+    for seed in range(20):
+        chosen = mask(names, labels.tolist(), 0.2, seed, pattern=r"(\w\d)_")
+        assert np.bincount(labels[chosen], minlength=2).tolist() == [0, 4]
+
+
+def test_folders_of_patients_are_no_classes() -> None:
+    names = [f"p{p}/{i}.png" for p in range(10) for i in range(3)]
+    labels = np.repeat(np.arange(10), 3)
+    chosen = mask(names, labels.tolist(), 0.3, pattern=r"(p\d)/")
+    assert sorted(np.bincount(labels[chosen], minlength=10).tolist()) == [0] * 7 + [3] * 3
+
+
 def test_one_group_trains_and_two_are_divided() -> None:
     assert not mask(["p1_a", "p1_b"], fraction=0.5, pattern="(p.)").any()
     assert mask(["p1_a", "p2_b", "p2_c"], fraction=0.01, pattern="(p.)").sum() in (1, 2)

@@ -317,7 +317,7 @@ class ImageFolderData(L.LightningDataModule):
         )
 
     def _check_evaluated(self, stage: str | None) -> None:
-        """Refuse to validate, or to test, without images."""
+        """Refuse to validate, or to test, without images; train without them if so wanted."""
         if "validation" in self.sets or (stage == "test" and "test" in self.sets):
             return
         if self.val_fraction:
@@ -329,6 +329,8 @@ class ImageFolderData(L.LightningDataModule):
             raise ValueError(
                 f"{self.root!r} has no val/, and data.val_fraction is 0: make one, or use 0.1"
             )
+        if self.trainer is not None:
+            self.trainer.limit_val_batches = 0  # else Lightning warns of an empty loader
 
     def _statistics(self) -> Statistics:
         if not isinstance(self.statistics, str):

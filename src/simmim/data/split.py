@@ -118,22 +118,31 @@ def _split_files(
 def _split_groups(
     groups: list[str], labels: npt.NDArray[np.int64], val_fraction: float, seed: int
 ) -> npt.NDArray[np.bool_]:
-    """Class by class, take groups in the order of their hash while that brings the share nearer."""
+    """Class by class, take groups in the order of their hash while that brings the share nearer.
+
+    The only group of a class trains, unless that is so of all classes: then each is a patient's
+    folder, and no class.
+    """
     unique, group_of_file = np.unique(np.array(groups), return_inverse=True)
     order = np.argsort([_hash(str(group), seed) for group in unique], kind="stable")
     rank = np.argsort(order)  # of each group in the order of the hash
-    validates = np.zeros(len(unique), dtype=bool)
-    decided = np.zeros(len(unique), dtype=bool)
-    for label in np.unique(labels):
-        members, counts = np.unique(group_of_file[labels == label], return_counts=True)
-        target, have = val_fraction * counts.sum(), counts[validates[members]].sum()
-        for i in np.argsort(rank[members]):
-            if not decided[members[i]]:
-                validates[members[i]] = have + counts[i] / 2 <= target
-                have += counts[i] * validates[members[i]]
+    classes = [
+        np.unique(group_of_file[labels == label], return_counts=True) for label in np.unique(labels)
+    ]
+    if all(len(members) == 1 for members, _ in classes):
+        classes = [np.unique(group_of_file, return_counts=True)]
+    validates, decided = np.zeros((2, len(unique)), dtype=bool)
+    for members, _ in classes:
+        decided[members] = len(members) == 1
+    target = have = 0.0
+    for members, counts in classes:
+        target += val_fraction * counts.sum()
+        have += counts[validates[members]].sum()
+        free = [i for i in np.argsort(rank[members]) if not decided[members[i]]]
+        for i in free[: len(members) - 1 - validates[members].sum()]:  # one at least trains
+            validates[members[i]] = have + counts[i] / 2 <= target
+            have += counts[i] * validates[members[i]]
         decided[members] = True
     if len(unique) > 1 and not validates.any():
         validates[order[0]] = True
-    if validates.all():
-        validates[order[-1]] = False
     return validates[group_of_file]
