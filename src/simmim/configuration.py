@@ -77,7 +77,10 @@ def read_request(
     parser.add_argument("--ckpt_path")
     parser.add_argument("--name")
     parser.add_argument("--run_dir")
-    given, options = parser.parse_known_args(args[1:])
+    try:
+        given, options = parser.parse_known_args(args[1:])
+    except ArgumentError as error:
+        raise ArgumentError(None, f"{error.argument_name} needs a value") from error
 
     configs = [find_config(name, command) for name in given.config]
     experiments = [path for path in configs if path.parent.name != OVERLAY]

@@ -22,6 +22,25 @@ HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # W&B's own, by its old and
 RUN_ID = "run_id.txt"
 
 
+def run_loggers(folder: Path, given: Any, subcommand: str, before_step: int | None) -> list[Logger]:
+    """Choose a run's loggers: a CSV file always; beside it what the user names, or W&B for a fit.
+
+    Args:
+        folder: The run's folder.
+        given: The trainer's option: None or True (ours), False (none), or loggers of the user's.
+        subcommand: fit writes metrics.csv, validate and test their own file.
+        before_step: The step at which the run goes on; see `MetricsFile`.
+    """
+    if given is False:
+        return []
+    training = subcommand == "fit"
+    filename = "metrics.csv" if training else f"{subcommand}.csv"
+    others = given if isinstance(given, list) else [given]
+    if given is None or given is True:
+        others = [board(folder)] if training else []
+    return [MetricsFile(folder, filename, before_step), *(x for x in others if x is not None)]
+
+
 class MetricsFile(CSVLogger):
     """Metrics as rows of a CSV file, which a resumed run continues.
 

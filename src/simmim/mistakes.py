@@ -10,6 +10,16 @@ from argparse import ArgumentError
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+TYPES = {  # as jsonargparse writes them, and as people do
+    r"class 'bool'": "true or false",
+    r"class 'int'": "a whole number",
+    r"class 'float'": "a number",
+    r"class 'str'": "a word",
+    r"list\[int\]": "a list [1, 2] of whole numbers",
+    r"list\[float\]": "a list [1.0, 2.0] of numbers",
+    r"tuple": "a list of numbers",
+    r"dict": "a table {name: value}, in quotes",
+}
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -61,7 +71,9 @@ def word_usage_error(message: str, options: Iterable[str]) -> str:
         return f"{found[1]} follows {found[2]}: give --{found[2]}"
     if found := re.search(r"argument (\S+): expected (.*)", message):
         return f"{found[1].split('/')[-1]} needs a value"
-    if found := re.match(r'Parser key "(\S+)":', message):
+    if found := re.search(r"argument (\S+) --> (\S+): ", message):
+        return f"{found[2]} follows {found[1]}: give --{found[1]}"
+    if found := re.search(r'Parser key "(\S+?)":', message):
         return _wrong_value(found[1], message)
     return one_line(message)
 
@@ -87,6 +99,10 @@ def _unknown(argument: str, options: Iterable[str]) -> str:
 
 def _wrong_value(key: str, message: str) -> str:
     """`Parser key "model.mask_fill": Expected a typing.Literal[...]. Got value: tokn`."""
+    if found := re.search(r"Option '(\S+)' is not accepted.*class_path='([^']+)'", message):
+        return f"--{key}.{found[1]}: {found[2]} has no such option"
+    if found := re.search(r"module '(\S+)' has no attribute '(\S+)'", message):
+        return f"--{key}: module {found[1]} has no {found[2]}"
     values = re.findall(
         r"(?:Given value|Got value|import path string|Expected a path but): ?(.*)", message
     )
@@ -96,14 +112,10 @@ def _wrong_value(key: str, message: str) -> str:
             f"--{key} {value}: no class of that name is known here: check its spelling, or give "
             "the import path (package.module.Class)"
         )
-    choices = [
-        c for group in re.findall(r"Literal\[([^\]]*)\]", message) for c in group.split(", ")
-    ]
-    words = list(dict.fromkeys(choice.strip("'") for choice in choices))
-    kinds = dict.fromkeys(
-        re.findall(r"<class '(?:\w+\.)*(\w+)'>|(list\[[\w, ]+\])", _subtypes(message))
-    )
-    plain = [a or b.replace("[", " of ").rstrip("]") for a, b in kinds if a != "NoneType"]
+    types = _subtypes(message)
+    groups = re.findall(r"Literal\[([^\]]*)\]", types)
+    words = list(dict.fromkeys(word.strip("'") for g in groups for word in g.split(", ")))
+    plain = [said for pattern, said in TYPES.items() if re.search(pattern, types)]
     hint = nearest(value, words)
     expected = " or ".join([*words, *plain]) or one_line(message.split(":", 1)[1])
     return one_line(f"--{key} does not take {value!r}: {hint} it takes {expected}")

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from simmim.configuration import read_config
 from simmim.mistakes import FULL
@@ -141,17 +144,15 @@ def find_start(ckpt_path: str, run_dir: Path, name: str) -> Start:
     """
     from simmim.weights import find_checkpoint
 
-    given = newest_run(run_dir, name) if ckpt_path == "last" else Path(ckpt_path)
+    given = str(newest_run(run_dir, name)) if ckpt_path == "last" else ckpt_path
     # A sharded checkpoint is a folder that keeps what is no tensor in meta.pt.
-    path = given if (given / "meta.pt").is_file() else find_checkpoint(given)
+    path = Path(given) if Path(given, "meta.pt").is_file() else find_checkpoint(given)
     file = path / "meta.pt" if path.is_dir() else path
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=path.is_file())
         model = dict(content["hyper_parameters"])
-    except Exception as error:
-        raise ValueError(
-            f"{path} is no checkpoint of a run of simmim (or a damaged one): {error}"
-        ) from error
+    except Exception as error:  # whatever torch makes of bytes that are something else
+        raise ValueError(f"{path} is no checkpoint of a run of simmim, or a damaged one") from error
     model.pop("_instantiator", None)
     run = run_of(path)
     if run is not None:  # the hyperparameters leave out the optimiser, which is no plain value
@@ -170,6 +171,39 @@ def checkpoint_callbacks(folder: Path) -> list[ModelCheckpoint]:
         filename="best", monitor="val/loss", save_on_train_epoch_end=False, **place
     )
     return [best, last]
+
+
+class KeepConfig(Callback):
+    """Write the resolved config into the run's folder and to every logger, when the run begins."""
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        self.folder, self.config = folder, config
+
+    @rank_zero_only
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it once the data are known to be there."""
+        beside = self.folder / f".{CONFIG}"
+        beside.write_text(yaml.safe_dump(self.config, sort_keys=False), encoding="utf-8")
+        beside.replace(self.folder / CONFIG)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(self.config)
+
+
+class SaveWhenTerminated(Callback):
+    """Save where the run stands when SIGTERM ends it, as a scheduler does with a job.
+
+    Lightning raises it between two batches, on all processes at once.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / CHECKPOINTS / LAST
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Overwrite the last checkpoint, if training was under way."""
+        if isinstance(exception, SIGTERMException) and trainer.training:
+            trainer.save_checkpoint(self.path)
 
 
 class DurableCheckpointIO(TorchCheckpointIO):

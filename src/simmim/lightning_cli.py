@@ -1,0 +1,398 @@
+"""A task on the command line: its options, its defaults, the run's folder, and going on."""
+
+import json
+import logging
+import warnings
+from argparse import ArgumentError
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from simmim.configuration import Request, differences, packaged_configs, read_request
+from simmim.loggers import board, finish_board, run_loggers
+from simmim.mistakes import word_usage_error
+from simmim.run import (
+    CHECKPOINTS,
+    CONFIG,
+    LAST,
+    DurableCheckpointIO,
+    KeepConfig,
+    SaveWhenTerminated,
+    Start,
+    checkpoint_callbacks,
+    clean_up,
+    find_start,
+    leave_run,
+    new_run,
+)
+
+
+@dataclass(frozen=True)
+class Link:
+    """What is said once and used twice, where the class has such an option.
+
+    Attributes:
+        source: The option that is given; of several, what the target is computed from.
+        compute: Makes the value from those of the sources; None copies it.
+    """
+
+    source: str | tuple[str, ...]
+    compute: Callable[..., Any] | None = None
+
+
+LINKS = {  # by target
+    "data.img_size": Link("model.img_size"),
+    "data.in_chans": Link("model.in_chans"),
+    "model.seed": Link("seed_everything", int),
+    "model.trust": Link("trust"),
+    "data.seed": Link("seed_everything", int),
+}
+TERMINATED = 128 + 15  # as a shell says of a process that SIGTERM has ended
+NOT_IN_A_CONFIG = ("trust", "ckpt_path", "weights_only", "verbose", "return_predictions")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a command trains.
+
+    Attributes:
+        name: The command.
+        model: The LightningModule.
+        data: The LightningDataModule.
+        default: The config where none is named.
+        callbacks: Callbacks that are always there, by the name of their options.
+        writers: Callbacks without options.
+        links: What is said once and used twice, by target, where it differs from pretraining.
+    """
+
+    name: str
+    model: type[LightningModule]
+    data: type[LightningDataModule]
+    default: str
+    callbacks: Mapping[str, type[Callback]]
+    writers: tuple[type[Callback], ...] = ()
+    links: Mapping[str, Link] = field(default_factory=dict)
+
+    def all_links(self) -> dict[str, Link]:
+        """The links between options that these classes have."""
+        options = {
+            f"{group}.{name}"
+            for group, kind in (("model", self.model), ("data", self.data))
+            for name in signature(kind).parameters
+        }
+        return {k: v for k, v in {**LINKS, **self.links}.items() if k in options}
+
+
+def run_task(task: Task, args: list[str]) -> None:
+    """Run a task's subcommand.
+
+    Args:
+        task: What is trained.
+        args: The subcommand and its options. They are passed on as they are: the processes that
+            Lightning starts run the whole command again.
+
+    Raises:
+        ArgumentError: If an option is wrong.
+        KeyboardInterrupt: On Ctrl+C; it says how to go on.
+        SystemExit: With status 143, on SIGTERM.
+    """
+    _quieten_lightning()
+    follows = {
+        target: link.source if isinstance(link.source, str) else link.source[0]
+        for target, link in task.all_links().items()
+    }
+    request = read_request(task.name, task.default, args, follows)
+    start = None
+    if request.ckpt_path:
+        start = find_start(request.ckpt_path, request.run_dir, request.name)
+    run = _Run()
+    try:
+        TaskCLI(task, request, start, run)
+        run.failed = False
+    except SIGTERMException:
+        rank_zero_info(f"terminated; {_how_to_go_on(request, run)}")
+        raise SystemExit(TERMINATED) from None
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        raise KeyboardInterrupt(_how_to_go_on(request, run)) from None
+    finally:
+        finish_board(run.loggers, run.failed)
+        leave_run(run.folder, run.failed)
+
+
+@dataclass
+class _Run:
+    """What a command has begun, for whoever ends it."""
+
+    folder: Path | None = None
+    loggers: list[Logger] = field(default_factory=list)
+    failed: bool = True
+
+
+class TaskCLI(LightningCLI):
+    """LightningCLI with fixed classes, our defaults, and a run's folder.
+
+    Args:
+        task: What is trained.
+        request: What the command line asks for.
+        start: The checkpoint to begin with.
+        run: Receives the run's folder and loggers.
+    """
+
+    def __init__(self, task: Task, request: Request, start: Start | None, run: _Run) -> None:
+        self.task, self.request, self.start, self.run = task, request, start, run
+        super().__init__(
+            task.model,
+            task.data,
+            save_config_callback=None,
+            seed_everything_default=0,
+            parser_kwargs={
+                "prog": f"simmim {task.name}",
+                "exit_on_error": False,
+                "allow_abbrev": False,
+                request.subcommand: {
+                    "usage": f"simmim {task.name} {request.subcommand} [-c CONFIG ...] "
+                    "[--OPTION VALUE ...]"
+                },
+            },
+            args=self._layers(start),
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,  # our classes take plain values
+        )
+
+    # Options -------------------------------------------------------------------------------------
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Build the parser of one subcommand: four take four times as long."""
+        return {self.request.subcommand: super().subcommands()[self.request.subcommand]}
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what belongs to the run as a whole."""
+        super().add_default_arguments_to_parser(parser)
+        parser.add_argument(
+            "--name",
+            type=str | None,
+            help="Name of the run; that of its config by default.",
+        )
+        parser.add_argument(
+            "--run_dir",
+            type=str,
+            default="runs",
+            help="Folder of all runs: RUN_DIR/NAME/version_N.",
+        )
+        parser.add_argument(
+            "--trust",
+            action="store_true",
+            help="Open a checkpoint that names parts by an import path, which runs their code.",
+        )
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Put what makes an experiment before Lightning's own options, in help and in configs."""
+        parser.add_lightning_class_args(self.task.model, "model")
+        parser.add_lightning_class_args(self.task.data, "data")
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        # Our sampler deals out the ranks.
+        parser.set_defaults({"trainer.use_distributed_sampler": False})
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add our callbacks, and tie what must agree."""
+        for name, callback in self.task.callbacks.items():
+            parser.add_lightning_class_args(callback, name)
+        for target, link in self.task.all_links().items():
+            compute = self.is_trusted if target == "model.trust" else link.compute
+            parser.link_arguments(link.source, target, compute_fn=compute)
+        self.options = parser
+
+    def is_trusted(self, trust: bool) -> bool:
+        """Whether parts may be imported: what the command line names is the user's own."""
+        return trust or self.start is None
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and let a checkpoint that is gone on with overrule the options it contradicts."""
+        self._document()
+        assert isinstance(args, list)
+        self.config = self._parse(args)
+        if self.start is not None and self.request.subcommand == "fit":
+            ignored = self._contradictions(self.start)
+            if ignored:
+                rank_zero_info(_ignored_line(ignored))
+                self.config = self._parse(
+                    [*args, f"--config={json.dumps(self._checkpoint_config(self.start))}"]
+                )
+
+    def _layers(self, start: Start | None) -> list[str]:
+        """The arguments of the parser: configs first, the user's options last."""
+        if start is None:
+            return self.request.arguments()
+        base = start.run / CONFIG if start.run else None
+        return self.request.arguments(base, self._checkpoint_config(start))
+
+    def _checkpoint_config(self, start: Start) -> dict[str, Any]:
+        """What a checkpoint says of its model, as a config."""
+        known = signature(self.task.model).parameters
+        model = {name: value for name, value in start.model.items() if name in known}
+        seed = {"seed_everything": model.pop("seed")} if "seed" in model else {}
+        return {"model": model, **seed}
+
+    def _parse(self, args: list[str]) -> Any:
+        try:
+            return self.parser.parse_args(args)
+        except ArgumentError as error:
+            names = [name for action in self.options._actions for name in action.option_strings]
+            raise ArgumentError(None, word_usage_error(str(error), names)) from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave out Lightning's merging, which is silent and does not know "last"."""
+
+    def _document(self) -> None:
+        """Say what our options mean where Lightning's text does not fit."""
+        packaged = [
+            k for k in packaged_configs() if k.startswith((f"{self.task.name}/", "overlay/"))
+        ]
+        texts = {
+            "config": "Config files or names of packaged ones, laid over each other in the order "
+            f"given: {', '.join(name.split('/')[-1] for name in packaged)}. Without an experiment "
+            f"among them {self.task.default} comes first. A config can name classes to import: "
+            "use only files that you trust.",
+            "ckpt_path": "Checkpoint to begin with: a file, a run's folder, or `last`, the newest "
+            "run of this name. fit goes on with that run, in its folder, with its config.",
+            "seed_everything": "Seed of everything random: initial weights, order, crops, masks. "
+            "true means 0, false seeds nothing but order, crops and masks (0).",
+        }
+        for action in self.options._actions:
+            action.help = texts.get(action.dest, action.help)
+
+    def _contradictions(self, start: Start) -> dict[str, tuple[Any, Any]]:
+        """Options that differ from the checkpoint's: {name: (asked for, in the checkpoint)}."""
+        asked = self.config[self.request.subcommand].model.as_dict()
+        kept = {name: value for name, value in start.model.items() if name in asked}
+        found = differences("model", {name: asked[name] for name in kept}, kept)
+        if "model.seed" in found:
+            found["seed_everything"] = found.pop("model.seed")
+        return found
+
+    # Objects -------------------------------------------------------------------------------------
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the run's folder, and the trainer that writes there."""
+        options = self.config_init[self.request.subcommand].trainer
+        if options.default_root_dir is not None:
+            raise ValueError(
+                f"trainer.default_root_dir {options.default_root_dir!r} would be another place "
+                "than the run's folder: choose that with --run_dir"
+            )
+        callbacks = options.callbacks or []
+        callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
+        callbacks += [writer() for writer in self.task.writers]
+        if options.enable_progress_bar is False and "progress_bar" in self.options.callback_keys:
+            self.options.callback_keys.remove("progress_bar")
+        if not options.fast_dev_run and (folder := self._folder()):
+            self.run.folder = folder
+            clean_up(folder)
+            self.run.loggers = self._loggers(folder, options.logger)
+            kwargs |= {"default_root_dir": folder, "logger": self.run.loggers or False}
+            if self.request.subcommand == "fit":
+                callbacks += [
+                    KeepConfig(folder, self._config_to_keep()),
+                    SaveWhenTerminated(folder),
+                ]
+            if options.enable_checkpointing is not False:
+                callbacks += checkpoint_callbacks(folder)
+        trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own stays
+            trainer.strategy.checkpoint_io = DurableCheckpointIO()
+        return trainer
+
+    def after_instantiate_classes(self) -> None:
+        """Hand the checkpoint over, or say that there is none."""
+        subcommand = self.request.subcommand
+        if self.start is not None:
+            self.config_init[subcommand]["ckpt_path"] = str(self.start.checkpoint)
+        if subcommand == "predict":
+            self.config_init[subcommand]["return_predictions"] = False  # they are written
+        if (
+            self.start is None
+            and subcommand != "fit"
+            and not self.config[subcommand].model.get("weights")
+        ):
+            rank_zero_info("No --ckpt_path and no --model.weights: this model is untrained")
+
+    def _folder(self) -> Path | None:
+        """The run's folder: the checkpoint's own, or a new one where something is written."""
+        request, start = self.request, self.start
+        if start is not None and (start.goes_on or request.subcommand != "fit") and start.run:
+            return start.run
+        if request.subcommand in ("fit", "predict"):
+            return new_run(request.run_dir, request.name)
+        return None
+
+    def _loggers(self, folder: Path, given: Any) -> list[Logger]:
+        subcommand, start = self.request.subcommand, self.start
+        if subcommand == "predict":
+            return []
+        if isinstance(given, WandbLogger):
+            said = self.config[subcommand].trainer.logger.as_dict()
+            options = {**said.get("init_args", {}), **said.get("dict_kwargs", {})}
+            logger = board(folder, **options) if subcommand == "fit" else None
+            given = [logger] if logger else []
+        before = start.step if subcommand == "fit" and start and start.goes_on else None
+        return run_loggers(folder, given, subcommand, before)
+
+    def _config_to_keep(self) -> dict[str, Any]:
+        """The full resolved config, as it can be given to -c again."""
+        text = self.options.dump(self.config[self.request.subcommand], skip_none=False)
+        config = {k: v for k, v in yaml.safe_load(text).items() if k not in NOT_IN_A_CONFIG}
+        run = {"name": self.request.name, "run_dir": str(self.request.run_dir)}
+        return {**run, **{k: v for k, v in config.items() if k not in run}}
+
+
+# What is printed ---------------------------------------------------------------------------------
+
+
+def _ignored_line(ignored: Mapping[str, tuple[Any, Any]]) -> str:
+    changes = ", ".join(
+        f"--{key} {_shown(asked)} (it has {_shown(kept)})" for key, (asked, kept) in ignored.items()
+    )
+    return (
+        "--ckpt_path goes on with the same run; ignored, since the checkpoint says otherwise: "
+        f"{changes}. To change them, start a new run with --model.weights CKPT"
+    )
+
+
+def _shown(value: Any) -> str:
+    """A value as one would write it on the command line."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _how_to_go_on(request: Request, run: "_Run") -> str:
+    if request.subcommand != "fit" or run.folder is None:
+        return ""
+    if not (run.folder / CHECKPOINTS / LAST).exists():
+        return f"{run.folder} has no checkpoint yet to go on from"
+    where = f" --run_dir {request.run_dir}" if str(request.run_dir) != "runs" else ""
+    return f"go on with: simmim {request.command} fit --name {request.name}{where} --ckpt_path last"
+
+
+def _quieten_lightning() -> None:
+    """Leave out its tips for other products, and warnings of what is meant."""
+    warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated")  # its own
+    warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", "The dirpath has changed")  # another run's checkpoint
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    if not any(f is _no_tip for f in logger.filters):
+        logger.addFilter(_no_tip)
+
+
+def _no_tip(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
