@@ -165,8 +165,6 @@ class ImageFolderData(L.LightningDataModule):
         self.sets: dict[str, ImageData] = {}  # training, probe, validation, test, predict
         self._resumed_step = 0
 
-    # What Lightning calls ------------------------------------------------------------------------
-
     def prepare_data(self) -> None:
         """Make or download a named data set, and measure statistics, once on each machine."""
         if self.dataset is not None:
@@ -249,8 +247,6 @@ class ImageFolderData(L.LightningDataModule):
         """Go on after these steps."""
         self._resumed_step = int(state_dict["global_step"])
 
-    # What others call ----------------------------------------------------------------------------
-
     def probe_dataloader(self, limit: int | None = None) -> Loader[Batch]:
         """The training images through the validation transform, in order, for every process all.
 
@@ -290,8 +286,6 @@ class ImageFolderData(L.LightningDataModule):
         if labels is None:
             return []
         return cast(list[int], torch.bincount(labels, minlength=len(self.classes)).tolist())
-
-    # Parts ---------------------------------------------------------------------------------------
 
     def _setup_parts(self) -> None:
         parts = read_parts(self.root, self.val_fraction, self.split_seed, self.group_pattern)
@@ -345,8 +339,6 @@ class ImageFolderData(L.LightningDataModule):
             callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
             callbacks[:] = [c for c in callbacks if not isinstance(c, BadFiles)]
             callbacks.insert(0, BadFiles(self.sets, self.max_bad_share))
-
-    # Loaders -------------------------------------------------------------------------------------
 
     def _in_order(self, data: ImageData) -> Loader[Batch]:
         replicas, rank = self._process()
