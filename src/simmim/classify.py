@@ -418,7 +418,6 @@ class Classifier(L.LightningModule):
                 raise ValueError("num_classes is not known: give it, or data with class folders")
         if stage != "fit":
             return
-        rank_zero_info(f"encoder {self.hparams['encoder']}: {self.origin}")
         if not self.has_statistics and getattr(data, "mean", None) is not None:
             self.set_statistics(data.mean, data.std)  # type: ignore[union-attr]
         self.class_weights = self._weigh_classes(data).to(self.device)
@@ -454,6 +453,7 @@ class Classifier(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimiser, each block with its learning rate, and the per-step schedule."""
         hp = self.hparams
+        rank_zero_info(f"encoder {hp['encoder']}: {self.origin}")
         names = ("base_lr", "schedule", "warmup_epochs", "warmup_lr", "min_lr", "milestones")
         return optimizer_and_schedule(
             self,
@@ -484,6 +484,14 @@ class Classifier(L.LightningModule):
         self.head_is_trained = True
         if self.frozen:  # Lightning trains in the mode that it finds
             self.encoder.eval()
+
+    def on_fit_end(self) -> None:
+        """Say what each layer of a sweep is worth."""
+        metric = "mean_ap" if self.multi_label else "top1"
+        found = self.trainer.callback_metrics
+        for name in self.heads:
+            if f"val/{metric}_{name}" in found:
+                rank_zero_info(f"{name}: val/{metric} {float(found[f'val/{metric}_{name}']):.4f}")
 
     def _refuse_untrained(self) -> None:
         if self.trainer.state.fn != "fit" and not self.head_is_trained:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping
@@ -88,7 +89,9 @@ class Task:
         options = {
             f"{group}.{name}"
             for group, kind in (("model", self.model), ("data", self.data))
-            for name in signature(kind).parameters
+            for parent in kind.__mro__  # a class may pass options on to its parent
+            if "__init__" in vars(parent)
+            for name in signature(vars(parent)["__init__"]).parameters
         }
         return {k: v for k, v in {**LINKS, **self.links}.items() if k in options}
 
@@ -389,6 +392,8 @@ def _quieten_lightning() -> None:
     warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated")  # its own
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", "The dirpath has changed")  # another run's checkpoint
+    # LightningCLI 2.6 calls what jsonargparse 4.53 has renamed.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     if not any(f is _no_tip for f in logger.filters):
         logger.addFilter(_no_tip)

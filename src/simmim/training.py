@@ -32,8 +32,10 @@ def global_batch_size(trainer: L.Trainer) -> int:
     """Images that one optimiser step sees, over all processes."""
     data: Any = getattr(trainer, "datamodule", None)
     loader: Any = trainer.train_dataloader
-    batch = getattr(data, "batch_size", None) or loader.batch_size
-    return int(batch) * trainer.world_size * int(trainer.accumulate_grad_batches)
+    batch = int(getattr(data, "batch_size", None) or loader.batch_size)
+    if images := getattr(data, "num_train", None):  # a batch cannot be larger than what there is
+        batch = min(batch, max(images // trainer.world_size, 1))
+    return batch * trainer.world_size * int(trainer.accumulate_grad_batches)
 
 
 def count_steps(trainer: L.Trainer) -> tuple[int, int]:

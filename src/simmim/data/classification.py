@@ -1,0 +1,363 @@
+"""Images to classify: labels from folders or a table, fewer of them, and stronger augmentation."""
+
+import csv
+import os
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
+from torch import Tensor
+from torch.nn import functional as F
+
+from simmim.data.dataset import ImageData, Key
+from simmim.data.image_folder import ImageFolderData
+from simmim.data.index import FileIndex
+from simmim.data.layout import Part
+from simmim.data.transforms import Box, CenterCrop, RandomCrop, Size, center_box, random_box
+
+Places = npt.NDArray[np.int64]
+
+
+class ClassificationData(ImageFolderData):
+    """Images of a folder with a class, or several labels, each.
+
+    The split and the batches are those of pretraining; `label` is a class, int64 (B,), or presence
+    of each label, uint8 (B, K).
+
+    Args:
+        labels_per_class: Train on fewer labels: so many of each class, or with a number below 1
+            that share of them. The same images for the same seed, and more of them hold the fewer.
+            None: all.
+        labels: CSV file with a header that gives the labels, instead of folders. First column:
+            path of the image below root. One more column: its label, or several separated by ";"
+            or "|". Several more: 0 or 1 for each label.
+        multi_label: Whether an image can have several labels; on the command line it is the
+            model's.
+        crop_scale: Share of the image's area that a training crop takes, from and to. 0.08 to 1
+            (the released fine-tuning).
+        randaugment: RandAugment in timm's notation, such as rand-m9-mstd0.5-inc1 (the released
+            fine-tuning); deeper scans are reduced to 8 bits for it. None: none.
+        kwargs: As in ImageFolderData.
+    """
+
+    def __init__(
+        self,
+        labels_per_class: int | float | None = None,
+        labels: str | None = None,
+        multi_label: bool = False,
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        randaugment: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(crop_scale=crop_scale, **kwargs)
+        if labels_per_class is not None and not labels_per_class > 0:
+            raise ValueError(
+                f"data.labels_per_class {labels_per_class} leaves nothing: use 10, or 0.1 for a "
+                "tenth"
+            )
+        if multi_label and labels is None:
+            raise ValueError("multi_label needs data.labels, a CSV file of paths and labels")
+        if multi_label and labels_per_class is not None:
+            raise ValueError("data.labels_per_class is for one class an image: leave it out")
+        if randaugment is not None and self.in_chans not in (1, 3):
+            raise ValueError(
+                f"data.randaugment works on gray or colour images, not on {self.in_chans} channels"
+            )
+        self.labels_per_class, self.multi_label = labels_per_class, multi_label
+        self.table = None if labels is None else read_labels(labels, several=multi_label)
+        crop, middle = self.train_transform, self.val_transform
+        assert isinstance(crop, RandomCrop)
+        assert isinstance(middle, CenterCrop)
+        augment = _augmentation(randaugment, self.img_size, self.in_chans)
+        self.train_transform = StrongCrop(crop.size, crop.scale, crop.ratio, crop.hflip, augment)
+        self.val_transform = SharpCenterCrop(middle.size, middle.share)
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Training images of each class, or with each label."""
+        data = self.sets["training"]
+        if isinstance(data, LabelledImages):
+            return [int(n) for n in data.presence.sum(0)]
+        return super().class_counts
+
+    def _setup_parts(self) -> None:
+        """Split as pretraining does, whatever the labels; then label, and choose."""
+        super()._setup_parts()
+        if self.table is not None:
+            for name in [name for name in self.sets if name != "predict"]:
+                self._label(name, self.table)
+            self.classes, self.has_labels = self.table.classes, True
+        if not self.has_labels:
+            raise ValueError(
+                f"{self.root!r} has no labels: put each class's images into a folder of its own, "
+                "or give data.labels, a CSV file of paths and labels"
+            )
+        if self.labels_per_class is not None:
+            whole = self.sets["training"]
+            chosen = choose_labels(whole, self.labels_per_class, self.seed)
+            part = Part(
+                whole.files, chosen if whole.places is None else whole.places.numpy()[chosen]
+            )
+            self.sets["training"] = self._make(part, self.train_transform)
+            self.sets["probe"] = self._make(part, self.val_transform)
+            rank_zero_info(f"labels of {len(chosen)} of {len(whole)} training images are used")
+
+    def _label(self, name: str, table: "LabelTable") -> None:
+        """Give a part the labels of the table; images that are not in it are left out."""
+        data = self.sets[name]
+        rows = np.array([table.find(data.files, i, self.root) for i in range(len(data.files))])
+        places = np.arange(len(rows)) if data.places is None else data.places.numpy()
+        kept = places[rows[places] >= 0]
+        if not len(kept):
+            example = data.files.name(int(places[0]))
+            raise ValueError(
+                f"data.labels {table.source} names no image of {name}: its first column must hold "
+                f"paths below data.root, such as {example!r}"
+            )
+        if len(kept) < len(places) and name != "probe":
+            missing = len(places) - len(kept)
+            rank_zero_warn(f"{missing} images of {name} are not in {table.source}: left out")
+        labels = None
+        if not self.multi_label:
+            labels = table.presence[rows].argmax(1)  # of those that are not in it, nonsense
+        files = replace(data.files, labels=labels, classes=table.classes)
+        kind = LabelledImages if self.multi_label else ImageData
+        labelled = self._make(Part(files, kept), data.transform, kind)
+        if isinstance(labelled, LabelledImages):
+            labelled.presence = table.presence[rows[kept]]
+        self.sets[name] = labelled
+
+
+class LabelledImages(ImageData):
+    """Images with several labels each.
+
+    Attributes:
+        presence: Whether each image has each label, uint8, (n, K).
+    """
+
+    presence: Tensor
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        sample = super().__getitem__(key)
+        return {**sample, "label": self.presence[sample["index"]]}
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """What a CSV file says of images.
+
+    Attributes:
+        source: The file.
+        classes: Names of the labels.
+        rows: Path of an image -> its row.
+        presence: Whether each has each label, uint8, (n, K).
+    """
+
+    source: str
+    classes: list[str]
+    rows: dict[str, int]
+    presence: Tensor
+
+    def find(self, files: FileIndex, place: int, root: str) -> int:
+        """Find the row of a file by its path below the root, or below train/, ...; -1: none."""
+        name = files.name(place)
+        part = os.path.relpath(files.root, root).replace(os.sep, "/")
+        whole = name if part == "." else f"{part}/{name}"
+        return self.rows.get(whole, self.rows.get(name, -1))
+
+
+def read_labels(path: str, *, several: bool) -> LabelTable:
+    """Read a table of paths and labels.
+
+    Args:
+        path: CSV file, as `ClassificationData` describes it.
+        several: Whether an image can have several labels, or none.
+
+    Raises:
+        ValueError: If it is not such a table.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            header, *lines = [line for line in csv.reader(file) if line]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data.labels {path} cannot be read: {error}") from error
+    except ValueError as error:
+        raise ValueError(
+            f"data.labels {path} is empty: give a header, and rows of paths"
+        ) from error
+    if len(header) < 2 or not lines:
+        raise ValueError(f"data.labels {path} needs a header, and rows of a path and labels")
+    wrong = next((line for line in lines if len(line) != len(header)), None)
+    if wrong is not None:
+        raise ValueError(f"data.labels {path}: the row {wrong} has not {len(header)} columns")
+    if len(header) == 2:
+        named = [_separate(line[1]) for line in lines]
+        classes = sorted({name for names in named for name in names})
+    else:
+        classes = header[1:]
+        named = [_present(path, line, classes) for line in lines]
+    number = {name: i for i, name in enumerate(classes)}
+    presence = torch.zeros(len(lines), len(classes), dtype=torch.uint8)
+    for row, names in zip(presence, named, strict=True):
+        row[[number[name] for name in names]] = 1
+    if not several and (bad := (presence.sum(1) != 1).nonzero().flatten().tolist()):
+        line = lines[bad[0]]
+        raise ValueError(
+            f"data.labels {path}: {line[0]} has {int(presence[bad[0]].sum())} labels, not one: "
+            "correct it, or use --model.multi_label true"
+        )
+    rows = {line[0].replace("\\", "/").removeprefix("./"): i for i, line in enumerate(lines)}
+    return LabelTable(path, classes, rows, presence)
+
+
+def choose_labels(data: ImageData, amount: float, seed: int) -> Places:
+    """Choose the training images that keep their labels: the same ones for the same seed.
+
+    Each class's images are put in the order of a hash of their path and the seed, and the first
+    ones are taken: 100 of a class hold the 10 of it, wherever the folder lies.
+
+    Args:
+        data: All training images.
+        amount: Images of each class, or below 1 the share of them; at least one.
+        seed: Another seed, another choice.
+
+    Returns:
+        Places in the data, in order.
+
+    Raises:
+        ValueError: If a class has fewer images than are asked for.
+    """
+    assert data.labels is not None
+    hashes = np.array([_hash(data.name(i), seed) for i in range(len(data))], dtype=np.uint64)
+    labels, chosen = data.labels.numpy(), []
+    for label in np.unique(labels):
+        places = np.flatnonzero(labels == label)
+        n = max(round(amount * len(places)), 1) if amount < 1 else int(amount)
+        if n > len(places):
+            raise ValueError(
+                f"data.labels_per_class {amount} is more than the {len(places)} training images "
+                f"of class {data.classes[label]!r}: use {len(places)} or fewer, or a share below 1"
+            )
+        chosen.append(places[np.argsort(hashes[places], kind="stable")[:n]])
+    return np.sort(np.concatenate(chosen))
+
+
+@dataclass(frozen=True)
+class StrongCrop:
+    """The transform of the released fine-tuning: a random crop, RandAugment, and whether to flip.
+
+    Attributes:
+        size: Height and width that the crop is brought to, bicubic.
+        scale: Share of the image's area that is taken, from and to.
+        ratio: Width over height of what is taken, from and to.
+        hflip: Probability of a horizontal flip.
+        augment: RandAugment, on a PIL image; None for none.
+    """
+
+    size: Size
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    hflip: float
+    augment: Callable[[Image.Image], Image.Image] | None = field(default=None, repr=False)
+
+    def __call__(self, image: Tensor, draws: Iterator[float]) -> dict[str, object]:
+        """Transform (C, H, W), by uniform random numbers."""
+        box = random_box(image.shape[1], image.shape[2], self.scale, self.ratio, draws)
+        image = _crop_sharply(image, box, self.size)
+        sample: dict[str, object] = {"flip": next(draws) < self.hflip}
+        if self.augment is not None:
+            image = _apply(self.augment, image, int(next(draws) * 2**32))
+        return {"image": image, **sample}
+
+
+@dataclass(frozen=True)
+class SharpCenterCrop:
+    """The middle of an image, bicubic.
+
+    Attributes:
+        size: Height and width that the crop is brought to.
+        share: Side of the crop, as a share of the largest one that fits: 0.875 is the published
+            resize to 256 and crop of 224.
+    """
+
+    size: Size
+    share: float
+
+    def __call__(self, image: Tensor, draws: Iterator[float]) -> dict[str, object]:
+        """Crop and resize (C, H, W)."""
+        box = center_box(image.shape[1], image.shape[2], self.size, self.share)
+        return {"image": _crop_sharply(image, box, self.size)}
+
+
+def _crop_sharply(image: Tensor, box: Box, size: Size) -> Tensor:
+    """Cut a rectangle out of (C, H, W) and resize it, bicubic and with antialiasing."""
+    top, left, height, width = box
+    crop = image[None, :, top : top + height, left : left + width]
+    if (height, width) != size:
+        crop = F.interpolate(crop, size, mode="bicubic", antialias=True)
+        if crop.is_floating_point():  # the cubic overshoots at edges; uint8 saturates by itself
+            crop = crop.clamp(0, 1)
+    return crop[0].contiguous()
+
+
+def _augmentation(
+    config: str | None, size: Size, in_chans: int
+) -> Callable[[Image.Image], Image.Image] | None:
+    """Build timm's RandAugment, with the constants of timm's create_transform for ImageNet."""
+    if config is None:
+        return None
+    fill: Any = (124, 116, 104) if in_chans == 3 else 118  # ImageNet's mean
+    options = {"translate_const": int(min(size) * 0.45), "img_mean": fill}
+    try:
+        augment: Callable[[Image.Image], Image.Image] = rand_augment_transform(
+            config, {**options, "interpolation": Image.Resampling.BICUBIC}
+        )
+    except (AssertionError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"data.randaugment {config!r} is not in timm's notation: use rand-m9-mstd0.5-inc1"
+        ) from error
+    return augment
+
+
+def _apply(augment: Callable[[Image.Image], Image.Image], image: Tensor, seed: int) -> Tensor:
+    """Augment (C, H, W); timm draws from the global states, which are seeded and put back."""
+    if image.is_floating_point():
+        image = (image * 255).round().byte()
+    pixels = image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).contiguous().numpy()
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    try:
+        pixels = np.array(augment(Image.fromarray(pixels)))
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+    augmented = torch.from_numpy(pixels)
+    return augmented[None] if augmented.ndim == 2 else augmented.permute(2, 0, 1).contiguous()
+
+
+def _separate(names: str) -> list[str]:
+    return [name.strip() for name in names.replace("|", ";").split(";") if name.strip()]
+
+
+def _present(path: str, line: list[str], classes: list[str]) -> list[str]:
+    known: dict[str, Literal[0, 1]] = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "": 0}
+    wrong = next((value for value in line[1:] if value.strip() not in known), None)
+    if wrong is not None:
+        raise ValueError(f"data.labels {path}: {line[0]} has {wrong!r} where 0 or 1 is expected")
+    return [name for name, v in zip(classes, line[1:], strict=True) if known[v.strip()]]
+
+
+def _hash(name: str, seed: int) -> int:
+    salt = (seed % 2**64).to_bytes(8, "little")
+    data = name.encode("utf-8", "surrogateescape")
+    digest = blake2b(data, digest_size=8, salt=salt, person=b"labels").digest()
+    return int.from_bytes(digest, "little")

@@ -1,0 +1,181 @@
+"""`simmim classify`: from a run of pretraining to predictions, pictures, and every config."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from simmim.callbacks.classification import draw_confusion, label_of, merge_parts
+from simmim.cli import main
+from simmim.configuration import config_folder
+
+# jsonargparse's own, about what LightningCLI calls
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"
+)
+
+Make = Callable[..., Path]
+CONFIGS = sorted(path.stem for path in (config_folder() / "classify").glob("*.yaml"))
+TINY_VIT = "{patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}"
+QUIET = [
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--data.num_workers=0",
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_images: Make, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of two classes, below the working folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    for name in ("cat", "dog"):
+        make_images(tmp_path / "images" / name, 10, size=32)
+    return tmp_path / "images"
+
+
+def run(*args: str) -> None:
+    assert main([*args, *QUIET]) == 0
+
+
+def pretrain(folder: Path, *args: str) -> None:
+    run(
+        "pretrain",
+        "fit",
+        f"--data.root={folder}",
+        "--model.encoder=vit_tiny_patch16_224",
+        "--model.img_size=32",
+        "--model.mask_patch_size=8",
+        f"--model.encoder_kwargs={TINY_VIT}",
+        "--data.batch_size=8",
+        "--trainer.max_epochs=1",
+        "--trainer.logger=false",
+        "--probe.every_n_epochs=0",
+        "--reconstructions.every_n_epochs=0",
+        "--name=pre",
+        *args,
+    )
+
+
+def test_from_pretraining_to_predictions(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pretrain(folder, "--data.statistics=[[0.5, 0.5, 0.5], [0.3, 0.3, 0.3]]")
+    options = ("--model.weights=runs/pre/version_0", f"--data.root={folder}")
+    few = ("--data.batch_size=8", "--trainer.max_epochs=2", "--model.warmup_epochs=1")
+    few += ("--trainer.log_every_n_steps=1",)
+    run("classify", "fit", *options, *few, "--name=cls", "--model.ema_decay=0.5")
+    done = Path("runs/cls/version_0")
+    checkpoint = torch.load(done / "checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["hyper_parameters"]["num_classes"] == 2
+    assert checkpoint["hyper_parameters"]["img_size"] == 32  # the weights'
+    assert checkpoint["state_dict"]["mean"].unique().tolist() == [0.5]
+    with (done / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {"val/top1", "val/loss", "train/loss", "lr"} <= set(rows[0])
+    assert (done / "confusion_matrix.png").exists()
+    assert (done / "classes.csv").read_text().startswith("class,images,recognised,accuracy\ncat,1,")
+
+    run("classify", "fit", "--name=cls", "--ckpt_path=last", "--trainer.max_epochs=3")
+    assert sorted(path.name for path in Path("runs/cls").iterdir()) == ["version_0"]
+    run("classify", "validate", "--ckpt_path=runs/cls/version_0")
+    run("classify", "predict", "--ckpt_path=runs/cls/version_0", f"--data.root={folder / 'cat'}")
+    with (done / "predictions.csv").open() as file:
+        table = list(csv.reader(file))
+    assert table[0] == ["path", "label", "probability of cat", "probability of dog"]
+    assert [Path(row[0]).name for row in table[1:]] == [f"{i:03d}.png" for i in range(10)]
+    for _, label, *shares in table[1:]:
+        assert sum(map(float, shares)) == pytest.approx(1, abs=1e-5)
+        assert label == ["cat", "dog"][float(shares[1]) > float(shares[0])]
+
+    capsys.readouterr()
+    assert main(["classify", "validate", *options, *QUIET]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "not trained yet" in error
+    assert main(["classify", "fit", "--model.weights=no/such", f"--data.root={folder}"]) != 0
+    assert "no/such" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_config_starts(folder: Path, config: str) -> None:
+    encoder, kwargs = "vit_tiny_patch16_224", TINY_VIT
+    if "swin" in config:
+        version = "swinv2_tiny_window8_256" if "v2" in config else "swin_tiny_patch4_window7_224"
+        encoder = version
+        kwargs = "{patch_size: 4, embed_dim: 16, depths: [2, 2], num_heads: [2, 2], window_size: 4}"
+    elif "vit" in config:
+        encoder = "beit_base_patch16_224"
+        kwargs = TINY_VIT.replace("{", "{use_rel_pos_bias: true, use_shared_rel_pos_bias: false, ")
+    run(
+        "classify",
+        "fit",
+        f"-c={config}",
+        f"--data.root={folder}",
+        "--data.batch_size=4",
+        f"--model.encoder={encoder}",
+        f"--model.encoder_kwargs={kwargs}",
+        "--model.img_size=32",
+        "--trainer.precision=32-true",
+        "--trainer.fast_dev_run=true",
+    )
+
+
+def test_the_released_numbers_are_in_the_configs() -> None:
+    def read(name: str) -> dict[str, Any]:
+        content: dict[str, Any] = yaml.safe_load(
+            (config_folder() / "classify" / f"{name}.yaml").read_text()
+        )
+        return content
+
+    decay = {
+        "finetune_vit_base": (0.65, 0.1),
+        "finetune_swin_base_100ep": (0.9, 0.1),
+        "finetune_swin_base_800ep": (0.8, 0.1),
+        "finetune_swin_large": (0.7, 0.2),
+        "finetune_swinv2_base": (0.75, 0.1),
+    }
+    for name, numbers in decay.items():
+        config = read(name)
+        model = config["model"]
+        assert (model["layer_decay"], model["drop_path_rate"]) == numbers
+        assert (model["mixup"], model["cutmix"], model["label_smoothing"]) == (0.8, 1.0, 0.1)
+        assert (model["base_lr"], model["warmup_epochs"], model["weight_decay"]) == (
+            0.00125,
+            20,
+            0.05,
+        )
+        assert (model["random_erasing"], model["min_lr"]) == (0.25, 2.5e-7)
+        assert config["data"]["randaugment"] == "rand-m9-mstd0.5-inc1"
+        assert config["trainer"]["max_epochs"] == 100
+
+
+# Pictures and tables -----------------------------------------------------------------------------
+
+
+def test_the_confusion_matrix_is_drawn() -> None:
+    counts = torch.tensor([[9, 1], [0, 0]])
+    picture = draw_confusion(counts, ["cat", "dog"])
+    corner = picture.width - 8 - 2 * 34, picture.height - 8 - 2 * 34
+    shades = [
+        picture.getpixel((corner[0] + x * 34 + 3, corner[1] + y * 34 + 3))
+        for y in range(2)
+        for x in range(2)
+    ]
+    assert shades[0] < shades[1] < shades[2] == shades[3]  # dark = 9 of 10, ..., 0 of 0
+    assert draw_confusion(torch.eye(1000).long(), [str(i) for i in range(1000)]).width > 2000
+
+
+def test_tables_of_several_processes_are_merged_in_order(tmp_path: Path) -> None:
+    parts = [tmp_path / "0", tmp_path / "1"]
+    parts[0].write_text("0,a.png,cat\n2,c.png,cat\n")
+    parts[1].write_text("1,b.png,dog\n")
+    merge_parts(parts, tmp_path / "all.csv", ["path", "label"])
+    merged = (tmp_path / "all.csv").read_text().split()
+    assert merged == ["path,label", "a.png,cat", "b.png,dog", "c.png,cat"]
+    assert not parts[0].exists()
+    assert label_of([0.2, 0.5, 0.3], ["a", "b", "c"], several=False) == "b"
+    assert label_of([0.7, 0.2, 0.6], ["a", "b", "c"], several=True) == "a;c"
