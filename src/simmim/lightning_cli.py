@@ -19,7 +19,13 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from simmim.configuration import Request, differences, packaged_configs, read_request
+from simmim.configuration import (
+    Request,
+    differences,
+    packaged_configs,
+    read_config,
+    read_request,
+)
 from simmim.loggers import board, finish_board, run_loggers
 from simmim.mistakes import word_usage_error
 from simmim.run import (
@@ -245,6 +251,8 @@ class TaskCLI(LightningCLI):
         """What a checkpoint says of its model, as a config."""
         known = signature(self.task.model).parameters
         model = {name: value for name, value in start.model.items() if name in known}
+        if "weights" in known:  # it holds them all: the file that they came from may be gone
+            model["weights"] = None
         seed = {"seed_everything": model.pop("seed")} if "seed" in model else {}
         return {"model": model, **seed}
 
@@ -356,6 +364,9 @@ class TaskCLI(LightningCLI):
         """The full resolved config, as it can be given to -c again."""
         text = self.options.dump(self.config[self.request.subcommand], skip_none=False)
         config = {k: v for k, v in yaml.safe_load(text).items() if k not in NOT_IN_A_CONFIG}
+        if self.start is not None and self.start.run is not None and self.start.goes_on:
+            began = (read_config(self.start.run / CONFIG).get("model") or {}).get("weights")
+            config["model"]["weights"] = began  # where the run came from stays on record
         run = {"name": self.request.name, "run_dir": str(self.request.run_dir)}
         return {**run, **{k: v for k, v in config.items() if k not in run}}
 

@@ -203,7 +203,7 @@ class SaveWhenTerminated(Callback):
     ) -> None:
         """Overwrite the last checkpoint, if training was under way."""
         if isinstance(exception, SIGTERMException) and trainer.training:
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)
 
 
 class DurableCheckpointIO(TorchCheckpointIO):

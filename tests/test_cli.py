@@ -1,0 +1,480 @@
+"""The command line as a user meets it: help, mistakes, runs, going on."""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import yaml
+
+from simmim.cli import COMMANDS, main
+from simmim.loggers import finish_board
+
+TINY = """
+model:
+  encoder: vit_tiny_patch16_224
+  img_size: 32
+  mask_patch_size: 8
+  encoder_kwargs: {patch_size: 8, embed_dim: 16, depth: 1, num_heads: 1}
+  drop_rate: 0.1
+  base_lr: 0.1
+  warmup_epochs: 1
+data: {root: images, batch_size: 4, num_workers: 0}
+trainer:
+  accelerator: cpu
+  devices: 1
+  max_epochs: 4
+  gradient_clip_val: 5.0
+  log_every_n_steps: 1
+  enable_progress_bar: false
+  enable_model_summary: false
+probe: {every_n_epochs: 0}
+reconstructions: {every_n_epochs: 0}
+"""
+
+
+@pytest.fixture
+def place(
+    tmp_path: Path, make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """A working folder with images/ and tiny.yaml, without a board."""
+    make_images(tmp_path / "images" / "a", 10)
+    make_images(tmp_path / "images" / "b", 10)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    before = signal.getsignal(signal.SIGINT)
+    yield tmp_path
+    signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored after Ctrl+C
+
+
+def fit(*options: str) -> int:
+    return main(["pretrain", "fit", "-c", "tiny.yaml", *options])
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def state(run: Path) -> dict[str, Any]:
+    return torch.load(run / "checkpoints/last.ckpt", weights_only=True)  # type: ignore[no-any-return]
+
+
+class Stop(L.Callback):
+    """End a run from inside, as people and schedulers do."""
+
+    def __init__(self, epoch: int = 1, batch: int = 0, how: str = "interrupt") -> None:
+        self.epoch, self.batch, self.how = epoch, batch, how
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if (trainer.current_epoch, args[-1]) == (self.epoch, self.batch):
+            if self.how == "interrupt":
+                raise KeyboardInterrupt
+            if self.how == "bug":
+                raise ZeroDivisionError
+            signal.raise_signal(signal.SIGTERM)
+
+
+# Help --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("args", [[], ["--help"], ["-h"]])
+def test_the_table_names_what_exists(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(args) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out for name in COMMANDS)
+    examples = re.findall(r"^  simmim .*", out, flags=re.MULTILINE)
+    assert len(examples) == 3
+    assert all(command.load() for command in COMMANDS.values())
+
+
+def test_the_table_is_quick() -> None:
+    began = time.monotonic()
+    out = subprocess.run([sys.executable, "-m", "simmim"], capture_output=True, check=True)
+    assert b"pretrain" in out.stdout
+    assert time.monotonic() - began < 5  # 0.2 s on a quiet machine; torch takes several
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "predict"])
+def test_every_option_is_explained(
+    subcommand: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    assert main(["pretrain", subcommand, "--help"]) == 0
+    out = capsys.readouterr().out
+    options = re.findall(r"^  (--\S+)[^\n]*?(?:  |\n {10,})(\S[^\n]*)", out, flags=re.MULTILINE)
+    assert len(options) > 80
+    silent = [name for name, text in options if text.startswith("(type:")]
+    assert not silent
+    assert "--probe.layer" in out
+    assert "swin_base_100ep" in out  # what -c can name
+
+
+def test_help_of_the_task_needs_no_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", "--help"]) == 0
+    assert "simmim pretrain predict" in capsys.readouterr().out
+
+
+# Mistakes ----------------------------------------------------------------------------------------
+
+MISTAKES = [
+    ("fit --model.mask_ration 0.5", 2, "did you mean --model.mask_ratio?"),
+    ("fit --model.mask_ratio abc", 2, "'abc': it takes a number or a list"),
+    ("fit --model.mask_fill tokn", 2, "did you mean token?"),
+    ("fit --model.encoder_kwargs.depthh 3", 1, "depthh"),
+    ("fit --model.encoder vit_tinny_patch16_224", 1, "vit_tiny_patch16_224"),
+    ("fit --model.mask_patch_size 6", 1, "mask_patch_size 6"),
+    ("fit --model.optimizer.momentun 0.9", 2, "--model.optimizer.momentun: torch.optim.AdamW has"),
+    ("fit --model.optimizer Adamm", 2, "no class of that name"),
+    ("fit --model.weights none.ckpt", 1, "none.ckpt"),
+    ("fit --model.seed 3", 2, "give --seed_everything"),
+    ("fit --data.img_size 64", 2, "give --model.img_size"),
+    ("fit --data.root nowhere", 1, "nowhere"),
+    ("fit --data.batch_size 0", 1, "batch_size 0"),
+    ("fit --trainer.precision bf16-mxed", 2, "did you mean bf16-mixed?"),
+    ("fit --trainer.strategy dpp", 1, "dpp"),
+    ("fit --trainer.accelerator gpus", 1, "gpus"),
+    ("fit --trainer.max_epochs", 2, "--trainer.max_epochs needs a value"),
+    ("fit --trainer.default_root_dir x", 1, "--run_dir"),
+    ("fit stray", 2, "'stray'"),
+    ("fit -c", 2, "needs a value"),
+    ("fit -c swin_base", 2, "did you mean 'swin_base_"),
+    ("fit -c images", 2, "'images'"),
+    ("fit -c broken.yaml", 2, "broken.yaml is not valid YAML"),
+    ("fit -c list.yaml", 2, "list.yaml holds a list"),
+    ("fit -c typo.yaml", 2, "did you mean --model.mask_ratio?"),
+    ("fit -c linked.yaml", 2, "data.img_size follows model.img_size"),
+    ("fit --name a/b", 2, "'a/b'"),
+    ("fit --ckpt_path last", 1, "no run runs/tiny/version_* with a checkpoint"),
+    ("fit --ckpt_path none.ckpt", 1, "none.ckpt"),
+    ("fit --ckpt_path https://example.org/x.ckpt", 1, "download"),
+    ("validate --ckpt_path tiny.yaml", 1, "tiny.yaml is no checkpoint"),
+    ("predict --data.root nowhere", 1, "nowhere"),
+    ("fitt", 2, "did you mean fit?"),
+    ("", 2, "choose from fit, validate, test, predict"),
+]
+
+
+@pytest.mark.parametrize(("line", "status", "words"), MISTAKES, ids=[m[0] for m in MISTAKES])
+def test_a_mistake_is_one_sentence(
+    place: Path, capsys: pytest.CaptureFixture[str], line: str, status: int, words: str
+) -> None:
+    Path("broken.yaml").write_text("model: {mask_ratio: 0.6\n")
+    Path("list.yaml").write_text("- model\n")
+    Path("typo.yaml").write_text("model: {mask_ration: 0.6}\n")
+    Path("linked.yaml").write_text("data: {img_size: 64}\n")
+    args = line.split()
+    tiny = ["-c", "tiny.yaml"] if args[:1] in (["fit"], ["validate"], ["predict"]) else []
+    assert main(["pretrain", *args[:1], *tiny, *args[1:]]) == status
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith("simmim: ")
+    assert words in said[-1]
+    assert not any("Traceback" in line for line in said)
+    assert not list(Path().glob("runs/*/*"))  # and no folder is left behind
+
+
+def test_an_unknown_command_proposes_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrian"]) == 2
+    assert "did you mean pretrain?" in capsys.readouterr().err
+
+
+def test_debugging_shows_where_a_mistake_was_found(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SIMMIM_DEBUG", "1")
+    with pytest.raises(ValueError, match="nowhere"):
+        fit("--data.root", "nowhere")
+
+
+def test_a_bug_keeps_its_traceback(place: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        fit("--trainer.callbacks+=test_cli.Stop", "--trainer.callbacks.how=bug")
+
+
+# Runs --------------------------------------------------------------------------------------------
+
+
+def test_a_run_has_what_the_design_says(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit("--reconstructions.every_n_epochs=2", "--probe.every_n_epochs=2") == 0
+    run = Path("runs/tiny/version_0")
+    names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    assert {"config.yaml", "metrics.csv", "checkpoints/last.ckpt", "checkpoints/best.ckpt"} <= names
+    assert any(re.fullmatch(r"reconstructions/.*\.png", name) for name in names)
+    assert not any(name.endswith(".unfinished") for name in names)
+    metrics = table(run / "metrics.csv")
+    assert {"train/loss", "val/loss", "lr", "val/knn_top1", "val/probe_top1"} <= set(metrics[0])
+    losses = [float(row["val/loss"]) for row in metrics if row["val/loss"]]
+    assert len(losses) == 4
+    best = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
+    assert best["epoch"] == losses.index(min(losses))
+    assert "pretrained" in capsys.readouterr().out
+
+
+def test_the_kept_config_is_whole_and_can_be_given_again(place: Path) -> None:
+    assert fit("--trainer.max_epochs=1", "--model.mask_ratio=0.75", "--name=x") == 0
+    kept = yaml.safe_load(Path("runs/x/version_0/config.yaml").read_text())
+    assert kept["name"] == "x"
+    assert kept["model"]["mask_ratio"] == 0.75
+    assert kept["model"]["optimizer"]["class_path"] == "torch.optim.AdamW"
+    assert not {"ckpt_path", "trust"} & set(kept)
+    assert main(["pretrain", "fit", "-c", "runs/x/version_0/config.yaml"]) == 0
+    again = yaml.safe_load(Path("runs/x/version_1/config.yaml").read_text())
+    assert again == kept
+    assert main(["pretrain", "validate", "-c", "runs/x/version_0/config.yaml"]) == 0
+
+
+def test_the_printed_config_gives_the_same_config(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit("--model.mask_ratio=[0.4,0.8]", "--print_config") == 0
+    first = capsys.readouterr().out
+    Path("printed.yaml").write_text(first)
+    assert main(["pretrain", "fit", "-c", "printed.yaml", "--print_config"]) == 0
+    assert capsys.readouterr().out == first
+    assert yaml.safe_load(first)["name"] == "tiny"
+    assert fit("--print_config=skip_default") == 0
+    short = yaml.safe_load(capsys.readouterr().out)
+    assert short["model"] == yaml.safe_load(TINY)["model"]
+
+
+def test_options_overrule_overlays_and_overlays_overrule_configs(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine.yaml").write_text("model: {mask_ratio: 0.5, mask_fill: zero}\n")
+    for args in (
+        ["-c", "tiny.yaml", "mine.yaml", "bf16", "--model.mask_ratio=0.7"],
+        ["--model.mask_ratio=0.7", "-c", "tiny.yaml", "-c", "mine.yaml", "--config=bf16"],
+    ):
+        assert main(["pretrain", "fit", *args, "--print_config"]) == 0
+        config = yaml.safe_load(capsys.readouterr().out)
+        assert (config["model"]["mask_ratio"], config["model"]["mask_fill"]) == (0.7, "zero")
+        assert config["trainer"]["precision"] == "bf16-mixed"
+        assert config["name"] == "tiny"
+
+
+def test_without_an_experiment_it_is_the_digits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", "fit", "-c", "cpu", "--print_config"]) == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert (config["name"], config["data"]["dataset"]) == ("digits", "digits")
+    assert main(["pretrain", "fit", "-c", "swin_base_100ep", "--print_config"]) == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert (config["name"], config["data"]["dataset"]) == ("swin_base_100ep", None)
+
+
+def test_a_users_callback_joins_ours(place: Path) -> None:
+    assert fit("--trainer.max_epochs=2", "--trainer.callbacks+=LearningRateMonitor") == 0
+    columns = set(table(Path("runs/tiny/version_0/metrics.csv"))[0])
+    assert {"lr", "throughput/images_per_s"} <= columns
+    assert any(name.startswith("lr-AdamW") for name in columns)
+
+
+@pytest.mark.parametrize("options", [["-c", "debug"], ["--trainer.fast_dev_run=2"]])
+def test_a_try_leaves_nothing(place: Path, options: list[str]) -> None:
+    assert fit(*options) == 0
+    assert not Path("runs").exists()
+
+
+def test_two_runs_in_a_row_with_a_board(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for number in range(2):
+        assert fit("--trainer.max_epochs=1", "--reconstructions.every_n_epochs=1") == 0
+        run = Path(f"runs/tiny/version_{number}")
+        boards = list((run / "wandb").glob("offline-run-*"))
+        assert len(boards) == 1
+        assert list(boards[0].rglob("reconstructions*.png"))
+    ids = {path.read_text() for path in Path("runs").rglob("run_id.txt")}
+    assert len(ids) == 2
+
+
+def test_the_board_gets_the_full_config(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = []
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(
+        "simmim.lightning_cli.finish_board",
+        lambda loggers, failed: (
+            configs.extend(dict(x.experiment.config) for x in loggers[1:]),
+            finish_board(loggers, failed),
+        ),
+    )
+    assert fit("-c", "wandb", "--trainer.max_epochs=1", "--model.mask_ratio=0.3") == 0
+    (config,) = configs
+    assert config["model"]["mask_ratio"] == 0.3
+    assert config["data"]["batch_size"] == 4
+    assert config["trainer"]["max_epochs"] == 1
+    assert config["probe"]["every_n_epochs"] == 0
+
+
+def test_without_loggers_the_run_is_kept_all_the_same(place: Path) -> None:
+    assert fit("--trainer.max_epochs=1", "--trainer.logger=false") == 0
+    names = {path.name for path in Path("runs/tiny/version_0").iterdir()}
+    assert names == {"config.yaml", "checkpoints"}
+
+
+def test_a_logger_of_the_users_own_is_respected(place: Path) -> None:
+    logger = ["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=board"]
+    assert fit("--trainer.max_epochs=1", *logger) == 0
+    assert list(Path("board").rglob("events.out.tfevents*"))
+    assert table(Path("runs/tiny/version_0/metrics.csv"))
+    assert not Path("runs/tiny/version_0/wandb").exists()
+
+
+# Going on ----------------------------------------------------------------------------------------
+
+
+def test_going_on_is_bitwise_what_was_not_interrupted(place: Path) -> None:
+    assert fit("--name=whole") == 0
+    interrupt = ["--trainer.callbacks+=test_cli.Stop", "--trainer.callbacks.epoch=2"]
+    assert fit("--name=parts", *interrupt, "--trainer.callbacks.batch=1") == 130
+    assert fit("--name=parts", "--ckpt_path=last", "--trainer.callbacks=null") == 0
+    whole, parts = state(Path("runs/whole/version_0")), state(Path("runs/parts/version_0"))
+    assert [path.name for path in Path("runs/parts").iterdir()] == ["version_0"]
+    assert whole["global_step"] == parts["global_step"] == 16
+    for name, tensor in whole["state_dict"].items():
+        assert torch.equal(tensor, parts["state_dict"][name]), name
+    one, two = (table(Path(f"runs/{name}/version_0/metrics.csv")) for name in ("whole", "parts"))
+    for key in ("step", "epoch", "lr", "train/loss", "val/loss"):
+        assert [row[key] for row in one] == [row[key] for row in two], key
+
+
+def test_sigterm_keeps_where_the_run_stands(place: Path) -> None:
+    assert fit("--name=whole") == 0
+    stop = ["--trainer.callbacks+=test_cli.Stop", "--trainer.callbacks.how=terminate"]
+    assert fit("--name=parts", *stop, "--trainer.callbacks.batch=2") == 143
+    assert state(Path("runs/parts/version_0"))["global_step"] == 7  # in the middle of an epoch
+    assert fit("--name=parts", "--ckpt_path=last", "--trainer.callbacks=null") == 0
+    whole, parts = state(Path("runs/whole/version_0")), state(Path("runs/parts/version_0"))
+    for name, tensor in whole["state_dict"].items():
+        assert torch.equal(tensor, parts["state_dict"][name]), name
+
+
+def test_an_interruption_says_how_to_go_on(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stop = ["--trainer.callbacks+=test_cli.Stop"]
+    assert fit("--run_dir=here", *stop) == 130
+    line = capsys.readouterr().err.splitlines()[-1]
+    command = "simmim pretrain fit --name tiny --run_dir here --ckpt_path last"
+    assert line == f"simmim: stopped; go on with: {command}"
+    assert fit(*stop, "--trainer.callbacks.epoch=0") == 130
+    assert "no checkpoint yet" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_last_alone_goes_on_with_the_default_run(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simmim.configuration.config_folder", lambda: place / "configs")
+    (place / "configs" / "pretrain").mkdir(parents=True)
+    (place / "configs" / "pretrain" / "digits.yaml").write_text(TINY)
+    assert main(["pretrain", "fit", "--trainer.max_epochs=1", "--model.mask_ratio=0.3"]) == 0
+    assert main(["pretrain", "fit", "--ckpt_path=last", "--trainer.max_epochs=2"]) == 0
+    assert [path.name for path in Path("runs/digits").iterdir()] == ["version_0"]
+    kept = yaml.safe_load(Path("runs/digits/version_0/config.yaml").read_text())
+    assert (kept["trainer"]["max_epochs"], kept["model"]["mask_ratio"]) == (2, 0.3)
+    assert state(Path("runs/digits/version_0"))["epoch"] == 1
+    assert max(int(row["epoch"]) for row in table(Path("runs/digits/version_0/metrics.csv"))) == 1
+
+
+def test_what_the_checkpoint_contradicts_is_named(
+    place: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert fit("--trainer.max_epochs=1") == 0
+    options = ["--model.base_lr=9", "--seed_everything=3", "--model.optimizer=SGD"]
+    caplog.clear()
+    assert fit("--ckpt_path=last", "--trainer.max_epochs=2", *options) == 0
+    (line,) = [m for m in caplog.messages + capsys.readouterr().err.splitlines() if "ignored" in m]
+    assert "--model.base_lr 9.0 (it has 0.1)" in line
+    assert "--seed_everything 3 (it has 0)" in line
+    assert "--model.optimizer torch.optim.SGD (it has torch.optim.AdamW)" in line
+    kept = yaml.safe_load(Path("runs/tiny/version_0/config.yaml").read_text())
+    assert kept["model"]["base_lr"] == 0.1
+    assert kept["model"]["optimizer"]["class_path"] == "torch.optim.AdamW"
+    assert state(Path("runs/tiny/version_0"))["hyper_parameters"]["seed"] == 0
+
+
+def test_an_earlier_checkpoint_begins_a_run_of_its_own(place: Path) -> None:
+    assert fit("--trainer.max_epochs=2") == 0
+    best = "runs/tiny/version_0/checkpoints/best.ckpt"
+    before = Path("runs/tiny/version_0/metrics.csv").read_bytes()
+    assert fit(f"--ckpt_path={best}", "--trainer.max_epochs=4") == 0
+    assert state(Path("runs/tiny/version_1"))["epoch"] == 3
+    assert Path("runs/tiny/version_0/metrics.csv").read_bytes() == before
+
+
+def test_the_board_keeps_its_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert fit("--trainer.max_epochs=1") == 0
+    assert fit("--ckpt_path=last", "--trainer.max_epochs=2") == 0
+    folders = list(Path("runs/tiny/version_0/wandb").glob("offline-run-*"))
+    assert len(folders) == 2
+    assert len({re.split("[-_]", folder.name)[4] for folder in folders}) == 1
+
+
+# Scoring and showing -----------------------------------------------------------------------------
+
+
+def test_a_run_is_scored_and_shown(
+    place: Path, make_images: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_images(place / "others", 3)
+    assert fit("--trainer.max_epochs=2") == 0
+    run = Path("runs/tiny/version_0")
+    metrics = (run / "metrics.csv").read_bytes()
+    for given in ("last", str(run), str(run / "checkpoints" / "last.ckpt")):
+        assert main(["pretrain", "validate", "--name=tiny", f"--ckpt_path={given}"]) == 0
+        loss = [row["val/loss"] for row in table(run / "metrics.csv") if row["val/loss"]][-1]
+        assert table(run / "validate.csv")[-1]["val/loss"] == loss
+    assert main(["pretrain", "test", "--name=tiny", "--ckpt_path=last"]) == 0
+    assert table(run / "test.csv")[-1]["test/loss"] == loss
+    assert main(["pretrain", "predict", f"--ckpt_path={run}", "--data.root=others"]) == 0
+    assert len(list((run / "predictions").rglob("*.png"))) == 3
+    assert (run / "metrics.csv").read_bytes() == metrics
+    assert [path.name for path in Path("runs").rglob("version_*")] == ["version_0"]
+
+
+def test_scoring_takes_another_mask_ratio(place: Path) -> None:
+    assert fit("--trainer.max_epochs=1") == 0
+    scores = []
+    for options in ([], ["--model.mask_ratio=0.9"]):
+        args = ["pretrain", "validate", "--name=tiny", "--ckpt_path=last", *options]
+        assert main(args) == 0
+        scores.append(table(Path("runs/tiny/version_0/validate.csv"))[-1]["val/loss"])
+    assert scores[0] != scores[1]
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "predict"])
+def test_an_untrained_model_is_said_to_be_one(
+    place: Path, caplog: pytest.LogCaptureFixture, subcommand: str
+) -> None:
+    assert main(["pretrain", subcommand, "-c", "tiny.yaml"]) == 0
+    assert "untrained" in caplog.text
+    assert Path("runs").exists() is (subcommand == "predict")
+
+
+# Processes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_share_one_run(place: Path) -> None:
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=1"]
+    command = [sys.executable, "-m", "simmim", "pretrain", "fit", "-c", "tiny.yaml", *two]
+    done = subprocess.run(
+        [*command, "--reconstructions.every_n_epochs=1", "--probe.every_n_epochs=1"],
+        env={**os.environ, "WANDB_MODE": "offline"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [path.name for path in Path("runs").rglob("version_*")] == ["version_0"]
+    run = Path("runs/tiny/version_0")
+    assert len(list((run / "wandb").glob("offline-run-*"))) == 1
+    assert state(run)["global_step"] == 2
+    assert len([row for row in table(run / "metrics.csv") if row["val/loss"]]) == 1
