@@ -326,6 +326,78 @@ def test_the_average_of_the_weights_is_kept(tmp_path: Path, pretrained: Path) ->
     torch.testing.assert_close(model.model.head.bias.detach(), expected)
 
 
+def test_going_on_at_an_epochs_end_is_bitwise_the_same(tmp_path: Path) -> None:
+    def fit(folder: Path, stop: int, ckpt: str | None = None) -> dict[str, Tensor]:
+        class Stop(L.Callback):
+            def on_train_epoch_end(self, run: L.Trainer, module: L.LightningModule) -> None:
+                run.should_stop = run.current_epoch + 1 >= stop
+                if run.should_stop:  # at the end of fit the average takes the weights' place
+                    run.save_checkpoint(folder / "end.ckpt")
+
+        torch.manual_seed(0)
+        model = Classifier(
+            **VIT,
+            drop_path_rate=0.2,
+            mixup=0.8,
+            cutmix=1.0,
+            random_erasing=0.5,
+            ema_decay=0.9,
+            base_lr=0.1,
+            warmup_epochs=1,
+        )
+        run = trainer(folder, max_epochs=4, callbacks=[Stop()])
+        run.fit(model, datamodule=Data(), ckpt_path=ckpt)
+        return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    whole = fit(tmp_path / "whole", 4)
+    fit(tmp_path / "half", 2)
+    rest = fit(tmp_path / "rest", 4, str(tmp_path / "half" / "end.ckpt"))
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, rest[name]), name
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        VIT,
+        {**VIT, "pooling": "token"},
+        {**VIT, "pooling": "attention"},
+        {**BEIT, "encoder_kwargs": {**BEIT["encoder_kwargs"], **OWN}},
+        SWIN,
+        {"encoder": "resnet18", "img_size": 32},
+        {"encoder": "cait_xxs24_224", "img_size": 32, "encoder_kwargs": {"depth": 2}},
+        {**VIT, "frozen": True, "layer": "all"},
+        {**VIT, "frozen": True, "pooling": "attention", "batch_norm": True},
+    ],
+    ids=[
+        "mean",
+        "token",
+        "attention",
+        "beit",
+        "swin",
+        "resnet",
+        "cait",
+        "sweep",
+        "attentive probe",
+    ],
+)
+def test_every_parameter_that_is_trained_has_a_gradient(
+    tmp_path: Path, kwargs: dict[str, Any]
+) -> None:
+    model = Classifier(**kwargs)
+    without: list[str] = []
+
+    class Look(L.Callback):
+        def on_after_backward(self, run: L.Trainer, module: L.LightningModule) -> None:
+            named = module.named_parameters()
+            without.extend(name for name, p in named if p.requires_grad and p.grad is None)
+
+    trainer(tmp_path, max_steps=1, callbacks=[Look()], limit_val_batches=0).fit(
+        model, datamodule=Data()
+    )
+    assert without == []
+
+
 def test_other_channels_and_sizes_are_adapted(pretrained: Path) -> None:
     source = SimMIM.load_from_checkpoint(pretrained).encoder.model
     gray = Classifier(weights=str(pretrained), in_chans=1, img_size=[32, 48], num_classes=3)

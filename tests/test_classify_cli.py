@@ -1,6 +1,7 @@
 """`simmim classify`: from a run of pretraining to predictions, pictures, and every config."""
 
 import csv
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,17 @@ def test_from_pretraining_to_predictions(folder: Path, capsys: pytest.CaptureFix
     assert (done / "confusion_matrix.png").exists()
     assert (done / "classes.csv").read_text().startswith("class,images,recognised,accuracy\ncat,1,")
 
+    capsys.readouterr()
+    assert main(["classify", "validate", *options, *QUIET]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "not trained yet" in error
+    assert main(["classify", "fit", "--model.weights=no/such", f"--data.root={folder}"]) != 0
+    assert "no/such" in capsys.readouterr().err
+
+    shutil.rmtree("runs/pre")  # a run goes on without what it began from
     run("classify", "fit", "--name=cls", "--ckpt_path=last", "--trainer.max_epochs=3")
+    config = yaml.safe_load((done / "config.yaml").read_text())
+    assert config["model"]["weights"] == "runs/pre/version_0"
     assert sorted(path.name for path in Path("runs/cls").iterdir()) == ["version_0"]
     run("classify", "validate", "--ckpt_path=runs/cls/version_0")
     run("classify", "predict", "--ckpt_path=runs/cls/version_0", f"--data.root={folder / 'cat'}")
@@ -91,13 +102,6 @@ def test_from_pretraining_to_predictions(folder: Path, capsys: pytest.CaptureFix
     for _, label, *shares in table[1:]:
         assert sum(map(float, shares)) == pytest.approx(1, abs=1e-5)
         assert label == ["cat", "dog"][float(shares[1]) > float(shares[0])]
-
-    capsys.readouterr()
-    assert main(["classify", "validate", *options, *QUIET]) == 1
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "not trained yet" in error
-    assert main(["classify", "fit", "--model.weights=no/such", f"--data.root={folder}"]) != 0
-    assert "no/such" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("config", CONFIGS)

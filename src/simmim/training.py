@@ -168,6 +168,9 @@ class MovingAverage(EMAWeightAveraging):
         """Copy the model, whose classes must be known by then: callbacks are set up first."""
         if stage == "fit":
             pl_module.setup(stage)
+            self._device = (
+                self._device or trainer.strategy.root_device
+            )  # the model is not there yet
         super().setup(trainer, pl_module, stage)
 
     def on_save_checkpoint(self, trainer: L.Trainer, *args: Any) -> None:
