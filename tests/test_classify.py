@@ -309,6 +309,15 @@ def test_it_learns_and_opens_safely(tmp_path: Path, pretrained: Path) -> None:
     torch.testing.assert_close(timm_model(images), again.eval()(images))
     onward = Classifier(weights=str(path))  # its classifier comes along
     torch.testing.assert_close(onward.eval()(images), again(images))
+    other = Data()
+    other.classes = ("up", "down", "sideways")
+    with pytest.raises(ValueError, match="across"):
+        trainer(tmp_path).validate(onward, datamodule=other, verbose=False)
+    inherited = onward.model.head.weight.detach().flatten()
+    trainer(tmp_path, max_steps=1).fit(onward.train(), datamodule=other)
+    assert onward.classes == ["up", "down", "sideways"]
+    new = onward.model.head.weight.detach().flatten()
+    assert torch.corrcoef(torch.stack([new, inherited]))[0, 1].abs() < 0.5
 
 
 def test_the_average_of_the_weights_is_kept(tmp_path: Path, pretrained: Path) -> None:
@@ -407,6 +416,8 @@ def test_other_channels_and_sizes_are_adapted(pretrained: Path) -> None:
     )
     with pytest.raises(ValueError, match="embed_dim"):
         Classifier(weights=str(pretrained), encoder_kwargs={"embed_dim": 64})
+    with pytest.raises(ValueError, match="attention heads"):
+        Classifier(weights=str(pretrained), encoder_kwargs={"num_heads": 4})
     with pytest.raises(ValueError, match="does not exist"):
         Classifier(weights="nowhere/at/all.ckpt")
 

@@ -180,6 +180,8 @@ class Classifier(L.LightningModule):
         self._confusion: Tensor | None = None
         if backbone.num_classes and backbone.report and not self.own_head:
             self.head_is_trained = _classifier_came_along(backbone.report.missing)
+            self.classes = backbone.classes if self.head_is_trained else []
+        self.head_is_inherited = self.head_is_trained  # from the weights
         if num_classes or self.head_is_trained:
             self.set_num_classes(num_classes or backbone.num_classes)
 
@@ -368,13 +370,21 @@ class Classifier(L.LightningModule):
         """Names of the classes: the data's, or numbers."""
         return self.classes or [str(i) for i in range(self.num_classes)]
 
-    def set_classes(self, names: Sequence[str]) -> None:
+    def set_classes(self, names: Sequence[str], *, may_renew: bool = False) -> None:
         """Take the names of the classes, in the order of their numbers.
+
+        Args:
+            names: The names.
+            may_renew: Whether a classifier for others, which came with the weights, is given up.
 
         Raises:
             ValueError: If they are not those that it was trained with.
         """
         names = [str(name) for name in names]
+        if self.classes and names != self.classes and may_renew:
+            rank_zero_info(f"the weights know the classes {_short(self.classes)}: a new classifier")
+            self.head_is_trained, self.classes, self.scores = False, [], nn.ModuleDict()
+            self.hparams["num_classes"] = None
         if self.classes and names != self.classes:
             raise ValueError(
                 f"the data has the classes {_short(names)}, this classifier knows "
@@ -408,7 +418,8 @@ class Classifier(L.LightningModule):
         names = getattr(data, "classes", None)
         if stage != "predict":
             if names:
-                self.set_classes(names)
+                begins = stage == "fit" and not self.trainer.ckpt_path
+                self.set_classes(names, may_renew=begins and self.head_is_inherited)
             elif data is not None and getattr(data, "has_labels", True) is False:
                 raise ValueError(
                     f"{getattr(data, 'root', 'the data')} has no labels: put each class's images "

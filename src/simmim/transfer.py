@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from simmim.weights import find_checkpoint
-from simmim.weights.api import _classes
+from simmim.weights.api import _check_heads, _classes
 from simmim.weights.fit import MODEL, Architecture, Report, fit
 from simmim.weights.sources import TIMM, build_encoder, open_weights
 
@@ -30,7 +30,8 @@ class Backbone:
         img_size: Height and width, or one number.
         in_chans: Channels.
         options: Its other options, plain values: together with the name they build it again.
-        num_classes: Classes of the classifier that came with the weights; 0 = none did.
+        num_classes: Classes of timm's classifier; 0 = none.
+        classes: Their names, where the weights are a classifier of ours.
         report: What became of each tensor of the file; None without a file.
         statistics: Mean and standard deviation of each channel (pixels in 0..1) that the weights
             were made with, where they are known.
@@ -42,6 +43,7 @@ class Backbone:
     in_chans: int
     options: dict[str, Any]
     num_classes: int = 0
+    classes: list[str] = field(default_factory=list)
     report: Report | None = None
     statistics: tuple[list[float], list[float]] | None = None
 
@@ -103,12 +105,14 @@ def open_backbone(
         num_classes=classes,
     )
     if found:
+        _check_heads(found, model)
         for ours in [name for name in found.tensors if not name.startswith(MODEL)]:
             found.drop(ours, "for pretraining alone")
         places = {f"{MODEL}{name}": tensor for name, tensor in model.state_dict().items()}
         backbone.report = fit(found, places, model)
         eps = found.architecture.norm_eps if eps is None else eps
         backbone.statistics = _statistics(str(weights), backbone.in_chans)
+        backbone.classes = list((_our_checkpoint(str(weights)) or {}).get("classes") or [])
     if eps is not None:  # not an option of timm's
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
