@@ -406,6 +406,20 @@ def test_an_earlier_checkpoint_begins_a_run_of_its_own(place: Path) -> None:
     assert fit(f"--ckpt_path={best}", "--trainer.max_epochs=4") == 0
     assert state(Path("runs/tiny/version_1"))["epoch"] == 3
     assert Path("runs/tiny/version_0/metrics.csv").read_bytes() == before
+    assert main(["pretrain", "fit", f"--ckpt_path={best}", "--trainer.max_epochs=3"]) == 0
+    assert state(Path("runs/tiny/version_2"))["epoch"] == 2  # the name is the run's
+
+
+def test_a_runs_folder_says_which_run_goes_on(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit("--trainer.max_epochs=1", "--run_dir=here", "--name=x") == 0
+    stop = ["--trainer.callbacks+=test_cli.Stop", "--trainer.max_epochs=3"]
+    assert main(["pretrain", "fit", "--ckpt_path=here/x/version_0", *stop]) == 130
+    command = "simmim pretrain fit --name x --run_dir here --ckpt_path last"
+    assert capsys.readouterr().err.splitlines()[-1].endswith(command)
+    assert [path.name for path in Path().rglob("version_*")] == ["version_0"]
+    assert yaml.safe_load(Path("here/x/version_0/config.yaml").read_text())["name"] == "x"
 
 
 def test_the_board_keeps_its_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """Find configs by name, and read what a command line asks for before Lightning sees it."""
 
-import argparse
 import json
 from argparse import ArgumentError
 from collections.abc import Mapping
@@ -11,6 +10,13 @@ from typing import Any
 
 import yaml
 
+OURS = {
+    "-c": "config",
+    "--config": "config",
+    "--ckpt_path": "ckpt_path",
+    "--name": "name",
+    "--run_dir": "run_dir",
+}
 OVERLAY = "overlay"  # the folder of configs that change an experiment but are none
 
 
@@ -24,6 +30,7 @@ class Request:
         default: The embedded config, where the user names no experiment.
         configs: The user's config files, in the order in which they overrule each other.
         name: The run's name.
+        named: Whether the user said it, or an experiment that it follows from.
         run_dir: The folder of all runs.
         ckpt_path: "last", a checkpoint, a run's folder, or None.
         options: The other arguments, as they came.
@@ -34,6 +41,7 @@ class Request:
     default: Path | None
     configs: tuple[Path, ...]
     name: str
+    named: bool
     run_dir: Path
     ckpt_path: str | None
     options: tuple[str, ...]
@@ -72,17 +80,8 @@ def read_request(
         ArgumentError: If a config is not found, is no mapping, or sets what follows another option;
             if the name is no folder's name.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("-c", "--config", action="extend", nargs="+", default=[])
-    parser.add_argument("--ckpt_path")
-    parser.add_argument("--name")
-    parser.add_argument("--run_dir")
-    try:
-        given, options = parser.parse_known_args(args[1:])
-    except ArgumentError as error:
-        raise ArgumentError(None, f"{error.argument_name} needs a value") from error
-
-    configs = [find_config(name, command) for name in given.config]
+    given, options = _take_ours(args[1:])
+    configs = [find_config(name, command) for name in given.pop("config", [])]
     experiments = [path for path in configs if path.parent.name != OVERLAY]
     embedded = None if experiments else find_config(default, command)
     layers = [embedded, *configs] if embedded else configs
@@ -91,7 +90,7 @@ def read_request(
         config = read_config(path)
         _check_follows(config, path, follows)
         said.update({k: v for k, v in config.items() if v is not None})
-    said.update({k: v for k, v in vars(given).items() if v is not None})
+    said.update({key: values[-1] for key, values in given.items()})
     _check_name(said["name"])
     return Request(
         command=command,
@@ -99,10 +98,35 @@ def read_request(
         default=embedded,
         configs=tuple(configs),
         name=said["name"],
+        named=bool(experiments) or "name" in given,
         run_dir=Path(said["run_dir"]),
         ckpt_path=said.get("ckpt_path") or None,
         options=tuple(options),
     )
+
+
+def _take_ours(args: list[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Take out what is read before Lightning's parser is built, and leave the rest as it is.
+
+    argparse cannot do that: it takes an option that it does not know, with a space in its value,
+    for a positional argument.
+    """
+    ours: dict[str, list[str]] = {}
+    rest: list[str] = []
+    words = [*args]
+    while words:
+        option, equals, value = words.pop(0).partition("=")
+        key = OURS.get(option)
+        if key is None:
+            rest.append(option + equals + value)
+            continue
+        values = [value] if equals else []
+        while words and not words[0].startswith("-") and (key == "config" or not values):
+            values.append(words.pop(0))
+        if not values:
+            raise ArgumentError(None, f"{option} needs a value")
+        ours.setdefault(key, []).extend(values)
+    return ours, rest
 
 
 def find_config(name: str, command: str) -> Path:

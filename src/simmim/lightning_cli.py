@@ -6,7 +6,7 @@ import os
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,9 @@ def run_task(task: Task, args: list[str]) -> None:
     start = None
     if request.ckpt_path:
         start = find_start(request.ckpt_path, request.run_dir, request.name)
+        if start.run is not None and (start.goes_on or not request.named):
+            name, run_dir = start.run.parent.name, start.run.parent.parent
+            request = replace(request, name=name, run_dir=run_dir)
     run = _Run()
     try:
         TaskCLI(task, request, start, run)

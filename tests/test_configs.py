@@ -1,0 +1,186 @@
+"""Every config is read, says what it must, and starts."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from simmim.cli import main
+from simmim.configuration import config_folder, find_config, packaged_configs
+
+CONFIGS = sorted(path.stem for path in (config_folder() / "pretrain").glob("*.yaml"))
+OVERLAYS = sorted(path.stem for path in (config_folder() / "overlay").glob("*.yaml"))
+SMALL: dict[str, Any] = {  # by the beginning of the encoder's name
+    "vit_": {"embed_dim": 16, "depth": 2, "num_heads": 1},
+    "beit_": {"embed_dim": 16, "depth": 2, "num_heads": 1},
+    "swin": {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1], "window_size": 2},
+    "convnext": {"dims": [8, 8, 8, 8], "depths": [1, 1, 1, 1]},
+}
+
+
+def read(name: str, folder: str = "pretrain") -> dict[str, Any]:
+    text = (config_folder() / folder / f"{name}.yaml").read_text()
+    return yaml.safe_load(text)  # type: ignore[no-any-return]
+
+
+def options(values: dict[str, Any]) -> list[str]:
+    words = {name: v if isinstance(v, str) else json.dumps(v) for name, v in values.items()}
+    return [f"--{name}={word}" for name, word in words.items()]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_starts(
+    tmp_path: Path,
+    make_images: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    make_images(tmp_path / "images" / "a", 4, 64)
+    make_images(tmp_path / "images" / "b", 4, 64)
+    encoder = read(name)["model"]["encoder"]
+    small = next(kwargs for start, kwargs in SMALL.items() if encoder.startswith(start))
+    small = {f"model.encoder_kwargs.{key}": value for key, value in small.items()}
+    size = {} if name == "digits" else {"model.img_size": 64}
+    run = {
+        "data.root": "images",
+        "data.batch_size": 2,
+        "data.num_workers": 0,
+        "data.val_fraction": 0.25,
+        "trainer.max_epochs": 1,
+        "trainer.limit_train_batches": 2,
+        "trainer.devices": 1,
+        "probe.layer": 1,
+        "trainer.enable_progress_bar": False,
+        "trainer.enable_model_summary": False,
+    }
+    args = ["pretrain", "fit", "-c", name, "cpu", *options({**small, **size, **run})]
+    assert main(args) == 0
+    folder = Path("runs") / name / "version_0"
+    assert (folder / "checkpoints" / "last.ckpt").is_file()
+    assert yaml.safe_load((folder / "config.yaml").read_text())["name"] == name
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_says_how_where_and_what_to_expect(name: str) -> None:
+    text = (config_folder() / "pretrain" / f"{name}.yaml").read_text()
+    assert len(text.splitlines()) <= 60
+    head = text[: text.index("\nmodel:")]
+    command = "simmim pretrain fit" + ("" if name == "digits" else f" -c {name} --data.root")
+    assert f"#   {command}" in head
+    assert "Hardware: " in head
+    assert re.search("Hours: |Time", head)
+    assert re.search("Expect: |numbers: ", head)
+    assert "# What changes the result" in text
+    assert "# What does not" in text
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_an_overlay_is_about_the_trainer_alone(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert set(read(name, "overlay")) == {"trainer"}
+    args = ["pretrain", "fit", "-c", "swin_base_100ep", name, "--print_config"]
+    assert main(args) == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["name"] == "swin_base_100ep"
+    for key, value in read(name, "overlay")["trainer"].items():
+        said = config["trainer"][key]
+        if isinstance(value, dict):  # an object: its options beside their defaults
+            assert said["class_path"] == value["class_path"]
+            assert value["init_args"].items() <= said["init_args"].items()
+        else:
+            assert said == value
+
+
+# The paper's facts (section 4 and the released configs) -------------------------------------------
+
+PAPER = {
+    # encoder, img_size, epochs, base_lr, warm-up from, schedule, drop path
+    "swin_base_100ep": (
+        "swin_base_patch4_window7_224", 192, 100, 2e-4, 1e-6, "cosine", 0.0,
+    ),
+    "swin_base_800ep": (
+        "swin_base_patch4_window7_224", 192, 800, 1e-4, 5e-7, "multistep", 0.0,
+    ),
+    "swin_large_800ep": (
+        "swin_large_patch4_window7_224", 192, 800, 1e-4, 5e-7, "multistep", 0.0,
+    ),
+    "vit_base_800ep": (
+        "beit_base_patch16_224", 224, 800, 1e-4, 5e-7, "multistep", 0.1,
+    ),
+    "swinv2_base_800ep": (
+        "swinv2_base_window12_192", 192, 800, 1e-4, 5e-7, "multistep", 0.1,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_recipes_are_the_papers(name: str) -> None:
+    encoder, img_size, epochs, base_lr, warmup_lr, schedule, drop_path_rate = PAPER[name]
+    config = read(name)
+    model = config["model"]
+    assert (model["encoder"], model["img_size"]) == (encoder, img_size)
+    assert (model["base_lr"], model["warmup_lr"]) == (base_lr, warmup_lr)
+    assert (model["schedule"], model["drop_path_rate"]) == (schedule, drop_path_rate)
+    assert (model["warmup_epochs"], model["weight_decay"]) == (10, 0.05)
+    assert (model["mask_patch_size"], model["mask_ratio"]) == (32, 0.6)
+    assert config["trainer"]["max_epochs"] == epochs
+    assert config["trainer"]["gradient_clip_val"] == 5.0
+    if schedule == "multistep":
+        assert model["milestones"] == [700]
+    else:
+        assert model["min_lr"] == 1e-5
+
+
+# parameters of the encoder without a classifier, in millions: of the papers' tables
+SIZES = {
+    "swin_base_100ep": (86.7, 32),  # 88 M with the classifier's 1.0 M
+    "swin_large_800ep": (195.2, 32),  # 197 M, less 1.5 M, with the tables of window 12
+    "vit_base_800ep": (85.8, 16),  # 86 M
+    "swinv2_base_800ep": (86.9, 32),  # 88 M
+    "convnext_base": (87.6, 32),  # 89 M
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIZES)
+def test_the_full_size_is_the_papers(name: str) -> None:
+    from simmim.pretrain import SimMIM
+
+    model = SimMIM(**read(name)["model"])
+    millions, stride = SIZES[name]
+    count = sum(p.numel() for n, p in model.encoder.named_parameters() if "mask_token" not in n)
+    assert count / 1e6 == pytest.approx(millions, abs=0.3)
+    assert model.encoder.stride == stride
+
+
+# Names -------------------------------------------------------------------------------------------
+
+
+def test_configs_are_found_by_name_folder_and_path(tmp_path: Path) -> None:
+    expected = config_folder() / "pretrain" / "swin_base_100ep.yaml"
+    for name in (
+        "swin_base_100ep",
+        "swin_base_100ep.yaml",
+        "pretrain/swin_base_100ep",
+        "configs/pretrain/swin_base_100ep.yaml",
+        str(expected),
+    ):
+        assert find_config(name, "pretrain").resolve() == expected.resolve()
+    assert find_config("bf16", "pretrain").parent.name == "overlay"
+    assert not any(name.startswith("sweep/") for name in packaged_configs())
+
+
+def test_a_file_comes_before_a_packaged_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("digits.yaml").write_text("model: {}\n")
+    assert find_config("digits.yaml", "pretrain") == Path("digits.yaml")
+    assert find_config("digits", "pretrain") == config_folder() / "pretrain" / "digits.yaml"
