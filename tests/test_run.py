@@ -159,7 +159,7 @@ def test_what_is_no_checkpoint_is_refused_in_a_sentence(
         torch.save({"state_dict": {}}, path)
     else:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match="x.ckpt is no checkpoint"):
+    with pytest.raises(ValueError, match=r"x\.ckpt is no checkpoint"):
         find_start(str(path), tmp_path, "a")
 
 

@@ -19,7 +19,7 @@ _HOME = {
     "load_official": "simmim.weights",
     "ImageFolderData": "simmim.data",
 }
-__all__ = list(_HOME)  # noqa: PLE0604
+__all__ = list(_HOME)
 
 if TYPE_CHECKING:
     from simmim.classify import Classifier as Classifier

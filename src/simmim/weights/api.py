@@ -122,7 +122,7 @@ def load_official(
         **task,
     )
     report = fit(weights, _places(model), model.encoder.model, resize)
-    model.report = report  # type: ignore[assignment]
+    model.report = report
     return model
 
 
@@ -149,7 +149,7 @@ def load_weights(model: "SimMIM", source: str | Path, resize: Resize = "official
     if (eps := weights.architecture.norm_eps) is not None:  # a checkpoint of this model keeps it
         model.hparams["encoder_kwargs"] = {**options, "norm_eps": eps}
     rank_zero_info(str(report))
-    model.report = report  # type: ignore[assignment]
+    model.report = report
     return report
 
 
