@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+import official_reference
 from simmim.cli import COMMANDS, main
 from simmim.loggers import finish_board
 
@@ -199,6 +200,33 @@ def test_debugging_shows_where_a_mistake_was_found(
 def test_a_bug_keeps_its_traceback(place: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         fit("--trainer.callbacks+=test_cli.Stop", "--trainer.callbacks.how=bug")
+
+
+def test_a_mistake_of_a_plain_command_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    for line, status, words in (
+        ("convert", 2, "--weights and --out must be given"),
+        ("convert --weigths x", 2, "did you mean --weights?"),
+        ("convert --weights none.pth --out x.ckpt", 1, "none.pth does not exist"),
+        ("convert --weights none.pth --out x.ckpt --img_size big", 2, "it takes a whole number"),
+    ):
+        assert main(line.split()) == status
+        (said,) = capsys.readouterr().err.splitlines()
+        assert words in said
+
+
+def test_an_official_release_becomes_a_run_that_can_be_shown(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = official_reference.Swin()
+    tensors = official_reference.make_tensors(spec)
+    official_reference.save_file(Path("official.pth"), tensors, official_reference.config_of(spec))
+    assert main(["convert", "--weights=official.pth", "--out=ours.ckpt"]) == 0
+    assert "tensors used" in capsys.readouterr().out
+    args = ["--ckpt_path=ours.ckpt", "--data.root=images", "--data.num_workers=0"]
+    assert main(["pretrain", "predict", "-c", "cpu", *args]) == 0
+    assert len(list(Path("runs/digits/version_0/predictions").rglob("*.png"))) == 20
+    assert main(["pretrain", "fit", "--ckpt_path=ours.ckpt"]) == 1
+    assert "--model.weights ours.ckpt" in capsys.readouterr().err
 
 
 # Runs --------------------------------------------------------------------------------------------

@@ -9,9 +9,11 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import wandb
 
 from simmim import loggers, run
 from simmim.loggers import MetricsFile, board, finish_board, is_logged_in
@@ -301,6 +303,27 @@ def test_settings_of_the_working_folder_count(nobody: Path) -> None:
 def test_the_board_can_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert board(tmp_path) is None
+
+
+def test_a_board_that_cannot_be_reached_is_an_offline_run(
+    nobody: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    began, modes = wandb.init, []
+
+    def init(**options: Any) -> Any:
+        modes.append(options.get("mode"))
+        if options.get("mode") != "offline":
+            raise wandb.errors.CommError("no route to host")
+        return began(**options)
+
+    monkeypatch.setattr(wandb, "init", init)
+    logger = board(new_run(nobody / "runs", "a"))
+    assert logger is not None
+    logger.log_metrics({"val/loss": 0.5}, step=3)
+    finish_board([logger], failed=False)
+    assert modes == [None, "offline"]
+    assert list(nobody.glob("runs/a/version_0/wandb/offline-run-*"))
 
 
 def test_an_offline_run_keeps_its_name_and_says_how_to_sync(

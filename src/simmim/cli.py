@@ -46,6 +46,10 @@ COMMANDS = {
         "simmim.task:classify",
         tuple(SUBCOMMANDS),
     ),
+    "convert": Command(
+        "turn an official SimMIM release (.pth) into a checkpoint of ours",
+        "simmim.commands:convert",
+    ),
 }
 
 EXAMPLES = {

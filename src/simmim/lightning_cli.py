@@ -124,6 +124,11 @@ def run_task(task: Task, args: list[str]) -> None:
     start = None
     if request.ckpt_path:
         start = find_start(request.ckpt_path, request.run_dir, request.name)
+        if request.subcommand == "fit" and not start.has_optimizer:
+            raise ValueError(
+                f"{start.checkpoint} holds weights, but no optimiser to go on with: "
+                f"begin a run with --model.weights {start.checkpoint}"
+            )
         if start.run is not None and (start.goes_on or not request.named):
             name, run_dir = start.run.parent.name, start.run.parent.parent
             request = replace(request, name=name, run_dir=run_dir)
@@ -341,6 +346,14 @@ class TaskCLI(LightningCLI):
             and not self.config[subcommand].model.get("weights")
         ):
             rank_zero_info("No --ckpt_path and no --model.weights: this model is untrained")
+
+    def after_fit(self) -> None:
+        """Say so where a run was complete before."""
+        if self.start is not None and self.trainer.global_step == self.start.step:
+            rank_zero_info(
+                f"{self.start.checkpoint} was complete, with {self.start.step} steps behind it: a "
+                "larger --trainer.max_epochs goes on"
+            )
 
     def _folder(self) -> Path | None:
         """The run's folder: the checkpoint's own, or a new one where something is written."""

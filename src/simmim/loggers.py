@@ -17,6 +17,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from simmim.mistakes import one_line
+
 PROJECT = "simmim"  # on the board, where WANDB_PROJECT says no other
 HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # W&B's own, by its old and its new name
 RUN_ID = "run_id.txt"
@@ -204,6 +206,8 @@ class _Board(WandbLogger):
     def __init__(self, offline: bool, **options: Any) -> None:
         # Not Lightning's `offline`: it would set WANDB_MODE for whatever this process does next.
         super().__init__(**options)
+        # Half a minute, not one and a half, before a machine without a network goes on offline.
+        self._wandb_init.setdefault("settings", {"init_timeout": 30})
         self._wandb_init.pop("anonymous", None)  # W&B warns of it, whatever it says
         self.offline = offline
 
@@ -216,11 +220,13 @@ class _Board(WandbLogger):
         import wandb
 
         if self.offline:
-            self._go_offline("nobody is logged in (wandb login), or WANDB_MODE says so")
+            self._go_offline()
         try:
             run = super().experiment
-        except (wandb.errors.CommError, wandb.errors.AuthenticationError) as error:
-            self._go_offline(f"the board cannot be reached: {' '.join(str(error).split())}")
+        except wandb.errors.Error as error:  # no network, a key that is none, ...
+            rank_zero_info(f"W&B cannot be reached: {one_line(str(error))}")
+            wandb.teardown()  # it would say that the run's id is in use
+            self._go_offline()
             run = super().experiment
         folder = Path(run.dir).parent
         with suppress(OSError):
@@ -229,7 +235,7 @@ class _Board(WandbLogger):
             rank_zero_info(f"W&B keeps an offline run; to sync it: wandb sync {_short(folder)}")
         return run
 
-    def _go_offline(self, why: str) -> None:
+    def _go_offline(self) -> None:
         import wandb
 
         self.offline = True

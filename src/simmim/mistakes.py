@@ -15,7 +15,7 @@ TYPES = {  # as jsonargparse writes them, and as people do
     r"class 'int'": "a whole number",
     r"class 'float'": "a number",
     r"class 'str'": "a word",
-    r"list\[int\]": "a list [1, 2] of whole numbers",
+    r"(list|Sequence)\[int\]": "a list [1, 2] of whole numbers",
     r"list\[float\]": "a list [1.0, 2.0] of numbers",
     r"tuple": "a list of numbers",
     r"dict": "a table {name: value}, in quotes",
@@ -65,6 +65,8 @@ def word_usage_error(message: str, options: Iterable[str]) -> str:
     """
     if found := re.match(r"unrecognized arguments: (\S+)", message):
         return _unknown(found[1], options)
+    if found := re.search(r"arguments are required: (.*)", message):
+        return f"{' and '.join(f'--{name}' for name in found[1].split(', '))} must be given"
     if found := re.search(r"does not accept (?:option|nested key|key) '([^']+)'", message):
         return _unknown(f"--{found[1].removeprefix('--')}", options)
     if found := re.search(r'Linked "(\S+)" must be given via "(\S+)"', message):

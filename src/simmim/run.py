@@ -118,12 +118,14 @@ class Start:
         run: The folder of its run, where it lies in one.
         model: The options that its model was made with.
         step: Optimiser steps that it has behind it.
+        has_optimizer: Whether training can go on from it.
     """
 
     checkpoint: Path
     run: Path | None
     model: Mapping[str, Any]
     step: int
+    has_optimizer: bool
 
     @property
     def goes_on(self) -> bool:
@@ -157,7 +159,13 @@ def find_start(ckpt_path: str, run_dir: Path, name: str) -> Start:
     run = run_of(path)
     if run is not None:  # the hyperparameters leave out the optimiser, which is no plain value
         model |= {k: v for k, v in read_config(run / CONFIG)["model"].items() if k == "optimizer"}
-    return Start(checkpoint=path, run=run, model=model, step=int(content.get("global_step", 0)))
+    return Start(
+        checkpoint=path,
+        run=run,
+        model=model,
+        step=int(content.get("global_step", 0)),
+        has_optimizer=path.is_dir() or "optimizer_states" in content,
+    )
 
 
 # Checkpoints -------------------------------------------------------------------------------------
