@@ -15,9 +15,11 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from torch import Tensor
 
 import official_reference
 from simmim.cli import COMMANDS, main
+from simmim.configuration import find_config
 from simmim.loggers import finish_board
 
 TINY = """
@@ -69,6 +71,11 @@ def table(path: Path) -> list[dict[str, str]]:
 
 def state(run: Path) -> dict[str, Any]:
     return torch.load(run / "checkpoints/last.ckpt", weights_only=True)  # type: ignore[no-any-return]
+
+
+def first_cells(keys: Tensor, grid: tuple[int, int], counts: Tensor, **_: Any) -> Tensor:
+    """A masking of the user's own."""
+    return (torch.arange(grid[0] * grid[1]) < counts[:, None]).view(-1, *grid)
 
 
 class Stop(L.Callback):
@@ -275,6 +282,20 @@ def test_the_printed_config_gives_the_same_config(
     assert short["model"] == yaml.safe_load(TINY)["model"]
 
 
+def test_a_recipe_is_printed_as_it_was_published(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where it agrees with the defaults; and nothing else."""
+    assert main(["pretrain", "fit", "-c", "swin_base_100ep", "--print_config=skip_default"]) == 0
+    recipe = yaml.safe_load(capsys.readouterr().out)
+    assert recipe.pop("name") == "swin_base_100ep"
+    assert recipe == yaml.safe_load(find_config("swin_base_100ep", "pretrain").read_text())
+    options = ["--model.mask_ratio=0.7", "--print_config=skip_default"]
+    assert main(["pretrain", "fit", "-c", "swin_base_100ep", *options]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"] == {
+        **recipe["model"],
+        "mask_ratio": 0.7,
+    }
+
+
 def test_options_overrule_overlays_and_overlays_overrule_configs(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -425,6 +446,16 @@ def test_what_the_checkpoint_contradicts_is_named(
     assert kept["model"]["base_lr"] == 0.1
     assert kept["model"]["optimizer"]["class_path"] == "torch.optim.AdamW"
     assert state(Path("runs/tiny/version_0"))["hyper_parameters"]["seed"] == 0
+
+
+def test_a_part_of_the_users_own_is_trusted_where_he_names_it(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit("--trainer.max_epochs=1", "--model.masking=test_cli.first_cells") == 0
+    args = ["pretrain", "validate", "--name=tiny", "--ckpt_path=last"]
+    assert main(args) == 1  # a checkpoint may come from anyone
+    assert "--trust" in capsys.readouterr().err
+    assert main([*args, "--trust"]) == 0
 
 
 def test_an_earlier_checkpoint_begins_a_run_of_its_own(place: Path) -> None:

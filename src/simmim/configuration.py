@@ -186,6 +186,19 @@ def read_config(path: Path) -> dict[str, Any]:
     return config or {}
 
 
+def restrict(config: Mapping[str, Any], *parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Those options of a config that one of the parts names, in the config's order."""
+    kept: dict[str, Any] = {}
+    for key, value in config.items():
+        naming = [part[key] for part in parts if key in part]
+        groups = [group for group in naming if isinstance(group, dict)]
+        if isinstance(value, dict) and groups:
+            kept[key] = restrict(value, *groups)
+        elif naming:
+            kept[key] = value
+    return kept
+
+
 def differences(name: str, asked: Any, kept: Any) -> dict[str, tuple[Any, Any]]:
     """Where two values of an option differ: {dotted name: (asked, kept)}."""
     asked, kept = (json.loads(json.dumps(value)) for value in (asked, kept))  # tuples are lists

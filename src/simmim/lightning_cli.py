@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -25,6 +25,7 @@ from simmim.configuration import (
     packaged_configs,
     read_config,
     read_request,
+    restrict,
 )
 from simmim.loggers import board, finish_board, run_loggers
 from simmim.mistakes import word_usage_error
@@ -64,6 +65,7 @@ LINKS = {  # by target
     "model.trust": Link("trust"),
     "data.seed": Link("seed_everything", int),
 }
+PRINT_SHORT = "--print_config=skip_default"
 TERMINATED = 128 + 15  # as a shell says of a process that SIGTERM has ended
 NOT_IN_A_CONFIG = ("trust", "ckpt_path", "weights_only", "verbose", "return_predictions")
 
@@ -239,6 +241,8 @@ class TaskCLI(LightningCLI):
         """Parse, and let a checkpoint that is gone on with overrule the options it contradicts."""
         self._document()
         assert isinstance(args, list)
+        if PRINT_SHORT in args:
+            self._print_short([word for word in args if word != PRINT_SHORT])
         self.config = self._parse(args)
         if self.start is not None and self.request.subcommand == "fit":
             ignored = self._contradictions(self.start)
@@ -247,6 +251,22 @@ class TaskCLI(LightningCLI):
                 self.config = self._parse(
                     [*args, f"--config={json.dumps(self._checkpoint_config(self.start))}"]
                 )
+
+    def _print_short(self, args: list[str]) -> NoReturn:
+        """Print what the configs say, even if it is the default, and what else is not the default.
+
+        jsonargparse leaves out what a recipe has in common with the defaults, such as its lr.
+        """
+        config = self._parse(args)[self.request.subcommand]
+        whole, short = (
+            yaml.safe_load(self.options.dump(config, skip_none=False, skip_default=skip)) or {}
+            for skip in (False, True)
+        )
+        names = [word.removeprefix("--config=") for word in args if word.startswith("--config=")]
+        said = [yaml.safe_load(Path(n).read_text() if Path(n).is_file() else n) for n in names]
+        short = restrict(whole, short, *said)
+        print(yaml.safe_dump(short, sort_keys=False, default_flow_style=None), end="")
+        raise SystemExit(0)
 
     def _layers(self, start: Start | None) -> list[str]:
         """The arguments of the parser: configs first, the user's options last."""
