@@ -349,7 +349,7 @@ def test_the_board_gets_the_full_config(place: Path, monkeypatch: pytest.MonkeyP
     configs = []
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(
-        "simmim.lightning_cli.finish_board",
+        "simmim.tasks.finish_board",
         lambda loggers, failed: (
             configs.extend(dict(x.experiment.config) for x in loggers[1:]),
             finish_board(loggers, failed),

@@ -38,12 +38,12 @@ class Command:
 COMMANDS = {
     "pretrain": Command(
         "learn an encoder from unlabelled images by masked image modelling",
-        "simmim.task:pretrain",
+        "simmim.tasks:pretrain",
         tuple(SUBCOMMANDS),
     ),
     "classify": Command(
         "fine-tune an encoder to classify, or probe what its features are worth",
-        "simmim.task:classify",
+        "simmim.tasks:classify",
         tuple(SUBCOMMANDS),
     ),
     "convert": Command(

@@ -1,162 +1,42 @@
 """A task on the command line: its options, its defaults, the run's folder, and going on."""
 
 import json
-import logging
-import os
-import warnings
 from argparse import ArgumentError
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from simmim.configuration import (
     Request,
     differences,
     packaged_configs,
     read_config,
-    read_request,
     restrict,
 )
-from simmim.loggers import board, finish_board, run_loggers
+from simmim.loggers import board, run_loggers
 from simmim.mistakes import word_usage_error
 from simmim.run import (
-    CHECKPOINTS,
     CONFIG,
-    LAST,
     DurableCheckpointIO,
     KeepConfig,
     SaveWhenTerminated,
     Start,
     checkpoint_callbacks,
     clean_up,
-    find_start,
-    leave_run,
     new_run,
 )
+from simmim.task import Begun, Task
 
-
-@dataclass(frozen=True)
-class Link:
-    """What is said once and used twice, where the class has such an option.
-
-    Attributes:
-        source: The option that is given; of several, what the target is computed from.
-        compute: Makes the value from those of the sources; None copies it.
-    """
-
-    source: str | tuple[str, ...]
-    compute: Callable[..., Any] | None = None
-
-
-LINKS = {  # by target
-    "data.img_size": Link("model.img_size"),
-    "data.in_chans": Link("model.in_chans"),
-    "model.seed": Link("seed_everything", int),
-    "model.trust": Link("trust"),
-    "data.seed": Link("seed_everything", int),
-}
 PRINT_SHORT = "--print_config=skip_default"
-TERMINATED = 128 + 15  # as a shell says of a process that SIGTERM has ended
 NOT_IN_A_CONFIG = ("trust", "ckpt_path", "weights_only", "verbose", "return_predictions")
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a command trains.
-
-    Attributes:
-        name: The command.
-        model: The LightningModule.
-        data: The LightningDataModule.
-        default: The config where none is named.
-        callbacks: Callbacks that are always there, by the name of their options.
-        writers: Callbacks without options.
-        links: What is said once and used twice, by target, where it differs from pretraining.
-    """
-
-    name: str
-    model: type[LightningModule]
-    data: type[LightningDataModule]
-    default: str
-    callbacks: Mapping[str, type[Callback]]
-    writers: tuple[type[Callback], ...] = ()
-    links: Mapping[str, Link] = field(default_factory=dict)
-
-    def all_links(self) -> dict[str, Link]:
-        """The links between options that these classes have."""
-        options = {
-            f"{group}.{name}"
-            for group, kind in (("model", self.model), ("data", self.data))
-            for parent in kind.__mro__  # a class may pass options on to its parent
-            if "__init__" in vars(parent)
-            for name in signature(vars(parent)["__init__"]).parameters
-        }
-        return {k: v for k, v in {**LINKS, **self.links}.items() if k in options}
-
-
-def run_task(task: Task, args: list[str]) -> None:
-    """Run a task's subcommand.
-
-    Args:
-        task: What is trained.
-        args: The subcommand and its options. They are passed on as they are: the processes that
-            Lightning starts run the whole command again.
-
-    Raises:
-        ArgumentError: If an option is wrong.
-        KeyboardInterrupt: On Ctrl+C; it says how to go on.
-        SystemExit: With status 143, on SIGTERM.
-    """
-    _quieten_lightning()
-    follows = {
-        target: link.source if isinstance(link.source, str) else link.source[0]
-        for target, link in task.all_links().items()
-    }
-    request = read_request(task.name, task.default, args, follows)
-    start = None
-    if request.ckpt_path:
-        start = find_start(request.ckpt_path, request.run_dir, request.name)
-        if request.subcommand == "fit" and not start.has_optimizer:
-            raise ValueError(
-                f"{start.checkpoint} holds weights, but no optimiser to go on with: "
-                f"begin a run with --model.weights {start.checkpoint}"
-            )
-        if start.run is not None and (start.goes_on or not request.named):
-            name, run_dir = start.run.parent.name, start.run.parent.parent
-            request = replace(request, name=name, run_dir=run_dir)
-    run = _Run()
-    try:
-        TaskCLI(task, request, start, run)
-        run.failed = False
-    except SIGTERMException:
-        rank_zero_info(f"terminated; {_how_to_go_on(request, run)}")
-        raise SystemExit(TERMINATED) from None
-    except (KeyboardInterrupt, SystemExit) as stop:
-        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
-            raise
-        raise KeyboardInterrupt(_how_to_go_on(request, run)) from None
-    finally:
-        finish_board(run.loggers, run.failed)
-        leave_run(run.folder, run.failed)
-
-
-@dataclass
-class _Run:
-    """What a command has begun, for whoever ends it."""
-
-    folder: Path | None = None
-    loggers: list[Logger] = field(default_factory=list)
-    failed: bool = True
 
 
 class TaskCLI(LightningCLI):
@@ -169,7 +49,7 @@ class TaskCLI(LightningCLI):
         run: Receives the run's folder and loggers.
     """
 
-    def __init__(self, task: Task, request: Request, start: Start | None, run: _Run) -> None:
+    def __init__(self, task: Task, request: Request, start: Start | None, run: Begun) -> None:
         self.task, self.request, self.start, self.run = task, request, start, run
         super().__init__(
             task.model,
@@ -423,28 +303,3 @@ def _ignored_line(ignored: Mapping[str, tuple[Any, Any]]) -> str:
 def _shown(value: Any) -> str:
     """A value as one would write it on the command line."""
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _how_to_go_on(request: Request, run: "_Run") -> str:
-    if request.subcommand != "fit" or run.folder is None:
-        return ""
-    if not (run.folder / CHECKPOINTS / LAST).exists():
-        return f"{run.folder} has no checkpoint yet to go on from"
-    where = f" --run_dir {request.run_dir}" if str(request.run_dir) != "runs" else ""
-    return f"go on with: simmim {request.command} fit --name {request.name}{where} --ckpt_path last"
-
-
-def _quieten_lightning() -> None:
-    """Leave out its tips for other products, and warnings of what is meant."""
-    warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated")  # its own
-    warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
-    warnings.filterwarnings("ignore", "The dirpath has changed")  # another run's checkpoint
-    # LightningCLI 2.6 calls what jsonargparse 4.53 has renamed.
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    if not any(f is _no_tip for f in logger.filters):
-        logger.addFilter(_no_tip)
-
-
-def _no_tip(record: logging.LogRecord) -> bool:
-    return "Tip:" not in record.getMessage()

@@ -64,6 +64,9 @@ def leave_run(folder: Path | None, failed: bool) -> None:
     os.environ.pop(FOLDER_VARIABLE, None)
     if failed and {path.name for path in folder.iterdir()} <= {"wandb"}:
         shutil.rmtree(folder)
+        with suppress(OSError):  # other runs
+            folder.parent.rmdir()
+            folder.parent.parent.rmdir()
 
 
 def is_first_process() -> bool:

@@ -1,60 +1,75 @@
-"""The tasks: which model, which data and which callbacks a command trains with."""
+"""What a task on the command line is made of."""
 
-from simmim.lightning_cli import Link, Task, run_task
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from inspect import signature
+from pathlib import Path
+from typing import Any
 
-
-def pretrain(args: list[str]) -> None:
-    """`simmim pretrain {fit,validate,test,predict}`."""
-    from simmim import callbacks
-    from simmim.data import ImageFolderData
-    from simmim.pretrain import SimMIM
-
-    run_task(
-        Task(
-            name="pretrain",
-            model=SimMIM,
-            data=ImageFolderData,
-            default="pretrain/digits",
-            callbacks={
-                "reconstructions": callbacks.Reconstructions,
-                "probe": callbacks.OnlineProbe,
-                "collapse_alarm": callbacks.CollapseAlarm,
-                "non_finite": callbacks.StopOnNonFinite,
-                "throughput": callbacks.Throughput,
-                "progress_bar": callbacks.ProgressBar,
-            },
-            writers=(callbacks.PredictionWriter,),
-        ),
-        args,
-    )
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.loggers import Logger
 
 
-def classify(args: list[str]) -> None:
-    """`simmim classify {fit,validate,test,predict}`."""
-    from simmim import callbacks
-    from simmim.callbacks.classification import ConfusionMatrix, PredictionTable
-    from simmim.classify import Classifier
-    from simmim.data.classification import ClassificationData
-    from simmim.transfer import channels, image_size
+@dataclass(frozen=True)
+class Link:
+    """What is said once and used twice, where the class has such an option.
 
-    run_task(
-        Task(
-            name="classify",
-            model=Classifier,
-            data=ClassificationData,
-            default="classify/finetune_small",
-            callbacks={
-                "confusion": ConfusionMatrix,
-                "non_finite": callbacks.StopOnNonFinite,
-                "throughput": callbacks.Throughput,
-                "progress_bar": callbacks.ProgressBar,
-            },
-            writers=(PredictionTable,),
-            links={
-                "data.img_size": Link(("model.img_size", "model.weights"), image_size),
-                "data.in_chans": Link(("model.in_chans", "model.weights"), channels),
-                "data.multi_label": Link("model.multi_label"),
-            },
-        ),
-        args,
-    )
+    Attributes:
+        source: The option that is given; of several, what the target is computed from.
+        compute: Makes the value from those of the sources; None copies it.
+    """
+
+    source: str | tuple[str, ...]
+    compute: Callable[..., Any] | None = None
+
+
+LINKS = {  # by target
+    "data.img_size": Link("model.img_size"),
+    "data.in_chans": Link("model.in_chans"),
+    "model.seed": Link("seed_everything", int),
+    "model.trust": Link("trust"),
+    "data.seed": Link("seed_everything", int),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a command trains.
+
+    Attributes:
+        name: The command.
+        model: The LightningModule.
+        data: The LightningDataModule.
+        default: The config where none is named.
+        callbacks: Callbacks that are always there, by the name of their options.
+        writers: Callbacks without options.
+        links: What is said once and used twice, by target, where it differs from pretraining.
+    """
+
+    name: str
+    model: type[LightningModule]
+    data: type[LightningDataModule]
+    default: str
+    callbacks: Mapping[str, type[Callback]]
+    writers: tuple[type[Callback], ...] = ()
+    links: Mapping[str, Link] = field(default_factory=dict)
+
+    def all_links(self) -> dict[str, Link]:
+        """The links between options that these classes have."""
+        options = {
+            f"{group}.{name}"
+            for group, kind in (("model", self.model), ("data", self.data))
+            for parent in kind.__mro__  # a class may pass options on to its parent
+            if "__init__" in vars(parent)
+            for name in signature(vars(parent)["__init__"]).parameters
+        }
+        return {k: v for k, v in {**LINKS, **self.links}.items() if k in options}
+
+
+@dataclass
+class Begun:
+    """What a command has begun, for whoever ends it."""
+
+    folder: Path | None = None
+    loggers: list[Logger] = field(default_factory=list)
+    failed: bool = True

@@ -1,0 +1,145 @@
+"""The tasks: which model, which data and which callbacks a command trains with."""
+
+import logging
+import os
+import warnings
+from dataclasses import replace
+
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from simmim.configuration import Request, read_request
+from simmim.lightning_cli import TaskCLI
+from simmim.loggers import finish_board
+from simmim.run import CHECKPOINTS, LAST, find_start, leave_run
+from simmim.task import Begun, Link, Task
+
+TERMINATED = 128 + 15  # as a shell says of a process that SIGTERM has ended
+
+
+def pretrain(args: list[str]) -> None:
+    """`simmim pretrain {fit,validate,test,predict}`."""
+    from simmim import callbacks
+    from simmim.data import ImageFolderData
+    from simmim.pretrain import SimMIM
+
+    run_task(
+        Task(
+            name="pretrain",
+            model=SimMIM,
+            data=ImageFolderData,
+            default="pretrain/digits",
+            callbacks={
+                "reconstructions": callbacks.Reconstructions,
+                "probe": callbacks.OnlineProbe,
+                "collapse_alarm": callbacks.CollapseAlarm,
+                "non_finite": callbacks.StopOnNonFinite,
+                "throughput": callbacks.Throughput,
+                "progress_bar": callbacks.ProgressBar,
+            },
+            writers=(callbacks.PredictionWriter,),
+        ),
+        args,
+    )
+
+
+def classify(args: list[str]) -> None:
+    """`simmim classify {fit,validate,test,predict}`."""
+    from simmim import callbacks
+    from simmim.callbacks.classification import ConfusionMatrix, PredictionTable
+    from simmim.classify import Classifier
+    from simmim.data.classification import ClassificationData
+    from simmim.transfer import channels, image_size
+
+    run_task(
+        Task(
+            name="classify",
+            model=Classifier,
+            data=ClassificationData,
+            default="classify/finetune_small",
+            callbacks={
+                "confusion": ConfusionMatrix,
+                "non_finite": callbacks.StopOnNonFinite,
+                "throughput": callbacks.Throughput,
+                "progress_bar": callbacks.ProgressBar,
+            },
+            writers=(PredictionTable,),
+            links={
+                "data.img_size": Link(("model.img_size", "model.weights"), image_size),
+                "data.in_chans": Link(("model.in_chans", "model.weights"), channels),
+                "data.multi_label": Link("model.multi_label"),
+            },
+        ),
+        args,
+    )
+
+
+def run_task(task: Task, args: list[str]) -> None:
+    """Run a task's subcommand.
+
+    Args:
+        task: What is trained.
+        args: The subcommand and its options. They are passed on as they are: the processes that
+            Lightning starts run the whole command again.
+
+    Raises:
+        ArgumentError: If an option is wrong.
+        KeyboardInterrupt: On Ctrl+C; it says how to go on.
+        SystemExit: With status 143, on SIGTERM.
+    """
+    _quieten_lightning()
+    follows = {
+        target: link.source if isinstance(link.source, str) else link.source[0]
+        for target, link in task.all_links().items()
+    }
+    request = read_request(task.name, task.default, args, follows)
+    start = None
+    if request.ckpt_path:
+        start = find_start(request.ckpt_path, request.run_dir, request.name)
+        if request.subcommand == "fit" and not start.has_optimizer:
+            raise ValueError(
+                f"{start.checkpoint} holds weights, but no optimiser to go on with: "
+                f"begin a run with --model.weights {start.checkpoint}"
+            )
+        if start.run is not None and (start.goes_on or not request.named):
+            name, run_dir = start.run.parent.name, start.run.parent.parent
+            request = replace(request, name=name, run_dir=run_dir)
+    run = Begun()
+    try:
+        TaskCLI(task, request, start, run)
+        run.failed = False
+    except SIGTERMException:
+        rank_zero_info(f"terminated; {_how_to_go_on(request, run)}")
+        raise SystemExit(TERMINATED) from None
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        raise KeyboardInterrupt(_how_to_go_on(request, run)) from None
+    finally:
+        finish_board(run.loggers, run.failed)
+        leave_run(run.folder, run.failed)
+
+
+def _how_to_go_on(request: Request, run: Begun) -> str:
+    if request.subcommand != "fit" or run.folder is None:
+        return ""
+    if not (run.folder / CHECKPOINTS / LAST).exists():
+        return f"{run.folder} has no checkpoint yet to go on from"
+    where = f" --run_dir {request.run_dir}" if str(request.run_dir) != "runs" else ""
+    return f"go on with: simmim {request.command} fit --name {request.name}{where} --ckpt_path last"
+
+
+def _quieten_lightning() -> None:
+    """Leave out its tips for other products, and warnings of what is meant."""
+    warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated")  # its own
+    warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", "The dirpath has changed")  # another run's checkpoint
+    # LightningCLI 2.6 calls what jsonargparse 4.53 has renamed.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    if not any(f is _no_tip for f in logger.filters):
+        logger.addFilter(_no_tip)
+
+
+def _no_tip(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
