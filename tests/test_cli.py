@@ -320,6 +320,12 @@ def test_without_an_experiment_it_is_the_digits(capsys: pytest.CaptureFixture[st
     assert (config["name"], config["data"]["dataset"]) == ("swin_base_100ep", None)
 
 
+def test_a_short_epoch_is_logged_all_the_same(place: Path) -> None:
+    assert fit("--trainer.max_epochs=2", "--trainer.log_every_n_steps=50") == 0
+    metrics = table(Path("runs/tiny/version_0/metrics.csv"))
+    assert [row["epoch"] for row in metrics if row["train/loss"]] == ["0", "1"]
+
+
 def test_a_users_callback_joins_ours(place: Path) -> None:
     assert fit("--trainer.max_epochs=2", "--trainer.callbacks+=LearningRateMonitor") == 0
     columns = set(table(Path("runs/tiny/version_0/metrics.csv"))[0])

@@ -27,6 +27,7 @@ from simmim.run import (
     CONFIG,
     DurableCheckpointIO,
     KeepConfig,
+    LogEachEpoch,
     SaveWhenTerminated,
     Start,
     checkpoint_callbacks,
@@ -224,6 +225,7 @@ class TaskCLI(LightningCLI):
             if self.request.subcommand == "fit":
                 callbacks += [
                     KeepConfig(folder, self._config_to_keep()),
+                    LogEachEpoch(),
                     SaveWhenTerminated(folder),
                 ]
             if options.enable_checkpointing is not False:

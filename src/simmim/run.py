@@ -200,6 +200,16 @@ class KeepConfig(Callback):
             logger.log_hyperparams(self.config)
 
 
+class LogEachEpoch(Callback):
+    """Log at least once an epoch, where that has fewer steps than lie between two logs."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lower the interval."""
+        steps = int(trainer.num_training_batches) // trainer.accumulate_grad_batches
+        interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        trainer.log_every_n_steps = min(interval, max(1, steps))  # type: ignore[attr-defined]
+
+
 class SaveWhenTerminated(Callback):
     """Save where the run stands when SIGTERM ends it, as a scheduler does with a job.
 

@@ -134,6 +134,7 @@ def _quieten_lightning() -> None:
     warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated")  # its own
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", "The dirpath has changed")  # another run's checkpoint
+    warnings.filterwarnings("ignore", "The number of training batches")  # LogEachEpoch
     # LightningCLI 2.6 calls what jsonargparse 4.53 has renamed.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
