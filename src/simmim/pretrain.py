@@ -13,6 +13,8 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from timm.data.constants import IMAGENET_DEFAULT_MEAN as IMAGENET_MEAN
+from timm.data.constants import IMAGENET_DEFAULT_STD as IMAGENET_STD
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torchmetrics import MeanMetric
@@ -41,8 +43,6 @@ from simmim.training import (
 )
 from simmim.weights import Report, load_weights
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0..1; timm's and torchvision's constants
-IMAGENET_STD = (0.229, 0.224, 0.225)
 HEAD_ALONE = 0.05  # share of the steps in which a new head trains alone on loaded weights
 VAL_SEED = 2111_09886  # the validation masks' own seed: equal in every epoch and every run
 
