@@ -10,7 +10,17 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "simmim"
 METHOD = {"masking", "encoder", "observe", "head", "target", "loss"}  # observe: encoder's own
 TASKS = {"pretrain", "classify", "segment", "detect", "callbacks"}
-SHARED = {"optim", "weights", "probe", "training", "augment", "transfer", "scores", "readout"}
+SHARED = {
+    "optim",
+    "weights",
+    "probe",
+    "training",
+    "augment",
+    "transfer",
+    "scores",
+    "readout",
+    "pyramid",
+}
 COMMANDS = {"embed", "export", "compare", "doctor", "benchmark"}
 FREE = {"parts"}  # finds a part by its name; knows none of them
 MAY_IMPORT = {

@@ -4,14 +4,9 @@ import os
 from math import inf
 from typing import Any, Literal, cast
 
-import lightning as L
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import Sampler
 
 from simmim.data import named
-from simmim.data.bad_files import BadFiles
 from simmim.data.checks import (
     check_choice,
     check_image_size,
@@ -19,16 +14,10 @@ from simmim.data.checks import (
     check_range,
     find_root,
 )
-from simmim.data.dataset import ImageData, Key, Loader, Transform, WholeFolder, collate
+from simmim.data.dataset import ImageData, Loader, Transform, WholeFolder
 from simmim.data.layout import Part, read_folder, read_parts
-from simmim.data.sampler import (
-    EpochSampler,
-    EvenSampler,
-    choose,
-    even_batch_size,
-    limited,
-    position,
-)
+from simmim.data.loaders import Batch, LoaderModule
+from simmim.data.sampler import EvenSampler, choose
 from simmim.data.scans import Intensity
 from simmim.data.split import check_group_pattern
 from simmim.data.statistics import (
@@ -38,12 +27,9 @@ from simmim.data.statistics import (
     measured_statistics,
 )
 from simmim.data.transforms import CenterCrop, RandomCrop, flip_marked
-from simmim.data.workers import default_workers
-
-Batch = dict[str, Any]
 
 
-class ImageFolderData(L.LightningDataModule):
+class ImageFolderData(LoaderModule):
     """Images of a folder, with or without classes, with or without a split of their own.
 
     `train/` and `val/` (and `test/`) are taken where they exist; otherwise a part of the images,
@@ -121,28 +107,21 @@ class ImageFolderData(L.LightningDataModule):
         max_bad_share: float = 0.5,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, num_workers, seed, bad_files, max_bad_share)
         self.root = find_root(root, dataset, data_dir, named.NAMES)
         self.dataset, self.data_dir = None if root else dataset, os.path.expanduser(data_dir)
         self.img_size, self.in_chans = check_image_size(img_size), in_chans
-        self.batch_size, self.num_workers = batch_size, num_workers
         self.val_fraction, self.split_seed = val_fraction, split_seed
-        self.group_pattern, self.seed = group_pattern, seed
-        self.statistics, self.bad_files, self.max_bad_share = statistics, bad_files, max_bad_share
+        self.group_pattern, self.statistics = group_pattern, statistics
         for name, low, high in (
             ("in_chans", 1, inf),
-            ("batch_size", 1, inf),
             ("val_fraction", 0, 0.99),
             ("split_seed", 0, inf),
-            ("max_bad_share", 0, 1),
-            ("seed", 0, inf),
         ):
             check_number(name, getattr(self, name), low, high)
-        check_number("num_workers", num_workers or 0, 0)
         check_number("hflip", hflip, 0, 1)
         check_number("val_crop", val_crop, 0.01, 1)
         check_group_pattern(group_pattern)
-        check_choice("bad_files", bad_files, ("skip", "raise"))
         if isinstance(statistics, str):
             check_choice("statistics", statistics, ("imagenet", "measured"))
         else:
@@ -162,8 +141,6 @@ class ImageFolderData(L.LightningDataModule):
         self.has_labels = False
         self.mean: tuple[float, ...] | None = None
         self.std: tuple[float, ...] | None = None
-        self.sets: dict[str, ImageData] = {}  # training, probe, validation, test, predict
-        self._resumed_step = 0
 
     def prepare_data(self) -> None:
         """Make or download a named data set, and measure statistics, once on each machine."""
@@ -196,56 +173,11 @@ class ImageFolderData(L.LightningDataModule):
             self.sets["predict"] = self._make(whole, self.val_transform, WholeFolder)
         self._add_report()
 
-    def train_dataloader(self) -> Loader[Batch]:
-        """Batches in an order that depends on (seed, epoch); each process gets its part of them."""
-        data = self.sets["training"]
-        replicas, rank = self._process()
-        callbacks = self.trainer.callbacks if self.trainer else []  # type: ignore[attr-defined]
-        if any(isinstance(c, GradientAccumulationScheduler) for c in callbacks):
-            raise ValueError(
-                "with GradientAccumulationScheduler the number of steps does not tell the place in "
-                "the data: use trainer.accumulate_grad_batches"
-            )
-        batch_size = min(self.batch_size, len(data) // replicas)
-        if not batch_size:
-            raise ValueError(
-                f"{len(data)} training images are fewer than the {replicas} processes: use fewer"
-            )
-        if batch_size < self.batch_size:
-            rank_zero_info(
-                f"batches of {batch_size}, not of data.batch_size {self.batch_size}: "
-                f"there are {len(data)} training images"
-            )
-        batches = self.batches_per_epoch(replicas)
-        sampler = EpochSampler(data, batch_size, batches, self.seed, replicas, rank, self._start)
-        return self._loader(data, sampler, batch_size, drop_last=True)
-
-    def val_dataloader(self) -> Loader[Batch] | list[Loader[Batch]]:
-        """All validation images in order, each once, over all processes; [] if there are none."""
-        data = self.sets.get("validation")
-        return [] if data is None else self._in_order(data)
-
-    def test_dataloader(self) -> Loader[Batch]:
-        """The images of test/, or else the validation images."""
-        return self._in_order(self.sets.get("test") or self.sets["validation"])
-
-    def predict_dataloader(self) -> Loader[Batch]:
-        """Every image below the root, with its path."""
-        return self._in_order(self.sets["predict"])
-
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Mirror, on the device, the images that the worker marked."""
         if isinstance(batch, dict) and "flip" in batch:
             batch["image"] = flip_marked(batch["image"], batch.pop("flip"))
         return batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """Keep the number of steps: loaders may be made before the trainer knows it again."""
-        return {"global_step": self.trainer.global_step if self.trainer else 0}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after these steps."""
-        self._resumed_step = int(state_dict["global_step"])
 
     def probe_dataloader(self, limit: int | None = None) -> Loader[Batch]:
         """The training images through the validation transform, in order, for every process all.
@@ -260,24 +192,10 @@ class ImageFolderData(L.LightningDataModule):
             data = self._make(Part(data.files, kept), self.val_transform)
         return self._loader(data, EvenSampler(data), self.batch_size)
 
-    def batches_per_epoch(self, world_size: int = 1) -> int:
-        """Count the training batches of an epoch, of each of so many processes.
-
-        What does not fill a batch of every process is left to another epoch; nor does the last
-        optimiser step have fewer batches than the others, where gradients are accumulated.
-        """
-        batches = len(self.sets["training"]) // (self.batch_size * world_size)
-        return max(batches - batches % self._accumulation, min(batches, self._accumulation), 1)
-
     @property
     def class_to_idx(self) -> dict[str, int]:
         """The label of each class."""
         return {name: label for label, name in enumerate(self.classes)}
-
-    @property
-    def num_train(self) -> int:
-        """Number of training images."""
-        return len(self.sets["training"])
 
     @property
     def class_counts(self) -> list[int]:
@@ -333,59 +251,6 @@ class ImageFolderData(L.LightningDataModule):
             return imagenet_statistics(self.in_chans)
         data = self.sets["probe"]
         return measured_statistics(data, self._workers(data))
-
-    def _add_report(self) -> None:
-        if self.trainer is not None and self.bad_files == "skip":
-            callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-            callbacks[:] = [c for c in callbacks if not isinstance(c, BadFiles)]
-            callbacks.insert(0, BadFiles(self.sets, self.max_bad_share))
-
-    def _in_order(self, data: ImageData) -> Loader[Batch]:
-        replicas, rank = self._process()
-        batch_size = even_batch_size(len(data), self.batch_size, replicas)
-        return self._loader(data, EvenSampler(data, replicas, rank), batch_size)
-
-    def _loader(
-        self, data: ImageData, sampler: Sampler[Key], batch_size: int, drop_last: bool = False
-    ) -> Loader[Batch]:
-        workers = min(self._workers(data), -(-len(data) // batch_size))
-        if workers:
-            data.unreadable.share_memory_()
-        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return Loader(
-            data,
-            batch_size=batch_size,
-            sampler=sampler,
-            drop_last=drop_last,
-            collate_fn=collate,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=on_gpu,
-        )
-
-    def _workers(self, data: ImageData) -> int:
-        if self.num_workers is not None:
-            return self.num_workers
-        return default_workers(data, self.trainer.num_devices if self.trainer else 1)
-
-    def _process(self) -> tuple[int, int]:
-        """How many processes share the data, and which one this is."""
-        kwargs = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
-        return kwargs.get("num_replicas", 1), kwargs.get("rank", 0)
-
-    def _start(self) -> tuple[int, int] | None:
-        """Where training goes on, as (epoch, batch): nothing but the number of steps decides."""
-        trainer = self.trainer
-        if trainer is None:
-            return None
-        step = max(trainer.global_step, self._resumed_step)
-        batches = self.batches_per_epoch(self._process()[0])
-        limit = trainer.limit_train_batches
-        return position(step, max(limited(batches, limit), 1), self._accumulation)
-
-    @property
-    def _accumulation(self) -> int:
-        return int(self.trainer.accumulate_grad_batches) if self.trainer else 1
 
     def _trains(self) -> bool:
         return self.trainer is None or self.trainer.state.fn in (None, "fit")

@@ -1,0 +1,166 @@
+"""Data sets -> loaders: exact order, exact going on, the same share for every process."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import Sampler
+
+from simmim.data.bad_files import BadFiles
+from simmim.data.checks import check_choice, check_number
+from simmim.data.dataset import ImageData, Key, Loader, collate
+from simmim.data.sampler import EpochSampler, EvenSampler, even_batch_size, limited, position
+from simmim.data.workers import default_workers
+
+Batch = dict[str, Any]
+
+
+class LoaderModule(L.LightningDataModule):
+    """What all our data modules do alike with the data sets that their `setup` makes.
+
+    Args:
+        batch_size: Images in a batch, of each process.
+        num_workers: Processes that read images, of each process that trains; None: chosen by the
+            size of the data.
+        seed: Of the order.
+        bad_files: "skip" reports unreadable files at the end of each epoch.
+        max_bad_share: Share of unreadable files above which the run stops.
+
+    Attributes:
+        sets: The data sets by name: training, validation, test, predict, and others.
+        collate: Makes a batch of samples.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        num_workers: int | None,
+        seed: int,
+        bad_files: Literal["skip", "raise"],
+        max_bad_share: float,
+    ) -> None:
+        super().__init__()
+        check_number("batch_size", batch_size, 1)
+        check_number("num_workers", num_workers or 0, 0)
+        check_number("seed", seed, 0)
+        check_choice("bad_files", bad_files, ("skip", "raise"))
+        check_number("max_bad_share", max_bad_share, 0, 1)
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.bad_files, self.max_bad_share = bad_files, max_bad_share
+        self.sets: dict[str, ImageData] = {}
+        self.collate: Callable[[list[Any]], Any] = collate
+        self._resumed_step = 0
+
+    def train_dataloader(self) -> Loader[Batch]:
+        """Batches in an order that depends on (seed, epoch); each process gets its part of them."""
+        data = self.sets["training"]
+        replicas, rank = self._process()
+        callbacks = self.trainer.callbacks if self.trainer else []  # type: ignore[attr-defined]
+        if any(isinstance(c, GradientAccumulationScheduler) for c in callbacks):
+            raise ValueError(
+                "with GradientAccumulationScheduler the number of steps does not tell the place in "
+                "the data: use trainer.accumulate_grad_batches"
+            )
+        batch_size = min(self.batch_size, len(data) // replicas)
+        if not batch_size:
+            raise ValueError(
+                f"{len(data)} training images are fewer than the {replicas} processes: use fewer"
+            )
+        if batch_size < self.batch_size:
+            rank_zero_info(
+                f"batches of {batch_size}, not of data.batch_size {self.batch_size}: "
+                f"there are {len(data)} training images"
+            )
+        batches = self.batches_per_epoch(replicas)
+        sampler = EpochSampler(data, batch_size, batches, self.seed, replicas, rank, self._start)
+        return self._loader(data, sampler, batch_size, drop_last=True)
+
+    def val_dataloader(self) -> Loader[Batch] | list[Loader[Batch]]:
+        """All validation images in order, each once, over all processes; [] if there are none."""
+        data = self.sets.get("validation")
+        return [] if data is None else self._in_order(data)
+
+    def test_dataloader(self) -> Loader[Batch]:
+        """The images of test/, or else the validation images."""
+        return self._in_order(self.sets.get("test") or self.sets["validation"])
+
+    def predict_dataloader(self) -> Loader[Batch]:
+        """Every image below the root, with its path."""
+        return self._in_order(self.sets["predict"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the number of steps: loaders may be made before the trainer knows it again."""
+        return {"global_step": self.trainer.global_step if self.trainer else 0}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after these steps."""
+        self._resumed_step = int(state_dict["global_step"])
+
+    def batches_per_epoch(self, world_size: int = 1) -> int:
+        """Count the training batches of an epoch, of each of so many processes.
+
+        What does not fill a batch of every process is left to another epoch; nor does the last
+        optimiser step have fewer batches than the others, where gradients are accumulated.
+        """
+        batches = len(self.sets["training"]) // (self.batch_size * world_size)
+        return max(batches - batches % self._accumulation, min(batches, self._accumulation), 1)
+
+    @property
+    def num_train(self) -> int:
+        """Number of training images."""
+        return len(self.sets["training"])
+
+    def _add_report(self) -> None:
+        if self.trainer is not None and self.bad_files == "skip":
+            callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+            callbacks[:] = [c for c in callbacks if not isinstance(c, BadFiles)]
+            callbacks.insert(0, BadFiles(self.sets, self.max_bad_share))
+
+    def _in_order(self, data: ImageData) -> Loader[Batch]:
+        replicas, rank = self._process()
+        batch_size = even_batch_size(len(data), self.batch_size, replicas)
+        return self._loader(data, EvenSampler(data, replicas, rank), batch_size)
+
+    def _loader(
+        self, data: ImageData, sampler: Sampler[Key], batch_size: int, drop_last: bool = False
+    ) -> Loader[Batch]:
+        workers = min(self._workers(data), -(-len(data) // batch_size))
+        if workers:
+            data.unreadable.share_memory_()
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return Loader(
+            data,
+            batch_size=batch_size,
+            sampler=sampler,
+            drop_last=drop_last,
+            collate_fn=self.collate,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=on_gpu,
+        )
+
+    def _workers(self, data: ImageData) -> int:
+        if self.num_workers is not None:
+            return self.num_workers
+        return default_workers(data, self.trainer.num_devices if self.trainer else 1)
+
+    def _process(self) -> tuple[int, int]:
+        """How many processes share the data, and which one this is."""
+        kwargs = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
+        return kwargs.get("num_replicas", 1), kwargs.get("rank", 0)
+
+    def _start(self) -> tuple[int, int] | None:
+        """Where training goes on, as (epoch, batch): nothing but the number of steps decides."""
+        trainer = self.trainer
+        if trainer is None:
+            return None
+        step = max(trainer.global_step, self._resumed_step)
+        batches = self.batches_per_epoch(self._process()[0])
+        limit = trainer.limit_train_batches
+        return position(step, max(limited(batches, limit), 1), self._accumulation)
+
+    @property
+    def _accumulation(self) -> int:
+        return int(self.trainer.accumulate_grad_batches) if self.trainer else 1
