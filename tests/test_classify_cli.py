@@ -11,8 +11,11 @@ import torch
 import yaml
 
 from simmim.callbacks.classification import draw_confusion, label_of, merge_parts
+from simmim.classify import Classifier
 from simmim.cli import main
 from simmim.configuration import config_folder
+from simmim.data.classification import ClassificationData
+from simmim.task import Task
 
 # jsonargparse's own, about what LightningCLI calls
 pytestmark = pytest.mark.filterwarnings(
@@ -78,6 +81,9 @@ def test_from_pretraining_to_predictions(folder: Path, capsys: pytest.CaptureFix
     with (done / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {"val/top1", "val/loss", "train/loss", "lr"} <= set(rows[0])
+    shares = [float(row["val/top1"]) for row in rows if row["val/top1"]]
+    best = torch.load(done / "checkpoints/best.ckpt", weights_only=True)
+    assert best["epoch"] == shares.index(max(shares))
     assert (done / "confusion_matrix.png").exists()
     assert (done / "classes.csv").read_text().startswith("class,images,recognised,accuracy\ncat,1,")
 
@@ -102,6 +108,17 @@ def test_from_pretraining_to_predictions(folder: Path, capsys: pytest.CaptureFix
     for _, label, *shares in table[1:]:
         assert sum(map(float, shares)) == pytest.approx(1, abs=1e-5)
         assert label == ["cat", "dog"][float(shares[1]) > float(shares[0])]
+
+
+@pytest.mark.parametrize(
+    ("monitor", "mode"), [("val/loss", "min"), ("val/top1", "max"), ("val/map", "max")]
+)
+def test_the_best_is_chosen_by_what_the_task_says(monitor: str, mode: str) -> None:
+    def best_by(said: Any) -> tuple[str, str]:
+        task = Task("classify", Classifier, ClassificationData, "", {}, monitor=said)
+        return task.best_by(Classifier(encoder="resnet10t", num_classes=2))
+
+    assert best_by(monitor) == best_by(lambda model: monitor) == (monitor, mode)
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -229,7 +229,7 @@ class TaskCLI(LightningCLI):
                     SaveWhenTerminated(folder),
                 ]
             if options.enable_checkpointing is not False:
-                callbacks += checkpoint_callbacks(folder)
+                callbacks += checkpoint_callbacks(folder, *self.task.best_by(self.model))
         trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own stays
             trainer.strategy.checkpoint_io = DurableCheckpointIO()

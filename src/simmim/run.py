@@ -174,12 +174,18 @@ def find_start(ckpt_path: str, run_dir: Path, name: str) -> Start:
 # Checkpoints -------------------------------------------------------------------------------------
 
 
-def checkpoint_callbacks(folder: Path) -> list[ModelCheckpoint]:
-    """Keep the last state of each epoch, and the best by the validation loss."""
+def checkpoint_callbacks(folder: Path, monitor: str, mode: str) -> list[ModelCheckpoint]:
+    """Keep the last state of each epoch, and the best.
+
+    Args:
+        folder: Of the run.
+        monitor: The metric that tells the best.
+        mode: Whether its least is best, or its greatest: min or max.
+    """
     place: dict[str, Any] = {"dirpath": folder / CHECKPOINTS, "enable_version_counter": False}
     last = ModelCheckpoint(filename=Path(LAST).stem, save_on_train_epoch_end=True, **place)
     best = ModelCheckpoint(
-        filename="best", monitor="val/loss", save_on_train_epoch_end=False, **place
+        filename="best", monitor=monitor, mode=mode, save_on_train_epoch_end=False, **place
     )
     return [best, last]
 

@@ -44,6 +44,8 @@ class Task:
         callbacks: Callbacks that are always there, by the name of their options.
         writers: Callbacks without options.
         links: What is said once and used twice, by target, where it differs from pretraining.
+        monitor: The metric that the best checkpoint is chosen by, or a function of the model that
+            names it. The least loss is the best, and the greatest of anything else.
     """
 
     name: str
@@ -53,6 +55,12 @@ class Task:
     callbacks: Mapping[str, type[Callback]]
     writers: tuple[type[Callback], ...] = ()
     links: Mapping[str, Link] = field(default_factory=dict)
+    monitor: str | Callable[[Any], str] = "val/loss"
+
+    def best_by(self, model: LightningModule) -> tuple[str, str]:
+        """The metric that chooses the best checkpoint of a model, and its mode: min or max."""
+        metric = self.monitor if isinstance(self.monitor, str) else self.monitor(model)
+        return metric, "min" if metric.endswith("loss") else "max"
 
     def all_links(self) -> dict[str, Link]:
         """The links between options that these classes have."""

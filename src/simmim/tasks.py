@@ -69,6 +69,7 @@ def classify(args: list[str]) -> None:
                 "data.in_chans": Link(("model.in_chans", "model.weights"), channels),
                 "data.multi_label": Link("model.multi_label"),
             },
+            monitor=lambda model: "val/mean_ap" if model.multi_label else "val/top1",
         ),
         args,
     )
