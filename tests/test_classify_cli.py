@@ -9,8 +9,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import ImageFont
 
-from simmim.callbacks.classification import draw_confusion, label_of, merge_parts
+from simmim.callbacks.classification import (
+    _brief,
+    _row_names,
+    draw_confusion,
+    label_of,
+    merge_parts,
+)
 from simmim.classify import Classifier
 from simmim.cli import main
 from simmim.configuration import config_folder
@@ -180,14 +187,27 @@ def test_the_released_numbers_are_in_the_configs() -> None:
 def test_the_confusion_matrix_is_drawn() -> None:
     counts = torch.tensor([[9, 1], [0, 0]])
     picture = draw_confusion(counts, ["cat", "dog"])
-    corner = picture.width - 8 - 2 * 34, picture.height - 8 - 2 * 34
+    corner = picture.width - 8 - 2 * 120, picture.height - 8 - 2 * 120
     shades = [
-        picture.getpixel((corner[0] + x * 34 + 3, corner[1] + y * 34 + 3))
+        picture.getpixel((corner[0] + x * 120 + 3, corner[1] + y * 120 + 3))
         for y in range(2)
         for x in range(2)
     ]
     assert shades[0] < shades[1] < shades[2] == shades[3]  # dark = 9 of 10, ..., 0 of 0
     assert draw_confusion(torch.eye(1000).long(), [str(i) for i in range(1000)]).width > 2000
+
+
+def test_names_that_cannot_be_drawn_are_numbers_and_long_ones_keep_both_ends() -> None:
+    font = ImageFont.load_default(size=12)
+    long = "a very long class name"
+    names = ["cat", "10", "日本語", f"{long} of cats", f"{long} of dogs"]
+    shown = _row_names(names, font)
+    assert shown[:3] == ["cat", "10", "class 2"]
+    assert len(set(shown)) == 5
+    assert max(map(len, shown)) == 18
+    many = _row_names([f"name {i}" for i in range(100)], font)
+    assert [name for name in many if name] == [str(i) for i in range(0, 100, 10)]
+    assert [_brief(n) for n in (7, 9999, 11_367, 123_456)] == ["7", "9999", "11k", "123k"]
 
 
 def test_tables_of_several_processes_are_merged_in_order(tmp_path: Path) -> None:

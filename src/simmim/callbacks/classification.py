@@ -169,12 +169,13 @@ def draw_confusion(counts: Tensor, names: Sequence[str]) -> Image.Image:
         names: Of the classes.
 
     Returns:
-        The picture, RGB. Up to 40 classes are named, up to 20 have their counts in the cells.
+        The picture, RGB. Up to 40 classes are named, of more some have their number, from 0. Up to
+        20 have their counts in the cells.
     """
     n, font = len(names), ImageFont.load_default(size=12)
-    cell = 34 if n <= NUMBERED else max(2, 640 // n)
-    shown = [name if len(name) <= 18 else f"{name[:17]}…" for name in names]
-    margin = 24 + (max(int(font.getlength(name)) for name in shown) if n <= NAMED else 0)
+    cell = max(34, 240 // n) if n <= NUMBERED else max(2, 640 // n)
+    shown = _row_names(names, font)
+    margin = 28 + max(int(font.getlength(name)) for name in shown)
     side = cell * n
     picture = Image.new("RGB", (margin + side + 8, margin + side + 8), BACKGROUND)
     draw = ImageDraw.Draw(picture)
@@ -183,19 +184,33 @@ def draw_confusion(counts: Tensor, names: Sequence[str]) -> Image.Image:
     table = Image.fromarray(colours.round().astype(np.uint8))
     picture.paste(table.resize((side, side), Image.Resampling.NEAREST), (margin, margin))
     draw.rectangle((margin - 1, margin - 1, margin + side, margin + side), outline=INK)
-    if n <= NAMED:
-        _draw_names(picture, shown, margin, cell, font)
+    _draw_names(picture, shown, margin, cell, font)
     if n <= NUMBERED:
-        for row in range(n):
-            for column in range(n):
-                if count := int(counts[row, column]):
-                    dark = shares[row, column, 0] > 0.5
-                    middle = (margin + (column + 0.5) * cell, margin + (row + 0.5) * cell)
-                    ink = BACKGROUND if dark else INK
-                    draw.text(middle, str(count), fill=ink, font=font, anchor="mm")
+        for row, column in counts.nonzero().tolist():
+            middle = (margin + (column + 0.5) * cell, margin + (row + 0.5) * cell)
+            ink = BACKGROUND if shares[row, column, 0] > 0.5 else INK
+            draw.text(middle, _brief(int(counts[row, column])), fill=ink, font=font, anchor="mm")
     draw.text((margin + side / 2, 10), "prediction", fill=INK, font=font, anchor="mm")
     _draw_upright(picture, "label", (10, margin + side // 2), font)
     return picture
+
+
+def _row_names(names: Sequence[str], font: Any) -> list[str]:
+    """What stands beside each row: its name, or its number where that cannot be drawn."""
+    if len(names) > NAMED:
+        step = 10 if len(names) <= 400 else 100
+        return [str(i) if i % step == 0 else "" for i in range(len(names))]
+    unknown = bytes(font.getmask("\uffff"))  # the box that stands for what the font lacks
+    drawn = [all(bytes(font.getmask(c)) != unknown for c in name) for name in names]
+    short = [name if len(name) <= 18 else f"{name[:9]}…{name[-8:]}" for name in names]
+    return [
+        name if ok else f"class {i}" for i, (name, ok) in enumerate(zip(short, drawn, strict=True))
+    ]
+
+
+def _brief(count: int) -> str:
+    """A count in four characters."""
+    return str(count) if count < 10_000 else f"{count / 1000:.0f}k"
 
 
 def _draw_names(
@@ -203,6 +218,8 @@ def _draw_names(
 ) -> None:
     draw = ImageDraw.Draw(picture)
     for i, name in enumerate(names):
+        if not name:
+            continue
         middle = margin + int((i + 0.5) * cell)
         draw.text((margin - 4, middle), name, fill=INK, font=font, anchor="rm")
         length = int(font.getlength(name))
