@@ -99,7 +99,10 @@ def test_from_pretraining_to_predictions(folder: Path, capsys: pytest.CaptureFix
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "not trained yet" in error
     assert main(["classify", "fit", "--model.weights=no/such", f"--data.root={folder}"]) != 0
-    assert "no/such" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith("simmim: no/such does not exist: give")
+    Path("notes.txt").write_text("cats and dogs\nand more\n")
+    assert main(["classify", "fit", "--model.weights=notes.txt", f"--data.root={folder}"]) != 0
+    assert "notes.txt is not a file of weights" in capsys.readouterr().err
 
     shutil.rmtree("runs/pre")  # a run goes on without what it began from
     run("classify", "fit", "--name=cls", "--ckpt_path=last", "--trainer.max_epochs=3")
@@ -115,6 +118,22 @@ def test_from_pretraining_to_predictions(folder: Path, capsys: pytest.CaptureFix
     for _, label, *shares in table[1:]:
         assert sum(map(float, shares)) == pytest.approx(1, abs=1e-5)
         assert label == ["cat", "dog"][float(shares[1]) > float(shares[0])]
+
+
+def test_a_probe_is_one_option_away(folder: Path) -> None:
+    pretrain(folder)
+    run(
+        "classify",
+        "fit",
+        "--model.weights=runs/pre/version_0",
+        f"--data.root={folder}",
+        "--model.frozen=true",
+        "--model.layer=1",
+        "--trainer.max_epochs=1",
+    )
+    kept = yaml.safe_load(Path("runs/linear_probe/version_0/config.yaml").read_text())
+    assert kept["model"]["frozen"]
+    assert kept["model"]["base_lr"] == 0.1  # the probe's recipe, not that of fine-tuning
 
 
 @pytest.mark.parametrize(

@@ -60,8 +60,8 @@ class Classifier(L.LightningModule):
         multi_label: An image can have several labels; the loss is a binary one for each class.
         class_weights: Weight of each class in the training loss: balanced (by its frequency in
             the training part), or a list. None: all alike.
-        label_smoothing: Share of the target that is spread over all classes. 0.1 (the released
-            fine-tuning).
+        label_smoothing: Share of the target that is spread over all classes; with multi_label
+            none is. 0.1 (the released fine-tuning).
         mixup: Alpha of mixup; 0 = none. 0.8 (the released fine-tuning).
         cutmix: Alpha of cutmix; 0 = none. 1.0 (the released fine-tuning).
         random_erasing: Probability that an image loses a rectangle. 0.25 (the released
@@ -338,7 +338,8 @@ class Classifier(L.LightningModule):
         """Build what depends on the number of classes; a classifier that fits already stays."""
         if num_classes < 1 or (num_classes == 1 and not self.multi_label):
             raise ValueError(
-                f"num_classes {num_classes} leaves nothing to tell apart: give 2 folders"
+                f"num_classes {num_classes} leaves nothing to tell apart: give images of two "
+                "classes or more"
             )
         if self.scores and self.num_classes == num_classes:
             return
@@ -493,7 +494,7 @@ class Classifier(L.LightningModule):
     def on_train_start(self) -> None:
         """Remember that the classifier is no longer a random one."""
         self.head_is_trained = True
-        if self.frozen:  # Lightning trains in the mode that it finds
+        if self.frozen:  # Lightning trains in the mode that it finds, and warns of eval before
             self.encoder.eval()
 
     def on_fit_end(self) -> None:
@@ -538,7 +539,9 @@ def _check(hparams: Mapping[str, Any]) -> None:
     if hparams["batch_norm"] and not hparams["frozen"]:
         raise ValueError("batch_norm is for probes: add frozen true, or leave it out")
     if hparams["layer_decay"] is not None and hparams["frozen"]:
-        raise ValueError("layer_decay does nothing to a frozen encoder: leave it out")
+        raise ValueError(
+            "layer_decay does nothing to a frozen encoder: leave it out, or use -c linear_probe"
+        )
     if hparams["compile"] and (hparams["frozen"] or hparams["pooling"] == "attention"):
         raise ValueError("compile is for fine-tuning with timm's head: leave it out")
     for name in ("label_smoothing", "random_erasing", "drop_path_rate"):

@@ -71,6 +71,8 @@ def word_usage_error(message: str, options: Iterable[str]) -> str:
         return _unknown(f"--{found[1].removeprefix('--')}", options)
     if found := re.search(r'Linked "(\S+)" must be given via "(\S+)"', message):
         return f"{found[1]} follows {found[2]}: give --{found[2]}"
+    if found := re.search(r"Call to compute_fn of link .* failed: (.*)", message, re.DOTALL):
+        return one_line(found[1])  # what our function says
     if found := re.search(r"argument (\S+): expected (.*)", message):
         return f"{found[1].split('/')[-1]} needs a value"
     if found := re.search(r"argument (\S+) --> (\S+): ", message):

@@ -4,6 +4,7 @@ import logging
 import os
 import warnings
 from dataclasses import replace
+from itertools import pairwise
 
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -56,7 +57,7 @@ def classify(args: list[str]) -> None:
             name="classify",
             model=Classifier,
             data=ClassificationData,
-            default="classify/finetune_small",
+            default="classify/linear_probe" if _is_frozen(args) else "classify/finetune_small",
             callbacks={
                 "confusion": ConfusionMatrix,
                 "non_finite": callbacks.StopOnNonFinite,
@@ -73,6 +74,13 @@ def classify(args: list[str]) -> None:
         ),
         args,
     )
+
+
+def _is_frozen(args: list[str]) -> bool:
+    """Whether the command line asks for a probe, whose recipe is another."""
+    words = [part for arg in args for part in arg.split("=", 1)]
+    values = [value for option, value in pairwise(words) if option == "--model.frozen"]
+    return bool(values) and values[-1].lower() == "true"
 
 
 def run_task(task: Task, args: list[str]) -> None:

@@ -62,7 +62,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
+        # A text that begins like a pickle names no such thing.
+        code = re.search(r"GLOBAL ([A-Za-z_][\w.]*) (?:was|whose)", str(error))
         if code is None:
             raise ValueError(f"{path} is not a file of weights that torch can read") from error
         raise ValueError(
