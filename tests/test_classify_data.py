@@ -1,6 +1,7 @@
 """Images to classify: which keep their labels, labels from a table, stateless augmentation."""
 
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,15 +56,52 @@ def test_few_labels_are_the_same_for_the_same_seed(folder: Path) -> None:
     assert names(few) != names(data(folder, labels_per_class=3, seed=6))
     assert names(few, "validation") == names(data(folder), "validation")
     assert data(folder, labels_per_class=0.1).class_counts == [3, 2, 1]
+    assert names(data(folder, labels_per_class=0.1)) < names(data(folder, labels_per_class=0.4))
+    assert data(folder, labels_per_class=1.0).class_counts == [27, 18, 9]  # all
+    assert data(folder, labels_per_class=1).class_counts == [1, 1, 1]
+    assert data(folder, labels_per_class=9.0).class_counts == [9, 9, 9]
     labels = [few.sets["training"][i]["label"] for i in range(9)]
     assert sorted(labels) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_few_labels_are_the_same_wherever_the_folder_lies(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "elsewhere" / "copy")
+    few = data(folder, labels_per_class=4)
+    assert names(few) == names(data(tmp_path / "elsewhere" / "copy", labels_per_class=4))
+    expected = {"cat": (1, 5, 7, 25), "dog": (5, 15, 18, 19), "emu": (0, 1, 2, 7)}  # seed 0
+    assert names(few) == {f"{kind}/{i:03d}.png" for kind, all_i in expected.items() for i in all_i}
+
+
+def test_a_group_is_on_one_side_for_every_task(folder: Path) -> None:
+    for path in sorted(folder.rglob("*.png")):  # four images of a patient
+        path.rename(path.with_name(f"p{int(path.stem) // 4}_{path.name}"))
+    options = {"group_pattern": r"(\w+/p\d+)_", "val_fraction": 0.3}
+    made = data(folder, labels_per_class=3, **options)
+    pretraining = ImageFolderData(root=str(folder), img_size=32, num_workers=0, **options)
+    pretraining.setup("fit")
+    assert names(made, "validation") == names(pretraining, "validation")
+    groups = [
+        {name.split("_")[0] for name in names(pretraining, p)} for p in ("training", "validation")
+    ]
+    assert groups[0].isdisjoint(groups[1])
+    assert names(made) < names(pretraining)
+    assert len(names(made)) == 9
+
+
+def test_a_class_with_one_image_trains(folder: Path) -> None:
+    for path in sorted((folder / "emu").iterdir())[1:]:
+        path.unlink()
+    made = data(folder)
+    assert made.class_counts[2] == 1
+    assert {name.split("/")[0] for name in names(made, "validation")} == {"cat", "dog"}
 
 
 def test_impossible_choices_are_refused_in_one_sentence(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="9 training images of class 'emu'"):
         data(folder, labels_per_class=10)
-    with pytest.raises(ValueError, match="labels_per_class 0"):
-        data(folder, labels_per_class=0)
+    for amount in (0, -1, 2.5):
+        with pytest.raises(ValueError, match=f"labels_per_class {amount} is neither"):
+            data(folder, labels_per_class=amount)
     with pytest.raises(ValueError, match="no labels"):
         data(folder / "cat")
     with pytest.raises(ValueError, match="timm's notation"):
@@ -134,11 +172,22 @@ def test_images_that_are_not_in_the_table_are_left_out_aloud(flat: Path, tmp_pat
         ("path,label\n1.png,a;b\n", "2 labels, not one"),
         ("path,a,b\n1.png,1,maybe\n", "'maybe'"),
         ("path,a,b\n1.png,1\n", "not 3 columns"),
+        ("path,a\n1.png,1\n./1.png,0\n", "1 images in several rows, such as 1.png"),
     ],
 )
 def test_tables_that_are_none_are_refused(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         read_labels(write(tmp_path / "labels.csv", text), several=False)
+
+
+def test_predict_needs_no_table(flat: Path) -> None:
+    made = ClassificationData(
+        root=str(flat), img_size=32, num_workers=0, multi_label=True, labels="gone.csv"
+    )
+    made.setup("predict")
+    assert len(made.sets["predict"]) == 20
+    with pytest.raises(ValueError, match=r"gone\.csv cannot be read"):
+        made.setup("fit")
 
 
 # Transforms --------------------------------------------------------------------------------------

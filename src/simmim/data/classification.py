@@ -3,6 +3,7 @@
 import csv
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -33,9 +34,9 @@ class ClassificationData(ImageFolderData):
     of each label, uint8 (B, K).
 
     Args:
-        labels_per_class: Train on fewer labels: so many of each class, or with a number below 1
-            that share of them. The same images for the same seed, and more of them hold the fewer.
-            None: all.
+        labels_per_class: Train on fewer labels: so many of each class (10), or a share of them
+            (0.1; 1.0 is all, 1 is one). The same images for the same seed, and more of them hold
+            the fewer. None: all.
         labels: CSV file with a header that gives the labels, instead of folders. First column:
             path of the image below root. One more column: its label, or several separated by ";"
             or "|". Several more: 0 or 1 for each label.
@@ -58,10 +59,12 @@ class ClassificationData(ImageFolderData):
         **kwargs: Any,
     ) -> None:
         super().__init__(crop_scale=crop_scale, **kwargs)
-        if labels_per_class is not None and not labels_per_class > 0:
+        if labels_per_class is not None and not (
+            labels_per_class > 0 and (labels_per_class <= 1 or labels_per_class % 1 == 0)
+        ):
             raise ValueError(
-                f"data.labels_per_class {labels_per_class} leaves nothing: use 10, or 0.1 for a "
-                "tenth"
+                f"data.labels_per_class {labels_per_class} is neither a number of images nor a "
+                "share of them: use 10, or 0.1 for a tenth"
             )
         if multi_label and labels is None:
             raise ValueError("multi_label needs data.labels, a CSV file of paths and labels")
@@ -72,7 +75,7 @@ class ClassificationData(ImageFolderData):
                 f"data.randaugment works on gray or colour images, not on {self.in_chans} channels"
             )
         self.labels_per_class, self.multi_label = labels_per_class, multi_label
-        self.table = None if labels is None else read_labels(labels, several=multi_label)
+        self.labels = labels
         crop, middle = self.train_transform, self.val_transform
         assert isinstance(crop, RandomCrop)
         assert isinstance(middle, CenterCrop)
@@ -91,10 +94,11 @@ class ClassificationData(ImageFolderData):
     def _setup_parts(self) -> None:
         """Split as pretraining does, whatever the labels; then label, and choose."""
         super()._setup_parts()
-        if self.table is not None:
+        if self.labels is not None:
+            table = read_labels(self.labels, several=self.multi_label)
             for name in [name for name in self.sets if name != "predict"]:
-                self._label(name, self.table)
-            self.classes, self.has_labels = self.table.classes, True
+                self._label(name, table)
+            self.classes, self.has_labels = table.classes, True
         if not self.has_labels:
             raise ValueError(
                 f"{self.root!r} has no labels: put each class's images into a folder of its own, "
@@ -113,7 +117,7 @@ class ClassificationData(ImageFolderData):
     def _label(self, name: str, table: "LabelTable") -> None:
         """Give a part the labels of the table; images that are not in it are left out."""
         data = self.sets[name]
-        rows = np.array([table.find(data.files, i, self.root) for i in range(len(data.files))])
+        rows = table.find(data.files, self.root)
         places = np.arange(len(rows)) if data.places is None else data.places.numpy()
         kept = places[rows[places] >= 0]
         if not len(kept):
@@ -166,12 +170,13 @@ class LabelTable:
     rows: dict[str, int]
     presence: Tensor
 
-    def find(self, files: FileIndex, place: int, root: str) -> int:
-        """Find the row of a file by its path below the root, or below train/, ...; -1: none."""
-        name = files.name(place)
+    def find(self, files: FileIndex, root: str) -> Places:
+        """Find the row of each file by its path below the root, or below train/, ...; -1: none."""
         part = os.path.relpath(files.root, root).replace(os.sep, "/")
-        whole = name if part == "." else f"{part}/{name}"
-        return self.rows.get(whole, self.rows.get(name, -1))
+        prefix = "" if part == "." else f"{part}/"
+        names = (files.name(i) for i in range(len(files)))
+        rows = (self.rows.get(prefix + name, self.rows.get(name, -1)) for name in names)
+        return np.fromiter(rows, np.int64, len(files))
 
 
 def read_labels(path: str, *, several: bool) -> LabelTable:
@@ -214,7 +219,13 @@ def read_labels(path: str, *, several: bool) -> LabelTable:
             f"data.labels {path}: {line[0]} has {int(presence[bad[0]].sum())} labels, not one: "
             "correct it, or use --model.multi_label true"
         )
-    rows = {line[0].replace("\\", "/").removeprefix("./"): i for i, line in enumerate(lines)}
+    names = [line[0].replace("\\", "/").removeprefix("./") for line in lines]
+    if repeated := [name for name, n in Counter(names).items() if n > 1]:
+        raise ValueError(
+            f"data.labels {path} has {len(repeated)} images in several rows, such as "
+            f"{repeated[0]}: give each one row, with all its labels"
+        )
+    rows = {name: i for i, name in enumerate(names)}
     return LabelTable(path, classes, rows, presence)
 
 
@@ -226,7 +237,7 @@ def choose_labels(data: ImageData, amount: float, seed: int) -> Places:
 
     Args:
         data: All training images.
-        amount: Images of each class, or below 1 the share of them; at least one.
+        amount: Images of each class, or the share of them: a float up to 1; at least one.
         seed: Another seed, another choice.
 
     Returns:
@@ -238,13 +249,14 @@ def choose_labels(data: ImageData, amount: float, seed: int) -> Places:
     assert data.labels is not None
     hashes = np.array([_hash(data.name(i), seed) for i in range(len(data))], dtype=np.uint64)
     labels, chosen = data.labels.numpy(), []
+    is_share = isinstance(amount, float) and amount <= 1
     for label in np.unique(labels):
         places = np.flatnonzero(labels == label)
-        n = max(round(amount * len(places)), 1) if amount < 1 else int(amount)
+        n = max(round(amount * len(places)), 1) if is_share else int(amount)
         if n > len(places):
             raise ValueError(
                 f"data.labels_per_class {amount} is more than the {len(places)} training images "
-                f"of class {data.classes[label]!r}: use {len(places)} or fewer, or a share below 1"
+                f"of class {data.classes[label]!r}: use {len(places)} or fewer, or 0.5 for half"
             )
         chosen.append(places[np.argsort(hashes[places], kind="stable")[:n]])
     return np.sort(np.concatenate(chosen))
