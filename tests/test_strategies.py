@@ -2,22 +2,28 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 
 def _run(processes: int, out: Path) -> dict[str, object]:
-    script = Path(__file__).with_name("ddp_step.py")
+    _start("ddp_step.py", str(processes), str(out))
+    return torch.load(out, weights_only=True)
+
+
+def _start(name: str, *args: str) -> None:
+    script = Path(__file__).with_name(name)
     done = subprocess.run(
-        [sys.executable, str(script), str(processes), str(out)],
+        [sys.executable, str(script), *args],
         capture_output=True,
         text=True,
         timeout=300,
         cwd=script.parent,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return torch.load(out, weights_only=True)
 
 
 def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
@@ -27,3 +33,29 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     )
     for name, a in one["state"].items():  # type: ignore[attr-defined]
         torch.testing.assert_close(two["state"][name], a, rtol=1e-4, atol=1e-5)  # type: ignore[index]
+
+
+def test_two_processes_score_what_one_scores(
+    tmp_path: Path, make_images: Callable[..., Path]
+) -> None:
+    """Each validation image counts once, though 13 cannot be dealt out evenly."""
+    for name, n in (("a", 11), ("b", 9), ("c", 17)):
+        make_images(tmp_path / "images" / name, n)
+    found = {}
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        out.mkdir()
+        _start("ddp_classify.py", str(processes), str(tmp_path / "images"), str(out))
+        found[processes] = torch.load(out / "found.pt", weights_only=True)
+    one, two = found[1], found[2]
+    assert torch.equal(one["confusion"], two["confusion"])
+    assert int(one["confusion"].sum()) == 13
+    for name in ("loss", "top1", "top1_balanced", "calibration_error", "top1_class/a"):
+        shares = [run["metrics"][f"val/{name}"] for run in (one, two)]
+        assert shares[1] == pytest.approx(shares[0], rel=1e-4), name
+    tables = [(tmp_path / n / "predictions.csv").read_text().splitlines() for n in "12"]
+    rows = [[line.split(",") for line in table[1:]] for table in tables]
+    assert len(rows[0]) == 37
+    assert [row[:2] for row in rows[0]] == [row[:2] for row in rows[1]]
+    shares = [torch.tensor([[float(x) for x in row[2:]] for row in table]) for table in rows]
+    torch.testing.assert_close(shares[1], shares[0], rtol=1e-3, atol=1e-4)
