@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -24,6 +25,7 @@ from simmim.configuration import (
 from simmim.loggers import board, run_loggers
 from simmim.mistakes import word_usage_error
 from simmim.run import (
+    CHECKPOINTS,
     CONFIG,
     DurableCheckpointIO,
     KeepConfig,
@@ -250,7 +252,12 @@ class TaskCLI(LightningCLI):
             rank_zero_info("No --ckpt_path and no --model.weights: this model is untrained")
 
     def after_fit(self) -> None:
-        """Say so where a run was complete before."""
+        """Say what the best checkpoint is worth, or that the run was complete before."""
+        best = self.trainer.checkpoint_callback
+        if isinstance(best, ModelCheckpoint) and best.best_model_score is not None:
+            score, path = float(best.best_model_score), Path(best.best_model_path)
+            where = f": {self.run.folder / CHECKPOINTS / path.name}" if self.run.folder else ""
+            rank_zero_info(f"best {best.monitor} {score:.4g}{where}")
         if self.start is not None and self.trainer.global_step == self.start.step:
             rank_zero_info(
                 f"{self.start.checkpoint} was complete, with {self.start.step} steps behind it: a "
