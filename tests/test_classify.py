@@ -1,5 +1,6 @@
 """The classifier: its learning rates by hand, frozen means frozen, mixing, metrics, checkpoints."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from simmim.augment import Mixer, erase
+from simmim.callbacks.classification import class_rows
 from simmim.classify import Classifier
 from simmim.masking import sample_keys
 from simmim.pretrain import SimMIM
@@ -169,6 +172,102 @@ def test_the_layer_decay_of_a_two_stage_swin_by_hand(tmp_path: Path) -> None:
     assert {name: rates[name] for name in expected} == pytest.approx(expected)
 
 
+DEEP = {"depths": [1, 2, 1, 1], "window_size": 2, "embed_dim": 8, "num_heads": [1, 1, 1, 1]}
+LEVELS: dict[str, tuple[dict[str, Any], int, dict[str, tuple[int, bool]]]] = {
+    # options, level of the head, {parameter: (its level, whether it decays)}
+    "beit": (
+        {**BEIT, "encoder_kwargs": {**BEIT["encoder_kwargs"], **OWN}},
+        3,
+        {
+            "cls_token": (0, False),
+            "patch_embed.proj.weight": (0, True),
+            "patch_embed.proj.bias": (0, False),
+            "blocks.0.attn.relative_position_bias_table": (1, False),
+            "blocks.0.attn.qkv.weight": (1, True),
+            "blocks.0.gamma_1": (1, False),
+            "blocks.1.attn.q_bias": (2, False),
+            "blocks.1.mlp.fc2.weight": (2, True),
+            "fc_norm.weight": (3, False),
+            "head.weight": (3, True),
+        },
+    ),
+    "swinv2": (
+        {"encoder": "swinv2_tiny_window8_256", "img_size": 64, "encoder_kwargs": DEEP},
+        6,
+        {
+            "patch_embed.norm.weight": (0, False),
+            "layers.0.blocks.0.attn.qkv.weight": (1, True),
+            "layers.1.downsample.reduction.weight": (1, True),  # with the last block before it
+            "layers.1.blocks.0.attn.logit_scale": (2, False),
+            "layers.1.blocks.1.attn.cpb_mlp.0.weight": (3, False),
+            "layers.2.downsample.norm.weight": (3, False),
+            "layers.3.downsample.reduction.weight": (4, True),
+            "layers.3.blocks.0.mlp.fc1.weight": (5, True),
+            "norm.weight": (6, False),
+            "head.fc.weight": (6, True),
+        },
+    ),
+    "convnext": (
+        {
+            "encoder": "convnext_atto",
+            "img_size": 64,
+            "encoder_kwargs": {"depths": [1, 2, 1, 1], "dims": [8, 8, 8, 8]},
+        },
+        6,
+        {
+            "stem.0.weight": (0, True),
+            "stages.0.blocks.0.conv_dw.weight": (1, True),
+            "stages.1.downsample.1.weight": (2, True),  # timm: with the first block behind it
+            "stages.1.blocks.0.norm.bias": (2, False),
+            "stages.1.blocks.1.mlp.fc2.weight": (3, True),
+            "stages.3.blocks.0.mlp.fc1.weight": (5, True),
+            "head.norm.weight": (6, False),
+            "head.fc.weight": (6, True),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("family", LEVELS)
+def test_the_layer_decay_of_a_family_at_several_steps(tmp_path: Path, family: str) -> None:
+    """Warm-up over 2 of 6 steps, then a cosine; each block at its share of it, at every step."""
+    options, top, expected = LEVELS[family]
+    model = Classifier(
+        **options,
+        layer_decay=0.5,
+        base_lr=64,
+        warmup_epochs=1,
+        warmup_lr=0,
+        min_lr=0,
+        num_classes=3,
+    )
+    seen: list[dict[str, tuple[float, float]]] = []
+
+    class Keep(L.Callback):
+        def on_train_batch_start(self, run: L.Trainer, module: Any, *args: Any) -> None:
+            names = {p: name for name, p in module.model.named_parameters()}
+            groups = run.optimizers[0].param_groups
+            seen.append(
+                {names[p]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+            )
+
+        def on_before_optimizer_step(self, run: L.Trainer, module: Any, *args: Any) -> None:
+            module.zero_grad()  # such a rate would end in not-a-number
+
+    data = Data(16, batch_size=8)
+    if options["img_size"] == 64:
+        data.images.images = F.interpolate(data.images.images.float(), 64).byte()
+    run = trainer(tmp_path, max_epochs=3, callbacks=[Keep()], limit_val_batches=0)
+    run.fit(model, datamodule=data)
+    cosine = [0.5 * (1 + math.cos(math.pi * t / 6)) for t in range(6)]
+    curve = [0, 0.5, *cosine[2:]]  # the top is 64 x 8 / 512 = 1
+    assert len(seen) == 6
+    for step, peak in zip(seen, curve, strict=True):
+        for name, (level, decays) in expected.items():
+            scale = 0.5 ** (top - level)
+            assert step[name] == pytest.approx((peak * scale, 0.05 * decays)), name
+
+
 def test_the_table_is_printed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         model = Classifier(**VIT, layer_decay=0.5, base_lr=5.12)
@@ -196,6 +295,20 @@ def test_a_frozen_encoder_stays_bitwise_as_it_was(tmp_path: Path, pretrained: Pa
         assert torch.equal(tensor, before[name]), name
     optimised = sum(p.numel() for group in run.optimizers[0].param_groups for p in group["params"])
     assert optimised == 32 * 3 + 3
+
+
+def test_a_frozen_encoder_keeps_no_graph(pretrained: Path) -> None:
+    model = Classifier(weights=str(pretrained), frozen=True, num_classes=3, layer="all")
+    kept = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = model.logits(torch.randn(4, 3, 32, 32))
+    assert logits["main"].requires_grad
+    assert sum(tensor.numel() for tensor in kept) <= 2 * (4 * 32 + 32 * 3)  # two linear layers'
 
 
 def test_a_probe_reads_what_it_says(pretrained: Path) -> None:
@@ -563,5 +676,46 @@ def test_several_labels_an_image(tmp_path: Path) -> None:
     model = Classifier(**VIT, multi_label=True, mixup=0.5, class_weights="balanced", base_lr=0.1)
     run = trainer(tmp_path)
     run.fit(model, datamodule=Both())
-    assert {"val/loss", "val/mean_ap", "val/auroc", "val/f1"} <= set(run.callback_metrics)
-    assert "val/top1" not in run.callback_metrics
+    found = run.callback_metrics
+    assert {"val/loss", "val/mean_ap", "val/auroc", "val/f1", "val/ap_class/down"} <= set(found)
+    assert "val/top1" not in found
+    rows = torch.cat([batch["probabilities"] for batch in run.predict(model, datamodule=Both())])
+    present = Both().images.labels.numpy()
+    expected = [roc_auc_score(present[:, i], rows[:, i].numpy()) for i in range(3)]
+    assert float(found["val/auroc"]) == pytest.approx(np.mean(expected), abs=1e-5)
+    assert float(found["val/auroc_class/slanted"]) == pytest.approx(expected[2], abs=1e-5)
+    table = class_rows(None, model.label_scores or {}, model.class_names)
+    assert table[0] == ["class", "images", "ap", "auroc", "f1"]
+    assert [row[:2] for row in table[1:]] == [["across", "8"], ["down", "8"], ["slanted", "16"]]
+
+
+def test_a_label_that_no_image_has_is_no_zero() -> None:
+    """torchmetrics counts it as an area of 0, which would lower the mean of the others."""
+    scores = Scores(3, multi_label=True)
+    present = torch.tensor([[1, 0, 1], [0, 0, 1], [1, 0, 1]])
+    logits = torch.tensor([[2.0, 0, 1], [-1, 0, 1], [1, 0, 1]])
+    scores.update(logits[:2], present[:2], torch.tensor(1.0))
+    scores.update(logits[2:], present[2:], torch.tensor(1.0))
+    found = scores.take_labels()
+    assert found is not None
+    assert found["images"].tolist() == [2, 0, 3]
+    for metric in ("ap", "auroc", "f1"):
+        assert float(found[metric][0]) == 1
+        assert found[metric][1:].isnan().all()
+    assert scores.take_labels() is None
+    assert class_rows(None, found, ["a", "b", "c"])[2] == ["b", "0", "", "", ""]
+
+
+def test_a_class_without_validation_images_is_no_zero(tmp_path: Path) -> None:
+    class Two(Data):
+        def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+            few = Subset(self.images, [i for i in range(24) if i % 3])
+            return DataLoader(few, batch_size=8)
+
+    model, run = Classifier(**VIT), trainer(tmp_path)
+    run.fit(model, datamodule=Two())
+    found = run.callback_metrics
+    assert "val/top1_class/across" not in found
+    shares = [float(found[f"val/top1_class/{name}"]) for name in ("down", "slanted")]
+    assert float(found["val/top1_balanced"]) == pytest.approx(np.mean(shares))
+    assert class_rows(model.confusion_matrix, {}, model.class_names)[1] == ["across", "0", "0", ""]

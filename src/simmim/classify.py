@@ -178,6 +178,7 @@ class Classifier(L.LightningModule):
         self.origin = str(backbone.report or "from scratch")  # of the encoder's weights
         self.head_is_trained = False
         self._confusion: Tensor | None = None
+        self._label_scores: dict[str, Tensor] | None = None
         if backbone.num_classes and backbone.report and not self.own_head:
             self.head_is_trained = _classifier_came_along(backbone.report.missing)
             self.classes = backbone.classes if self.head_is_trained else []
@@ -301,6 +302,11 @@ class Classifier(L.LightningModule):
         """Counts of (label, prediction) in the last evaluation, int64, (K, K)."""
         return self._confusion
 
+    @property
+    def label_scores(self) -> dict[str, Tensor] | None:
+        """With several labels an image, what `Scores.take_labels` found in the last evaluation."""
+        return self._label_scores
+
     def _evaluate(self, part: str, batch: Any) -> None:
         images, labels = self.inputs(batch)
         if labels is None:
@@ -311,19 +317,36 @@ class Classifier(L.LightningModule):
             suffix = "" if name == MAIN else f"_{name}"
             found = scores.update(logits, labels, self.loss_of(logits, exact))
             for metric, value in found.items():
-                shown = name == MAIN and metric in ("loss", "top1", "mean_ap")
+                shown = name == MAIN and metric in ("loss", "top1")
                 self.log(f"{part}/{metric}{suffix}", value, prog_bar=shown)
 
     def _score_classes(self, part: str) -> None:
+        for name, scores in self.scores.items():
+            if found := cast(Scores, scores).take_labels():
+                self._log_labels(part, name, found)
         self._confusion = cast(Scores, self.scores[MAIN]).take_confusion()
-        if self._confusion is None:
-            return
-        accuracy = class_accuracy(self._confusion)
-        spread = self.trainer.world_size > 1
-        self.log(f"{part}/top1_balanced", accuracy.nanmean(), sync_dist=spread)
-        for name, share in zip(self.class_names, accuracy, strict=True):
-            if len(accuracy) <= FEW and not share.isnan():
-                self.log(f"{part}/top1_class/{name}", share, sync_dist=spread)
+        if self._confusion is not None:
+            accuracy = class_accuracy(self._confusion)
+            self._log_epoch(f"{part}/top1_balanced", accuracy.nanmean())
+            self._log_classes(f"{part}/top1_class", accuracy)
+
+    def _log_labels(self, part: str, name: str, found: dict[str, Tensor]) -> None:
+        suffix = "" if name == MAIN else f"_{name}"
+        for metric, logged in (("ap", "mean_ap"), ("auroc", "auroc"), ("f1", "f1")):
+            self._log_epoch(f"{part}/{logged}{suffix}", found[metric].nanmean())
+        if name == MAIN:
+            self._label_scores = found
+            self._log_classes(f"{part}/ap_class", found["ap"])
+            self._log_classes(f"{part}/auroc_class", found["auroc"])
+
+    def _log_classes(self, prefix: str, values: Tensor) -> None:
+        for name, value in zip(self.class_names, values, strict=True):
+            if len(values) <= FEW and not value.isnan():
+                self._log_epoch(f"{prefix}/{name}", value)
+
+    def _log_epoch(self, name: str, value: Tensor) -> None:
+        shown = name.endswith("/mean_ap")
+        self.log(name, value, prog_bar=shown, sync_dist=self.trainer.world_size > 1)
 
     def _keys(self, batch: Any, fallback: int, images: Tensor) -> Tensor:
         """One random key an image: from its index, or where it has none from the step."""
@@ -500,10 +523,12 @@ class Classifier(L.LightningModule):
     def on_fit_end(self) -> None:
         """Say what each layer of a sweep is worth."""
         metric = "mean_ap" if self.multi_label else "top1"
-        found = self.trainer.callback_metrics
-        for name in self.heads:
-            if f"val/{metric}_{name}" in found:
-                rank_zero_info(f"{name}: val/{metric} {float(found[f'val/{metric}_{name}']):.4f}")
+        logged = self.trainer.callback_metrics
+        names = {name: f"val/{metric}_{name}" for name in self.heads}
+        found = {name: float(logged[key]) for name, key in names.items() if key in logged}
+        for name, value in found.items():
+            best = ", the best layer" if value == max(found.values()) else ""
+            rank_zero_info(f"{name}: val/{metric} {value:.4f}{best}")
 
     def _refuse_untrained(self) -> None:
         if self.trainer.state.fn != "fit" and not self.head_is_trained:

@@ -1,5 +1,6 @@
 """How good a classifier is: metrics of torchmetrics under the names that are logged."""
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,7 @@ from torchmetrics.classification import (
     MulticlassConfusionMatrix,
     MultilabelAUROC,
     MultilabelAveragePrecision,
+    MultilabelConfusionMatrix,
     MultilabelF1Score,
 )
 
@@ -21,8 +23,8 @@ class Scores(nn.Module):
     """Metrics of one classifier, gathered over batches and processes.
 
     One class an image: loss, top1, top5 (where there are five classes), calibration_error, and
-    the confusion matrix. Several labels an image: loss, mean average precision (`mean_ap`), auroc
-    and f1, averaged over classes.
+    the confusion matrix. Several labels an image: loss, and of each label average precision, auroc
+    and f1.
 
     Args:
         num_classes: K.
@@ -34,10 +36,12 @@ class Scores(nn.Module):
         super().__init__()
         self.multi_label = multi_label
         named: dict[str, Metric] = {}
+        by_label: dict[str, Metric] = {}
         if multi_label:
-            named["mean_ap"] = MultilabelAveragePrecision(num_classes)
-            named["auroc"] = MultilabelAUROC(num_classes)
-            named["f1"] = MultilabelF1Score(num_classes)
+            by_label["ap"] = MultilabelAveragePrecision(num_classes, average="none")
+            by_label["auroc"] = MultilabelAUROC(num_classes, average="none")
+            by_label["f1"] = MultilabelF1Score(num_classes, average="none")
+            by_label["confusion"] = MultilabelConfusionMatrix(num_classes)
         else:
             named["top1"] = MulticlassAccuracy(num_classes, average="micro")
             if num_classes >= 5:
@@ -45,7 +49,7 @@ class Scores(nn.Module):
             if whole:
                 named["calibration_error"] = MulticlassCalibrationError(num_classes, n_bins=BINS)
         self.loss = MeanMetric()
-        self.by_name = nn.ModuleDict(named)
+        self.by_name, self.by_label = nn.ModuleDict(named), nn.ModuleDict(by_label)
         self.confusion = (
             MulticlassConfusionMatrix(num_classes) if whole and not multi_label else None
         )
@@ -69,9 +73,30 @@ class Scores(nn.Module):
             assert isinstance(metric, Metric)
             metric.update(probabilities, labels)
             found[name] = metric
-        if self.confusion is not None:
-            self.confusion.update(probabilities, labels)
+        for metric in (*self.by_label.values(), self.confusion):
+            if metric is not None:
+                metric.update(probabilities, labels)
         return found
+
+    def take_labels(self) -> dict[str, Tensor] | None:
+        """Score each label over all processes, and begin anew.
+
+        Returns:
+            `images` that have it, int64, (K,); `ap`, `auroc` and `f1`, (K,), nan for a label that
+            none or all of the images have: nothing can be told of it.
+        """
+        metrics = {name: m for name, m in self.by_label.items() if isinstance(m, Metric)}
+        if not metrics or not metrics["confusion"].update_called:
+            return None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "No (positive|negative) samples")
+            found = {name: metric.compute() for name, metric in metrics.items()}
+        for metric in metrics.values():
+            metric.reset()
+        absent, present = found.pop("confusion").sum(2).unbind(1)
+        tells = (absent > 0) & (present > 0)
+        scores = {name: values.masked_fill(~tells, torch.nan) for name, values in found.items()}
+        return {"images": present, **scores}
 
     def take_confusion(self) -> Tensor | None:
         """Count (label, prediction) pairs, int64, (K, K), over all processes, and begin anew."""

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ PREDICTIONS = "predictions.csv"
 
 
 class ConfusionMatrix(L.Callback):
-    """Draw which classes are taken for which, and list each class's accuracy.
+    """Draw which classes are taken for which, and list what each class is worth.
 
     `confusion_matrix.png` and `classes.csv` in the run's folder belong to the last evaluation; W&B
-    and TensorBoard get the picture. Several labels an image have no such matrix.
+    and TensorBoard get the picture. Several labels an image have the table alone.
 
     Args:
         every_n_epochs: Epochs between two pictures; the last epoch always has one. 0 draws none.
@@ -58,22 +59,20 @@ class ConfusionMatrix(L.Callback):
         folder = trainer.log_dir or trainer.default_root_dir  # every process must ask
         module: Any = pl_module
         counts: Tensor | None = module.confusion_matrix
-        if counts is None or not trainer.is_global_zero:
+        labels: dict[str, Tensor] | None = module.label_scores
+        if not trainer.is_global_zero or (counts is None and labels is None):
             return
-        picture = draw_confusion(counts, module.class_names)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image("confusion_matrix", [picture])
-            elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(
-                    "confusion_matrix", np.asarray(picture), trainer.global_step, dataformats="HWC"
-                )
+        picture = None if counts is None else draw_confusion(counts, module.class_names)
+        _show(picture, trainer)
         if trainer.fast_dev_run or (not trainer.loggers and trainer.state.fn != "fit"):  # type: ignore[attr-defined]
             return
+        table = class_rows(counts, labels or {}, module.class_names)
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            picture.save(Path(folder) / "confusion_matrix.png")
-            _write_classes(Path(folder) / "classes.csv", counts, module.class_names)
+            with (Path(folder) / "classes.csv").open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(table)
+            if picture is not None:
+                picture.save(Path(folder) / "confusion_matrix.png")
         except OSError as error:  # a full disk costs the picture, not the run
             rank_zero_warn(f"no picture: {error}")
 
@@ -82,7 +81,8 @@ class PredictionTable(L.Callback):
     """Write `predictions.csv` into the run's folder: path, label and probabilities of each image.
 
     The label is the most probable class, or with several labels an image those above one half,
-    separated by ";". Rows are in the order of the images, whatever process saw them.
+    separated by ";". Rows are in the order of the images, whatever process saw them. Those of an
+    earlier call stay: the next are `predictions_2.csv`, and so on.
     """
 
     def __init__(self) -> None:
@@ -135,8 +135,9 @@ class PredictionTable(L.Callback):
         module: Any = pl_module
         parts = [_part(self._folder, rank) for rank in range(trainer.world_size)]
         header = ["path", "label", *(f"probability of {name}" for name in module.class_names)]
-        merge_parts(parts, self._folder / PREDICTIONS, header)
-        print(f"Predictions: {self._folder / PREDICTIONS}")
+        target = _free(self._folder / PREDICTIONS)
+        merge_parts(parts, target, header)
+        print(f"Predictions: {target}")
 
 
 def label_of(row: Sequence[float], names: Sequence[str], several: bool) -> str:
@@ -234,14 +235,47 @@ def _draw_upright(picture: Image.Image, text: str, middle: tuple[int, int], font
     picture.paste(line, (middle[0] - line.width // 2, middle[1] - line.height // 2))
 
 
-def _write_classes(path: Path, counts: Tensor, names: Sequence[str]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["class", "images", "recognised", "accuracy"])
-        for name, row, hits in zip(names, counts, counts.diagonal(), strict=True):
-            images = int(row.sum())
-            share = f"{int(hits) / images:.4f}" if images else ""
-            writer.writerow([name, images, int(hits), share])
+def class_rows(
+    counts: Tensor | None, labels: Mapping[str, Tensor], names: Sequence[str]
+) -> list[list[str]]:
+    """Make a table of what each class is worth, and its header.
+
+    Args:
+        counts: The confusion matrix, (K, K); None with several labels an image.
+        labels: With several, `images` that have each label, and scores by name, (K,).
+        names: Of the classes.
+
+    Returns:
+        Rows; what cannot be told stays empty.
+    """
+    if counts is None:
+        header = ["class", *labels]
+        columns = list(labels.values())
+    else:
+        header, images = ["class", "images", "recognised", "accuracy"], counts.sum(1)
+        columns = [images, counts.diagonal(), counts.diagonal() / images]
+    cells = [
+        ["" if v != v else f"{v:.4f}" if isinstance(v, float) else str(v) for v in column.tolist()]
+        for column in columns
+    ]
+    return [header, *([name, *row] for name, *row in zip(names, *cells, strict=True))]
+
+
+def _show(picture: Image.Image | None, trainer: L.Trainer) -> None:
+    """Put a picture on the boards."""
+    for logger in trainer.loggers if picture is not None else ():
+        if isinstance(logger, WandbLogger):
+            logger.log_image("confusion_matrix", [picture])
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(
+                "confusion_matrix", np.asarray(picture), trainer.global_step, dataformats="HWC"
+            )
+
+
+def _free(path: Path) -> Path:
+    """The path, or with a number behind it the first that is not taken."""
+    numbered = (path.with_stem(f"{path.stem}_{n}") for n in count(2))
+    return next(p for p in chain([path], numbered) if not p.exists())
 
 
 def _part(folder: Path, rank: int) -> Path:
