@@ -1,6 +1,7 @@
 """The classifier: its learning rates by hand, frozen means frozen, mixing, metrics, checkpoints."""
 
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -535,6 +538,23 @@ def test_other_channels_and_sizes_are_adapted(pretrained: Path) -> None:
         Classifier(weights="nowhere/at/all.ckpt")
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"pooling": "attention"}, {"frozen": True, "layer": "all"}])
+def test_any_classifier_is_a_source_of_weights(tmp_path: Path, kwargs: dict[str, Any]) -> None:
+    """Its encoder comes along; its classifier, probe or attention for other classes does not."""
+    model = Classifier(**VIT, **kwargs, base_lr=1, warmup_epochs=0)
+    run = trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    run.fit(model, datamodule=Data())
+    run.save_checkpoint(path := tmp_path / "first.ckpt")
+    for later in ({}, {"frozen": True, "layer": 1}, {"in_chans": 1, "img_size": 48}):
+        onward = Classifier(weights=str(path), num_classes=5, **later)
+        assert onward.num_classes == 5
+        name = "blocks.0.attn.qkv.weight"
+        assert torch.equal(onward.model.get_parameter(name), model.model.get_parameter(name))
+        assert not onward.head_is_trained
+        if "fc_norm.weight" in model.model.state_dict() and later.get("frozen"):
+            assert torch.equal(onward.model.norm.bias, model.model.fc_norm.bias)
+
+
 def test_an_untrained_classifier_gives_no_answers(tmp_path: Path, pretrained: Path) -> None:
     model = Classifier(weights=str(pretrained))
     with pytest.raises(ValueError, match="not trained yet"):
@@ -640,6 +660,41 @@ def test_erasing_depends_on_the_sample_alone() -> None:
     for mask in (erased[chosen][:20, 0] != 0).unbind():  # a filled rectangle
         rows, columns = mask.any(1), mask.any(0)
         assert mask.sum() == rows.sum() * columns.sum()
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_mixing_is_timms(mixup: float, cutmix: float) -> None:
+    """With the same draws, images and smoothed targets of timm's own call."""
+    images, labels = torch.randn(6, 3, 16, 16), torch.tensor([0, 1, 2, 2, 1, 0])
+    model = Classifier(**VIT, num_classes=3, label_smoothing=0.1)
+    reference = Mixup(mixup, cutmix, label_smoothing=0.1, num_classes=3)
+    changed = 0
+    for seed in range(8):
+        ours = Mixer(mixup, cutmix)(images, model.targets(labels), seed)
+        np.random.seed(seed)  # noqa: NPY002
+        theirs = reference(images.clone(), labels)
+        torch.testing.assert_close(ours, theirs)
+        changed += not torch.equal(ours[0], images)
+    assert changed >= 6  # a rectangle can be empty
+
+
+def test_erasing_draws_as_timm_does() -> None:
+    """The share of images, the area, the shape and the noise; not the draws themselves."""
+    n, size = 3000, 32
+    ours = erase(torch.zeros(n, 3, size, size), sample_keys(torch.arange(n), 0, 0), 0.5)
+    random.seed(0)
+    timms = RandomErasing(0.5, mode="pixel", device="cpu")(torch.zeros(n, 3, size, size))
+    found = []
+    for images in (ours, timms):
+        mask = images[:, 0] != 0
+        mask = mask[mask.any((1, 2))]
+        height, width = mask.any(2).sum(1).float(), mask.any(1).sum(1).float()
+        noise = images[images != 0]
+        figures = [len(mask) / n, noise.mean(), noise.std()]
+        for values in (height * width / size**2, (height / width).log(), height, width):
+            figures += [values.mean(), values.std()]
+        found.append(torch.tensor([float(figure) for figure in figures]))
+    torch.testing.assert_close(found[0], found[1], rtol=0.06, atol=0.05)
 
 
 # Metrics -------------------------------------------------------------------------------------

@@ -1,15 +1,17 @@
 """`simmim classify`: from a run of pretraining to predictions, pictures, and every config."""
 
 import csv
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import ImageFont
+from PIL import Image, ImageFont
 
 from simmim.callbacks.classification import (
     _brief,
@@ -23,6 +25,7 @@ from simmim.cli import main
 from simmim.configuration import config_folder
 from simmim.data.classification import ClassificationData
 from simmim.task import Task
+from simmim.weights import load_encoder
 
 # jsonargparse's own, about what LightningCLI calls
 pytestmark = pytest.mark.filterwarnings(
@@ -120,6 +123,77 @@ def test_from_pretraining_to_predictions(folder: Path, capsys: pytest.CaptureFix
         assert label == ["cat", "dog"][float(shares[1]) > float(shares[0])]
 
 
+def test_the_average_is_what_is_validated_kept_and_predicted_with(folder: Path) -> None:
+    fit = ["classify", "fit", "--name=ema", "--model.encoder=vit_tiny_patch16_224"]
+    fit += ["--model.img_size=32", f"--model.encoder_kwargs={TINY_VIT}", f"--data.root={folder}"]
+    fit += [
+        "--data.batch_size=4",
+        "--model.ema_decay=0.9",
+        "--model.base_lr=1",
+        "--seed_everything=1",
+    ]
+    run(*fit, "--trainer.max_epochs=4", "--model.warmup_epochs=0")
+    done = Path("runs/ema/version_0")
+    checkpoint = torch.load(done / "checkpoints/last.ckpt", weights_only=True)
+    average, current = checkpoint["state_dict"], checkpoint["current_model_state"]
+    assert not torch.equal(
+        average["encoder.model.head.weight"], current["encoder.model.head.weight"]
+    )
+    with (done / "metrics.csv").open() as file:
+        logged = [row["val/loss"] for row in csv.DictReader(file) if row["val/loss"]]
+    run("classify", "validate", "--ckpt_path=runs/ema/version_0")
+    with (done / "validate.csv").open() as file:
+        again = [row["val/loss"] for row in csv.DictReader(file)]
+    assert float(again[-1]) == pytest.approx(float(logged[-1]), rel=1e-5)
+    run("classify", "predict", "--ckpt_path=runs/ema/version_0", f"--data.root={folder}")
+    with (done / "predictions.csv").open() as file:
+        share = float(next(csv.DictReader(file))["probability of dog"])
+    model = Classifier.load_from_checkpoint(done / "checkpoints/last.ckpt").eval()
+    pixels = torch.tensor(np.asarray(Image.open(folder / "cat" / "000.png"))).permute(2, 0, 1)
+    with torch.no_grad():
+        assert float(model(model.normalize(pixels[None])).softmax(1)[0, 1]) == pytest.approx(
+            share, abs=1e-4
+        )
+    encoder = load_encoder(done).state_dict()  # what is exported
+    assert torch.equal(encoder["head.weight"], average["encoder.model.head.weight"])
+    run(*fit, "--trainer.max_epochs=5", "--ckpt_path=last", "--model.warmup_epochs=0")
+
+
+def test_several_labels_from_fit_to_predict(folder: Path) -> None:
+    rows = [
+        f"{kind}/{i:03d}.png,{kind};{'odd' if i % 2 else 'even'}"
+        for kind in ("cat", "dog")
+        for i in range(10)
+    ]
+    Path("labels.csv").write_text("\n".join(["path,labels", *rows]))
+    fit = ["classify", "fit", "--name=several", "--model.encoder=vit_tiny_patch16_224"]
+    fit += ["--model.img_size=32", f"--model.encoder_kwargs={TINY_VIT}", f"--data.root={folder}"]
+    fit += ["--data.labels=labels.csv", "--model.multi_label=true", "--data.batch_size=4"]
+    fit += ["--model.class_weights=balanced", "--data.val_fraction=0.3"]
+    run(*fit, "--trainer.max_epochs=2", "--model.warmup_epochs=0")
+    done = Path("runs/several/version_0")
+    with (done / "metrics.csv").open() as file:
+        shares = [float(row["val/mean_ap"]) for row in csv.DictReader(file) if row["val/mean_ap"]]
+    best = torch.load(done / "checkpoints/best.ckpt", weights_only=True)
+    assert best["epoch"] == shares.index(max(shares))
+    table = (done / "classes.csv").read_text().splitlines()
+    assert table[0] == "class,images,ap,auroc,f1"
+    assert [row.split(",")[0] for row in table[1:]] == ["cat", "dog", "even", "odd"]
+    run("classify", "test", "--ckpt_path=runs/several/version_0")
+    Path("labels.csv").unlink()  # not needed to predict
+    flat = folder / "cat"
+    for name in ("predictions.csv", "predictions_2.csv"):  # an earlier table stays
+        run("classify", "predict", "--ckpt_path=runs/several/version_0", f"--data.root={flat}")
+        with (done / name).open() as file:
+            found = list(csv.DictReader(file))
+        assert len(found) == 10
+        for row in found:
+            likely = [
+                k for k in ("cat", "dog", "even", "odd") if float(row[f"probability of {k}"]) > 0.5
+            ]
+            assert row["label"] == ";".join(likely)
+
+
 def test_a_probe_is_one_option_away(folder: Path) -> None:
     pretrain(folder)
     run(
@@ -171,33 +245,40 @@ def test_every_config_starts(folder: Path, config: str) -> None:
     )
 
 
-def test_the_released_numbers_are_in_the_configs() -> None:
-    def read(name: str) -> dict[str, Any]:
-        content: dict[str, Any] = yaml.safe_load(
-            (config_folder() / "classify" / f"{name}.yaml").read_text()
-        )
-        return content
+RELEASED = {  # img_size, window, layer decay, drop path, factor of the head
+    "finetune_vit_base": (224, None, 0.65, 0.1, 0.001),
+    "finetune_swin_base_100ep": (224, 7, 0.9, 0.1, 1.0),
+    "finetune_swin_base_800ep": (224, 7, 0.8, 0.1, 1.0),
+    "finetune_swin_large": (224, 14, 0.7, 0.2, 1.0),
+    "finetune_swinv2_base": (224, 14, 0.75, 0.1, 1.0),
+}
 
-    decay = {
-        "finetune_vit_base": (0.65, 0.1),
-        "finetune_swin_base_100ep": (0.9, 0.1),
-        "finetune_swin_base_800ep": (0.8, 0.1),
-        "finetune_swin_large": (0.7, 0.2),
-        "finetune_swinv2_base": (0.75, 0.1),
-    }
-    for name, numbers in decay.items():
-        config = read(name)
-        model = config["model"]
-        assert (model["layer_decay"], model["drop_path_rate"]) == numbers
-        assert (model["mixup"], model["cutmix"], model["label_smoothing"]) == (0.8, 1.0, 0.1)
-        assert (model["base_lr"], model["warmup_epochs"], model["weight_decay"]) == (
-            0.00125,
-            20,
-            0.05,
-        )
-        assert (model["random_erasing"], model["min_lr"]) == (0.25, 2.5e-7)
-        assert config["data"]["randaugment"] == "rand-m9-mstd0.5-inc1"
-        assert config["trainer"]["max_epochs"] == 100
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_released_numbers_are_in_the_configs(name: str) -> None:
+    config = yaml.safe_load((config_folder() / "classify" / f"{name}.yaml").read_text())
+    model, said = config["model"], RELEASED[name]
+    size, window, layer_decay, drop_path_rate, head_init_scale = said
+    assert (model["img_size"], model["encoder_kwargs"].get("window_size")) == (size, window)
+    assert (model["layer_decay"], model["drop_path_rate"]) == (layer_decay, drop_path_rate)
+    assert model.get("head_init_scale", 1.0) == head_init_scale
+    assert (model["mixup"], model["cutmix"], model["label_smoothing"]) == (0.8, 1.0, 0.1)
+    assert (model["base_lr"], model["warmup_epochs"]) == (1.25e-3, 20)
+    assert (model["warmup_lr"], model["min_lr"]) == (2.5e-7, 2.5e-7)
+    assert (model["weight_decay"], model["random_erasing"]) == (0.05, 0.25)
+    assert "schedule" not in model or model["schedule"] == "cosine"
+    assert config["data"]["randaugment"] == "rand-m9-mstd0.5-inc1"
+    assert (config["data"]["crop_scale"], config["data"]["val_crop"]) == ([0.08, 1.0], 0.875)
+    assert (config["trainer"]["max_epochs"], config["trainer"]["gradient_clip_val"]) == (100, 5.0)
+    head = (config_folder() / "classify" / f"{name}.yaml").read_text()
+    devices = int(re.findall(r"as (\d+) GPUs", head)[0])
+    assert devices * config["data"]["batch_size"] == 2048
+    if name == "finetune_vit_base":  # a table for each block, mean of the patch tokens
+        assert model["encoder_kwargs"] == {
+            "use_rel_pos_bias": True,
+            "use_shared_rel_pos_bias": False,
+        }
+        assert model["pooling"] == "mean"
 
 
 # Pictures and tables -----------------------------------------------------------------------------

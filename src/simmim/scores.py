@@ -73,9 +73,11 @@ class Scores(nn.Module):
             assert isinstance(metric, Metric)
             metric.update(probabilities, labels)
             found[name] = metric
-        for metric in (*self.by_label.values(), self.confusion):
-            if metric is not None:
-                metric.update(probabilities, labels)
+        for whole in self.by_label.values():
+            assert isinstance(whole, Metric)
+            whole.update(probabilities, labels)
+        if self.confusion is not None:
+            self.confusion.update(probabilities, labels)
         return found
 
     def take_labels(self) -> dict[str, Tensor] | None:

@@ -125,6 +125,7 @@ def fit(
             part that the encoder has no place for.
     """
     _share_table(weights, places)
+    _move_norm(weights, places)
     whole_head = _head(places) == _head(weights.tensors)
     for ours in list(weights.tensors):
         if why := _not_needed(ours, weights.tensors[ours], places, model, whole_head):
@@ -165,6 +166,16 @@ def _share_table(weights: Weights, places: Mapping[str, Tensor]) -> None:
     weights.tensors |= {name: shared for name in tables}
     names = [name for name, ours in weights.used.items() if ours == SHARED_TABLE]
     weights.used |= {name: f"{MODEL}blocks.*.attn.relative_position_bias_table" for name in names}
+
+
+def _move_norm(weights: Weights, places: Mapping[str, Tensor]) -> None:
+    """Give the tokens the norm that a mean-pooled classifier has behind its pooling."""
+    for part in ("weight", "bias"):
+        norm, behind = f"{MODEL}norm.{part}", f"{MODEL}fc_norm.{part}"
+        if norm in places and behind not in places and norm not in weights.tensors:
+            if behind in weights.tensors:
+                weights.tensors[norm] = weights.tensors.pop(behind)
+            weights.used |= {name: norm for name, ours in weights.used.items() if ours == behind}
 
 
 def _head(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
