@@ -567,8 +567,15 @@ def test_other_classes_are_refused(tmp_path: Path) -> None:
     run.fit(model, datamodule=Data())
     data = Data()
     data.classes = ("across", "up", "slanted")
-    with pytest.raises(ValueError, match="up"):
+    sentence = "the data has the classes across, up, slanted, this classifier knows across, down"
+    with pytest.raises(ValueError, match=sentence):
         run.validate(model, datamodule=data, verbose=False)
+    run.save_checkpoint(path := tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=sentence):
+        trainer(tmp_path).validate(Classifier(**VIT), datamodule=data, ckpt_path=path)
+    data.classes = ("up", "down")
+    with pytest.raises(ValueError, match="the data has the classes up, down, this classifier"):
+        trainer(tmp_path).validate(Classifier(**VIT), datamodule=data, ckpt_path=path)
 
 
 @pytest.mark.parametrize(

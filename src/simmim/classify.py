@@ -545,9 +545,12 @@ class Classifier(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the heads that the file has, and go on with its optimiser."""
+        of_data, self.classes = self.classes, []  # Lightning sets the data up first
         self.set_num_classes(checkpoint["hyper_parameters"]["num_classes"])
         if names := checkpoint.get("classes"):
             self.set_classes(names)
+        if of_data:
+            self.set_classes(of_data)
         self.origin = checkpoint.get("origin", self.origin)
         self.head_is_trained = self.has_statistics = True
         if spec := checkpoint.get("optimizer_spec"):
