@@ -22,6 +22,7 @@ SHARED = {
     "pyramid",
 }
 COMMANDS = {"embed", "export", "compare", "doctor", "benchmark"}
+COMMAND_PARTS = {"embeddings", "atlas"}  # of embed
 FREE = {"parts"}  # finds a part by its name; knows none of them
 MAY_IMPORT = {
     **{area: {"masking", "observe"} for area in METHOD},
@@ -29,6 +30,8 @@ MAY_IMPORT = {
     **{area: METHOD | SHARED | TASKS for area in TASKS},
     "data": {"data", "masking"},
     **{area: METHOD | SHARED | TASKS | {"data"} for area in COMMANDS},
+    "embed": METHOD | SHARED | TASKS | {"data"} | COMMAND_PARTS,
+    **{area: METHOD | SHARED | TASKS for area in COMMAND_PARTS},
 }
 
 

@@ -46,6 +46,10 @@ COMMANDS = {
         "simmim.tasks:classify",
         tuple(SUBCOMMANDS),
     ),
+    "embed": Command(
+        "write the features of a folder's images, score and draw them",
+        "simmim.commands:embed",
+    ),
     "convert": Command(
         "turn an official SimMIM release (.pth) into a checkpoint of ours",
         "simmim.commands:convert",

@@ -1,7 +1,9 @@
 """Commands that are plain functions: their options are the function's arguments."""
 
+import re
 from argparse import ArgumentError
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from inspect import signature
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -14,6 +16,14 @@ def convert(args: list[str]) -> None:
     from simmim import weights
 
     print(call("convert", weights.convert, args))
+
+
+def embed(args: list[str]) -> None:
+    """`simmim embed --weights CKPT --root DIR --out FILE`."""
+    from simmim.embed import embed
+
+    # Given again, a list's option adds to the list instead of replacing it.
+    call("embed", embed, [re.sub(r"^--query(?==|$)", "--query+", arg) for arg in args])
 
 
 def call(name: str, function: Callable[..., Any], args: list[str]) -> Any:
@@ -38,4 +48,12 @@ def call(name: str, function: Callable[..., Any], args: list[str]) -> Any:
     except ArgumentError as error:
         names = [option for action in parser._actions for option in action.option_strings]
         raise ArgumentError(None, word_usage_error(str(error), names)) from error
-    return function(**options.as_dict())
+    try:
+        return function(**options.as_dict())
+    except ValueError as error:  # data.root of a task is --root here
+        error.args = (_name_options(str(error), signature(function).parameters),)
+        raise
+
+
+def _name_options(message: str, names: Iterable[str]) -> str:
+    return re.sub(rf"(?<![\w./\\'\"-])data\.({'|'.join(names)})\b", r"--\1", message)

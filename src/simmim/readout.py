@@ -1,5 +1,6 @@
 """What a probe reads of an encoder: tokens of a layer, pooled to one embedding."""
 
+from collections.abc import Sequence
 from math import gcd
 from typing import Any, cast
 
@@ -68,6 +69,65 @@ def read_tokens(
     ]
 
 
+def pool(tokens: Tensor, pooling: str, class_token: Tensor | None = None) -> Tensor:
+    """Pool the tokens of an image to one embedding, (B, D).
+
+    Args:
+        tokens: Of the patches, (B, L, D).
+        pooling: mean or max of the patch tokens, or token (the class token).
+        class_token: (B, D), where it is pooled.
+    """
+    if pooling == "token":
+        assert class_token is not None
+        return class_token
+    return tokens.amax(1) if pooling == "max" else tokens.mean(1)
+
+
+def describe(layer: int | None, pooling: str) -> str:
+    """Say what an embedding is, for people: "the mean of the patch tokens of layer 8"."""
+    which = "the class token" if pooling == "token" else f"the {pooling} of the patch tokens"
+    return f"{which} of {'the last layer, behind its norm' if layer is None else f'layer {layer}'}"
+
+
+class Reader(nn.Module):
+    """Images as they come from the loader -> embeddings.
+
+    Args:
+        model: The timm model.
+        mean: Of the pixels' channels in 0..1, by which they are normalised.
+        std: Their standard deviation.
+        layers: From `choose_layers`, one at most.
+        pooling: mean, max or token.
+        norm: What follows the pooling.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        layers: list[int],
+        pooling: str,
+        norm: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.layers, self.pooling = model, layers, pooling
+        self.norm = norm or nn.Identity()
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward(self, raw: Tensor) -> Tensor:
+        """Embed uint8, or float in 0..1, (B, C, H, W) -> float32, (B, D)."""
+        images = raw.float() / 255 if raw.dtype == torch.uint8 else raw.float()
+        images = (images - self.mean) / self.std
+        read = read_tokens(self.model, images, self.layers, class_token=self.pooling == "token")
+        tokens, class_token = read[0]
+        class_token = None if class_token is None else class_token.float()
+        return cast(Tensor, self.norm(pool(tokens.float(), self.pooling, class_token)).float())
+
+
 class Probe(nn.Module):
     """A linear classifier on pooled tokens.
 
@@ -90,14 +150,11 @@ class Probe(nn.Module):
 
     def forward(self, tokens: Tensor, class_token: Tensor | None = None) -> Tensor:
         """Classify patch tokens, (B, L, D), or the class token, (B, D) -> logits, (B, K)."""
-        if self.pooling == "token":
-            assert class_token is not None
-            embedding = class_token
-        elif self.pooling == "attention":
+        if self.pooling == "attention":
             query = self.query.expand(len(tokens), -1, -1)
             embedding = self.attention(query, tokens, tokens, need_weights=False)[0][:, 0]
         else:
-            embedding = tokens.mean(1)
+            embedding = pool(tokens, self.pooling, class_token)
         return cast(Tensor, self.linear(embedding if self.norm is None else self.norm(embedding)))
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from simmim.callbacks.look import call, datamodule, log_now, undisturbed
 from simmim.masking import sample_keys
 from simmim.probe import fit_linear_probe, knn_scores, top1
+from simmim.readout import describe, pool
 
 SUBSET_SEED = 2104_14294  # which samples of a big set are read: the same in every run
 NAMES = {"knn_top1": "kNN", "probe_top1": "linear probe"}
@@ -169,13 +170,12 @@ class OnlineProbe(L.Callback):
         ]
 
     def _pool(self, encoder: Any, images: Tensor) -> Tensor:
-        tokens = encoder.tokens(images, self.layer).flatten(2).float()  # NCHW -> (B, D, tokens)
-        return tokens.mean(2) if self.pooling == "mean" else tokens.amax(2)
+        features = encoder.tokens(images, self.layer).float()
+        return pool(features.flatten(2).transpose(1, 2), self.pooling)  # NCHW -> NLC
 
     def _say_what_is_read(self, train: int, held_out: int, classes: int) -> None:
-        layer = "the last block, behind its norm" if self.layer is None else f"block {self.layer}"
         rank_zero_info(
-            f"knn_top1 and probe_top1 read the {self.pooling} of the patch tokens of {layer}, "
+            f"knn_top1 and probe_top1 read {describe(self.layer, self.pooling)}, "
             f"images unmasked: {train:,} training images, {held_out:,} held out, {classes} classes"
         )
 

@@ -1,0 +1,488 @@
+"""`simmim embed`: features of a folder's images, what they are worth, and what they look like."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from simmim.atlas import Tile, check_map, draw_map, draw_neighbours, most_similar
+from simmim.data import ImageFolderData
+from simmim.data.bad_files import FILE, write_bad_files
+from simmim.data.dataset import WholeFolder, collate
+from simmim.data.decode import read_image
+from simmim.data.index import FileIndex, check_folder
+from simmim.data.layout import Part, read_parts
+from simmim.data.sampler import choose
+from simmim.data.statistics import imagenet_statistics
+from simmim.data.workers import default_workers
+from simmim.embeddings import Embeddings, check_format, write, written_whole
+from simmim.probe import fit_linear_probe, knn_scores, top1
+from simmim.readout import Reader, choose_layers, describe
+from simmim.transfer import Backbone, open_backbone
+
+EXAMPLES = 8  # rows of the neighbours' picture where no query is given
+HELD_OUT = ("val", "test")
+SCORES = {"probe_top1": "linear probe", "commonest": "the commonest class, always"}
+
+
+def embed(
+    weights: str,
+    root: str,
+    out: str,
+    layer: int | None = None,
+    pooling: Literal["mean", "max", "token"] = "mean",
+    img_size: int | list[int] | None = None,
+    in_chans: int | None = None,
+    encoder_kwargs: dict[str, Any] | None = None,
+    batch_size: int = 64,
+    num_workers: int | None = None,
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto",
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
+    val_fraction: float = 0.1,
+    split_seed: int = 0,
+    group_pattern: str | None = None,
+    val_crop: float = 1.0,
+    percentiles: tuple[float, float] = (0.5, 99.5),
+    window: tuple[float, float] | None = None,
+    k: int | list[int] = 20,
+    temperature: float = 0.07,
+    l2: float = 1.0,
+    map: Literal["tsne", "umap", "pca", "none"] = "tsne",
+    map_points: int = 3000,
+    query: list[str] | None = None,
+    neighbours: int = 8,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Embeddings:
+    """Write the features of a folder's images, score them, and draw them.
+
+    Every image that can be read is written once, in the order of the folders. Where there are
+    labels, the training images' features classify those that are held out (val, test), by kNN and
+    by a linear probe: the numbers of the online probe in pretraining. Beside the file lie a map of
+    the features, NAME.map.png, and nearest neighbours, NAME.neighbours.png.
+
+    Args:
+        weights: Weights of the encoder: a run's folder or checkpoint of ours, an official SimMIM
+            or Swin release (.pth), `timm:NAME`, or a Hugging Face or timm folder.
+        root: Folder of images, with train/ (and val/, and test/), or split as in pretraining.
+        out: The file to write, .npz or .parquet: features, paths, labels, classes, parts.
+        layer: Block (of hierarchical models: stage) that is read, counted from 1. None: the last,
+            behind the encoder's final norm. The paper's linear probe reads block 8 of ViT-B.
+        pooling: How the tokens become one vector: mean or max of the patch tokens (the paper
+            takes the mean), or token (the class token).
+        img_size: Height and width in pixels; by default those of the weights.
+        in_chans: Channels of the images; by default those of the weights.
+        encoder_kwargs: Options of the timm model that differ from those in the weights.
+        batch_size: Images that go through the encoder together.
+        num_workers: Processes that read images; by default by the size of the folder.
+        accelerator: What computes; by default the fastest that is there.
+        precision: Of the encoder, in Lightning's words; the features are float32 in any case.
+        val_fraction: Share of the images that is held out where there is no val/; 0.1, as in
+            pretraining. Give here what was given there.
+        split_seed: Which share; as in pretraining.
+        group_pattern: Regular expression whose first group names the patient or scene, whose
+            images all go to one side; as in pretraining.
+        val_crop: Side of the crop from the middle, as a share of the largest one that fits.
+        percentiles: Deeper scans: the percentiles of each image that become 0 and 1.
+        window: Deeper scans: the values that become 0 and 1, instead of percentiles.
+        k: Neighbours that vote; several, such as [10, 20, 100, 200], give a line each. 20 (DINO's).
+        temperature: Of the neighbours' votes. 0.07 (DINO's).
+        l2: Weight decay of the linear probe, as in scikit-learn's LogisticRegression(C=1 / l2).
+        map: How the map is made: tsne, umap (needs umap-learn), pca, or none.
+        map_points: Images on the map, at most; of more, the same ones always.
+        query: Images whose neighbours are drawn: paths below root, or any files. May be given
+            several times. None: a few of the held-out images.
+        neighbours: How many are drawn of each; 0 draws none.
+        seed: Of the map.
+        overwrite: Whether files that are there already may be replaced.
+
+    Returns:
+        What was written, and the scores.
+
+    Raises:
+        ValueError: If an option is wrong, or a file is there already.
+    """
+    files = Outputs(Path(out).expanduser())
+    files.check(map != "none", neighbours > 0, overwrite)
+    ks = [k] if isinstance(k, int) else list(k)
+    _check(ks, temperature, l2, map_points, neighbours)
+    check_map(map)
+    check_folder(root)
+    queries = [find_query(root, name) for name in query or ()]
+    backbone = open_backbone(
+        weights,
+        None,
+        img_size,
+        in_chans,
+        encoder_kwargs,
+        global_pool="",  # the norm stays behind the tokens
+        class_token=pooling == "token",
+    )
+    rank_zero_info(f"encoder {backbone.encoder}: {backbone.report}")
+    data = ImageFolderData(
+        root,
+        img_size=backbone.img_size,
+        in_chans=backbone.in_chans,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        val_fraction=val_fraction,
+        split_seed=split_seed,
+        group_pattern=group_pattern,
+        val_crop=val_crop,
+        percentiles=percentiles,
+        window=window,
+    )
+    fabric = Fabric(accelerator=accelerator, devices=1, precision=precision)
+    embedder = Embedder(data, fabric, fabric.setup_module(_reader(backbone, layer, pooling)))
+    for file in queries:
+        embedder.picture(file)  # one that cannot be read is better known now
+
+    found, bad = embedder.embed_folder(files.bad)
+    about = describe(layer, pooling)
+    write(found, files.out, {"weights": weights, "features": about})
+    print(f"{files.out}: {len(found):,} images, {found.features.shape[1]} features: {about}")
+    if bad:
+        print(f"{bad} of {bad + len(found)} images could not be read, left out: see {files.bad}")
+    found = replace(found, scores=score(found, ks, temperature, l2, fabric.device))
+    print(score_table(found))
+    if map != "none":
+        title = f"{Path(weights).name}: {about}"
+        _draw_map(found, files.map, map, map_points, seed, title)
+    if neighbours:
+        _draw_neighbours(found, embedder, queries, neighbours, files.neighbours)
+    return found
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The files that the command writes.
+
+    Attributes:
+        out: The features; the names of the others are made from its name.
+    """
+
+    out: Path
+
+    @property
+    def map(self) -> Path:
+        """The map of the features."""
+        return self.out.with_name(f"{self.out.stem}.map.png")
+
+    @property
+    def neighbours(self) -> Path:
+        """Images beside their nearest neighbours."""
+        return self.out.with_name(f"{self.out.stem}.neighbours.png")
+
+    @property
+    def bad(self) -> Path:
+        """The list of files that could not be read."""
+        return self.out.with_name(f"{self.out.stem}.{FILE}")
+
+    def check(self, has_map: bool, has_neighbours: bool, overwrite: bool) -> None:
+        """Refuse, before any work is done, what could not be written in the end.
+
+        Raises:
+            ValueError: If a file is there already and must not be replaced, or its kind is unknown.
+        """
+        check_format(self.out)
+        wanted = [self.out, self.bad]
+        wanted += [self.map] * has_map + [self.neighbours] * has_neighbours
+        there = [path for path in wanted if path.exists()]
+        if there and not overwrite:
+            raise ValueError(
+                f"{there[0]} is there already: give another --out, or --overwrite true"
+            )
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.bad.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """What turns image files into embeddings.
+
+    Attributes:
+        data: How a file becomes pixels, and which part of the folder it belongs to.
+        fabric: What computes.
+        reader: Pixels -> embedding.
+    """
+
+    data: ImageFolderData
+    fabric: Fabric
+    reader: Any
+
+    def embed_folder(self, bad_files: Path) -> tuple[Embeddings, int]:
+        """Embed every image of the folder, once, in the order of the folders.
+
+        Args:
+            bad_files: Where those that cannot be read are listed.
+
+        Returns:
+            The embeddings without scores, and how many images could not be read.
+        """
+        data = self.data
+        parts = read_parts(data.root, data.val_fraction, data.split_seed, data.group_pattern)
+        indices = {id(part.files): part.files for part in parts.values()}  # a split's is one
+        columns: list[tuple[Any, ...]] = []
+        bad = 0
+        for files in indices.values():
+            images = self._images(files)
+            features = self._embed_images(images)
+            if n := int(images.unreadable.count_nonzero()):
+                write_bad_files(images, bad_files)
+                bad += n
+            read = np.flatnonzero(images.unreadable.numpy() == 0)
+            labels = np.full(len(files), -1) if files.labels is None else files.labels.numpy()
+            below = "" if files.root == data.root else f"{os.path.relpath(files.root, data.root)}/"
+            paths = [f"{below}{files.name(i)}" for i in read.tolist()]
+            columns.append(
+                (features[read].numpy(), paths, labels[read], _parts(files, parts)[read])
+            )
+        features, paths, labels, names = (np.concatenate(c) for c in zip(*columns, strict=True))
+        classes = np.array(parts["train"].files.classes, dtype=str)
+        found = Embeddings(features, paths, labels, classes, names, {})
+        _check_finite(found)
+        return found, bad
+
+    @torch.inference_mode()
+    def embed_pictures(self, pictures: Sequence[Tensor]) -> Tensor:
+        """Embed what `picture` gives, -> (n, D)."""
+        rows = [self.reader(self.fabric.to_device(picture[None])) for picture in pictures]
+        return torch.cat(rows).cpu()
+
+    def picture(self, path: Path) -> Tensor:
+        """Read an image as the encoder sees it but for the normalisation, (C, H, W).
+
+        Raises:
+            UnreadableImage: With the file's name and the reason.
+        """
+        pixels = read_image(str(path), self.data.in_chans, self.data.intensity)
+        return cast(Tensor, self.data.val_transform(pixels, iter(()))["image"])
+
+    def _images(self, files: FileIndex) -> WholeFolder:
+        data = self.data
+        return WholeFolder(
+            files, data.val_transform, in_chans=data.in_chans, intensity=data.intensity
+        )
+
+    @torch.inference_mode()
+    def _embed_images(self, images: WholeFolder) -> Tensor:
+        """Embed the images, -> (n, D); a row of zeros for each that cannot be read."""
+        features = torch.empty(0)
+        for batch in Tqdm(self._loader(images), desc="Embed", delay=1.0, file=sys.stdout):
+            rows = self.reader(self.fabric.to_device(batch["image"])).cpu()
+            if not len(features):
+                features = torch.zeros(len(images), rows.shape[1])
+            features[batch["index"]] = rows
+        return features
+
+    def _loader(self, images: WholeFolder) -> DataLoader[Any]:
+        workers = self.data.num_workers
+        workers = default_workers(images) if workers is None else workers
+        workers = min(workers, -(-len(images) // self.data.batch_size))
+        if workers:
+            images.unreadable.share_memory_()
+        return DataLoader(
+            images,
+            batch_size=self.data.batch_size,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=self.fabric.device.type == "cuda",
+        )
+
+
+def score(
+    found: Embeddings, ks: Sequence[int], temperature: float, l2: float, device: torch.device
+) -> dict[str, float]:
+    """Let the training images' features classify the others, as the online probe does.
+
+    Args:
+        found: The embeddings.
+        ks: Numbers of neighbours that vote.
+        temperature: Of their votes.
+        l2: Weight decay of the linear probe.
+        device: Where it is computed, if that is a GPU.
+
+    Returns:
+        Top-1 accuracies, `val/knn_top1` (of several k `val/knn_top1_k10`, ...), `val/probe_top1`
+        and `val/commonest` (of the answer that is always the commonest training class), and those
+        of `test/`; none where there is nothing to tell apart, or to tell it of.
+    """
+    parts = _labelled_parts(found, device if device.type == "cuda" else torch.device("cpu"))
+    if "train" not in parts or len(parts) < 2 or len(parts["train"][1].unique()) < 2:
+        return {}
+    train, labels = parts.pop("train")
+    commonest = labels.bincount().argmax()
+    probe = fit_linear_probe(train, labels, l2)
+    scores: dict[str, float] = {}
+    for name, (features, truth) in parts.items():
+        for k in ks:
+            votes = knn_scores(train, labels, features, k, temperature)
+            key = "knn_top1" if len(ks) == 1 else f"knn_top1_k{k}"
+            scores[f"{name}/{key}"] = top1(votes, truth)
+        scores[f"{name}/probe_top1"] = top1(probe(features), truth)
+        scores[f"{name}/commonest"] = float((truth == commonest).float().mean())
+    return scores
+
+
+def score_table(found: Embeddings) -> str:
+    """Set the scores of the held-out parts side by side, or say why there are none."""
+    if not found.scores:
+        return f"no scores: {_why_no_scores(found)}"
+    held_out = [part for part in HELD_OUT if f"{part}/probe_top1" in found.scores]
+    names = [n.removeprefix(f"{held_out[0]}/") for n in found.scores if n.startswith(held_out[0])]
+    labelled = {part: int(((found.parts == part) & (found.labels >= 0)).sum()) for part in held_out}
+    train = int(((found.parts == "train") & (found.labels >= 0)).sum())
+    lines = [
+        f"{train:,} training images of {len(found.classes)} classes classify the others",
+        f"{'top-1 accuracy':<32}" + "".join(f"{part:>10}" for part in held_out),
+    ]
+    for name in names:
+        cells = [f"{found.scores[f'{part}/{name}']:10.3f}" for part in held_out]
+        lines.append(f"{_title(name):<32}{''.join(cells)}")
+    lines.append(f"{'images':<32}" + "".join(f"{labelled[part]:10,}" for part in held_out))
+    return "\n".join(lines)
+
+
+def find_query(root: str, name: str) -> Path:
+    """Find an image that is asked for: a path below the root, or any file.
+
+    Raises:
+        ValueError: If there is no such file.
+    """
+    for path in (Path(root, name), Path(name).expanduser()):
+        if path.is_file():
+            return path
+    raise ValueError(f"--query {name} is no file, neither below {root} nor by itself")
+
+
+def _reader(backbone: Backbone, layer: int | None, pooling: str) -> nn.Module:
+    layers = choose_layers(layer, backbone.model, backbone.encoder)
+    mean, std = backbone.statistics or imagenet_statistics(backbone.in_chans)
+    follows = backbone.norm_behind_pooling and layer is None
+    norm = backbone.model.fc_norm if follows else None
+    return Reader(backbone.model, mean, std, layers, pooling, norm).eval()
+
+
+def _parts(files: FileIndex, parts: dict[str, Part]) -> Any:
+    """The part that each file of an index belongs to."""
+    names = np.full(len(files), "train")  # the longest name
+    for name, part in parts.items():
+        if part.files is files:
+            names[slice(None) if part.places is None else part.places] = name
+    return names
+
+
+def _labelled_parts(found: Embeddings, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+    """Features and labels of the parts that have any."""
+    parts = {}
+    for part in ("train", *HELD_OUT):
+        places = np.flatnonzero((found.parts == part) & (found.labels >= 0))
+        if len(places):
+            pair = found.features[places], found.labels[places]
+            parts[part] = tuple(torch.from_numpy(array).to(device) for array in pair)
+    return cast(dict[str, tuple[Tensor, Tensor]], parts)
+
+
+def _why_no_scores(found: Embeddings) -> str:
+    if not len(found.classes):
+        return "the images have no labels (folders right below the root, or train/, are classes)"
+    if len(found.classes) == 1:
+        return f"all images are of one class, {found.classes[0]!r}"
+    return "no labelled images are held out (or none are left to learn from): see val_fraction"
+
+
+def _title(name: str) -> str:
+    if name.startswith("knn"):
+        return "kNN" + (f", k = {name.rpartition('_k')[2]}" if "_k" in name else "")
+    return SCORES[name]
+
+
+def _check(
+    ks: Sequence[int], temperature: float, l2: float, map_points: int, neighbours: int
+) -> None:
+    """Refuse numbers that have no meaning."""
+    least = {"k": min(ks, default=0), "map_points": map_points}
+    for name, value in least.items():
+        if value < 1:
+            raise ValueError(f"--{name} {value} is too small: use 1 or more")
+    for name, number in {"temperature": temperature, "l2": l2}.items():
+        if not number > 0:
+            raise ValueError(f"--{name} {number} is too small: use a positive number")
+    if neighbours < 0:
+        raise ValueError(f"--neighbours {neighbours} is negative: use 0 to draw none")
+
+
+def _check_finite(found: Embeddings) -> None:
+    wrong = np.flatnonzero(~np.isfinite(found.features).all(1))
+    if len(wrong):
+        raise ValueError(
+            f"the features of {len(wrong)} images are not finite, the first is "
+            f"{found.paths[wrong[0]]}: use --precision 32-true, or other weights"
+        )
+
+
+def _draw_map(
+    found: Embeddings, path: Path, method: str, points: int, seed: int, title: str
+) -> None:
+    if len(found) < 3:
+        print(f"no map: it takes 3 images, there are {len(found)}")
+        return
+    places = choose(len(found), points)
+    if len(places) < len(found):
+        print(f"the map shows {len(places):,} of {len(found):,} images, chosen at random")
+    labels, classes = found.labels[places], found.classes.tolist()
+    figure = draw_map(found.features[places], labels, classes, method, seed, title)
+    with written_whole(path) as part:
+        figure.savefig(part, format="png", dpi=150)
+    print(f"{path}: a map of the features")
+
+
+def _draw_neighbours(
+    found: Embeddings, embedder: Embedder, queries: Sequence[Path], n: int, path: Path
+) -> None:
+    if len(found) < 2:
+        print(f"no neighbours: it takes 2 images, there is {len(found)}")
+        return
+    root = Path(embedder.data.root)
+    queries = queries or [root / name for name in _examples(found)]
+    pictures = [embedder.picture(query) for query in queries]
+    place_of = {os.path.realpath(root / name): i for i, name in enumerate(found.paths.tolist())}
+    own = [place_of.get(os.path.realpath(query), -1) for query in queries]
+    features = embedder.embed_pictures(pictures)
+    similarity, nearest = most_similar(torch.from_numpy(found.features), features, n, own)
+    rows = []
+    for query, picture, place, near, values in zip(
+        queries, pictures, own, nearest.tolist(), similarity.tolist(), strict=True
+    ):
+        name = found.class_of(place) if place >= 0 else ""
+        row = [Tile(picture, name or query.name)]
+        for i, value in zip(near, values, strict=True):
+            other = found.class_of(i)
+            agrees = name == other if name and other else None
+            tile = embedder.picture(root / found.paths[i])
+            row.append(Tile(tile, f"{value:.2f} {other}".strip(), agrees))
+        rows.append(row)
+    with written_whole(path) as part:
+        draw_neighbours(rows).save(part, format="png")
+    print(f"{path}: images (left) and their nearest neighbours, by cosine similarity")
+
+
+def _examples(found: Embeddings) -> list[str]:
+    """A few images spread over the held-out ones, so over their classes too; else over all."""
+    places = np.flatnonzero(np.isin(found.parts, HELD_OUT))
+    places = places if len(places) else np.arange(len(found))
+    n = min(EXAMPLES, len(places))
+    # The middle of each of n equal stretches: the classes lie one behind the other.
+    return cast(
+        list[str], found.paths[places[(2 * np.arange(n) + 1) * len(places) // (2 * n)]].tolist()
+    )
