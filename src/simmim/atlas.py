@@ -1,9 +1,11 @@
 """Pictures of features: a map of all images in two dimensions, and images beside their nearest."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -93,18 +95,30 @@ def draw_map(
     from matplotlib.figure import Figure
 
     plane = project(features, method, seed)
-    figure = Figure(figsize=(8, 6), layout="constrained")
+    width, height = np.ptp(plane, axis=0)
+    figure = Figure(figsize=(8, float(np.clip(7 * height / max(width, 1e-9), 4, 9))))
+    figure.set_layout_engine("constrained")
     axes = figure.add_subplot()
-    axes.set_title(f"{METHODS[method]} of {len(features):,} images\n{title}", fontsize=10)
+    heading = f"{METHODS[method]} of {len(features):,} images\n{title}"
+    axes.set_title(heading, fontsize=10, parse_math=False)
     axes.set(xticks=[], yticks=[])
     axes.set_aspect("equal", adjustable="datalim")
     colours, legend = _colours(labels, classes)
     order = np.random.default_rng(seed).permutation(len(plane))  # no class lies above the others
     size = float(np.clip(20_000 / len(plane), 6, 40))
-    axes.scatter(*plane[order].T, c=colours[order], s=size, linewidths=0, alpha=0.8)
+    axes.scatter(
+        plane[order, 0], plane[order, 1], c=colours[order], s=size, linewidths=0, alpha=0.8
+    )
     if legend:
         _add_legend(axes, legend)
     return figure
+
+
+def save_figure(figure: "Figure", file: Path | BinaryIO) -> None:
+    """Write a figure as PNG. Letters that matplotlib's font lacks become boxes, without a word."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(file, format="png", dpi=150)
 
 
 def most_similar(
@@ -201,8 +215,7 @@ def _colours(
 def _add_legend(axes: Any, legend: Sequence[tuple[str, Any]]) -> None:
     from matplotlib.lines import Line2D
 
-    dot = {"marker": "o", "linestyle": "", "markersize": 6}
-    handles = [Line2D([], [], color=colour, **dot) for _, colour in legend]
+    handles = [Line2D([], [], color=c, marker="o", linestyle="", markersize=6) for _, c in legend]
     drawn = axes.legend(
         handles, ["name"] * len(legend), loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
     )

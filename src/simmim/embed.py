@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
@@ -15,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from simmim.atlas import Tile, check_map, draw_map, draw_neighbours, most_similar
+from simmim.atlas import Tile, check_map, draw_map, draw_neighbours, most_similar, save_figure
 from simmim.data import ImageFolderData
 from simmim.data.bad_files import FILE, write_bad_files
 from simmim.data.dataset import WholeFolder, collate
@@ -25,14 +26,14 @@ from simmim.data.layout import Part, read_parts
 from simmim.data.sampler import choose
 from simmim.data.statistics import imagenet_statistics
 from simmim.data.workers import default_workers
-from simmim.embeddings import Embeddings, check_format, write, written_whole
+from simmim.embeddings import Embeddings, check_format, join, write, written_whole
 from simmim.probe import fit_linear_probe, knn_scores, top1
 from simmim.readout import Reader, choose_layers, describe
 from simmim.transfer import Backbone, open_backbone
 
 EXAMPLES = 8  # rows of the neighbours' picture where no query is given
 HELD_OUT = ("val", "test")
-SCORES = {"probe_top1": "linear probe", "commonest": "the commonest class, always"}
+SCORES = {"probe_top1": "linear probe", "commonest": "chance (the commonest class)"}
 
 
 def embed(
@@ -118,6 +119,7 @@ def embed(
     _check(ks, temperature, l2, map_points, neighbours)
     check_map(map)
     check_folder(root)
+    fabric = _fabric(accelerator, precision)
     queries = [find_query(root, name) for name in query or ()]
     backbone = open_backbone(
         weights,
@@ -142,7 +144,6 @@ def embed(
         percentiles=percentiles,
         window=window,
     )
-    fabric = Fabric(accelerator=accelerator, devices=1, precision=precision)
     embedder = Embedder(data, fabric, fabric.setup_module(_reader(backbone, layer, pooling)))
     for file in queries:
         embedder.picture(file)  # one that cannot be read is better known now
@@ -150,13 +151,13 @@ def embed(
     found, bad = embedder.embed_folder(files.bad)
     about = describe(layer, pooling)
     write(found, files.out, {"weights": weights, "features": about})
-    print(f"{files.out}: {len(found):,} images, {found.features.shape[1]} features: {about}")
+    print(f"{files.out}: {len(found):,} x {found.features.shape[1]} features, {about}")
     if bad:
         print(f"{bad} of {bad + len(found)} images could not be read, left out: see {files.bad}")
     found = replace(found, scores=score(found, ks, temperature, l2, fabric.device))
     print(score_table(found))
     if map != "none":
-        title = f"{Path(weights).name}: {about}"
+        title = f"{'/'.join(Path(weights).parts[-2:])}: {about}"
         _draw_map(found, files.map, map, map_points, seed, title)
     if neighbours:
         _draw_neighbours(found, embedder, queries, neighbours, files.neighbours)
@@ -232,32 +233,14 @@ class Embedder:
         data = self.data
         parts = read_parts(data.root, data.val_fraction, data.split_seed, data.group_pattern)
         indices = {id(part.files): part.files for part in parts.values()}  # a split's is one
-        columns: list[tuple[Any, ...]] = []
-        bad = 0
-        for files in indices.values():
-            images = self._images(files)
-            features = self._embed_images(images)
-            if n := int(images.unreadable.count_nonzero()):
-                write_bad_files(images, bad_files)
-                bad += n
-            read = np.flatnonzero(images.unreadable.numpy() == 0)
-            labels = np.full(len(files), -1) if files.labels is None else files.labels.numpy()
-            below = "" if files.root == data.root else f"{os.path.relpath(files.root, data.root)}/"
-            paths = [f"{below}{files.name(i)}" for i in read.tolist()]
-            columns.append(
-                (features[read].numpy(), paths, labels[read], _parts(files, parts)[read])
-            )
-        features, paths, labels, names = (np.concatenate(c) for c in zip(*columns, strict=True))
-        classes = np.array(parts["train"].files.classes, dtype=str)
-        found = Embeddings(features, paths, labels, classes, names, {})
+        found = join([self._embed_index(i, parts, bad_files) for i in indices.values()])
         _check_finite(found)
-        return found, bad
+        return found, sum(map(len, indices.values())) - len(found)
 
     @torch.inference_mode()
     def embed_pictures(self, pictures: Sequence[Tensor]) -> Tensor:
         """Embed what `picture` gives, -> (n, D)."""
-        rows = [self.reader(self.fabric.to_device(picture[None])) for picture in pictures]
-        return torch.cat(rows).cpu()
+        return torch.cat([self._run(picture[None]) for picture in pictures])
 
     def picture(self, path: Path) -> Tensor:
         """Read an image as the encoder sees it but for the normalisation, (C, H, W).
@@ -268,10 +251,26 @@ class Embedder:
         pixels = read_image(str(path), self.data.in_chans, self.data.intensity)
         return cast(Tensor, self.data.val_transform(pixels, iter(()))["image"])
 
-    def _images(self, files: FileIndex) -> WholeFolder:
+    def _embed_index(self, files: FileIndex, parts: dict[str, Part], bad_files: Path) -> Embeddings:
         data = self.data
-        return WholeFolder(
+        images = WholeFolder(
             files, data.val_transform, in_chans=data.in_chans, intensity=data.intensity
+        )
+        features = self._embed_images(images)
+        if images.unreadable.any():
+            write_bad_files(images, bad_files)
+        read = np.flatnonzero(images.unreadable.numpy() == 0)
+        labels = np.full(len(files), -1) if files.labels is None else files.labels.numpy()
+        below = os.path.relpath(files.root, data.root).replace(os.sep, "/")
+        names = [
+            files.name(i) if below == "." else f"{below}/{files.name(i)}" for i in read.tolist()
+        ]
+        return Embeddings(
+            features=features.numpy()[read],
+            paths=np.array(names, dtype=str),
+            labels=labels[read],
+            classes=np.array(files.classes, dtype=str),
+            parts=_part_names(files, parts)[read],
         )
 
     @torch.inference_mode()
@@ -279,11 +278,19 @@ class Embedder:
         """Embed the images, -> (n, D); a row of zeros for each that cannot be read."""
         features = torch.empty(0)
         for batch in Tqdm(self._loader(images), desc="Embed", delay=1.0, file=sys.stdout):
-            rows = self.reader(self.fabric.to_device(batch["image"])).cpu()
+            rows = self._run(batch["image"])
             if not len(features):
                 features = torch.zeros(len(images), rows.shape[1])
             features[batch["index"]] = rows
         return features
+
+    def _run(self, images: Tensor) -> Tensor:
+        try:
+            return cast(Tensor, self.reader(self.fabric.to_device(images)).cpu())
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"the device's memory is full: use a smaller --batch_size than {len(images)}"
+            ) from error
 
     def _loader(self, images: WholeFolder) -> DataLoader[Any]:
         workers = self.data.num_workers
@@ -317,16 +324,22 @@ def score(
         and `val/commonest` (of the answer that is always the commonest training class), and those
         of `test/`; none where there is nothing to tell apart, or to tell it of.
     """
-    parts = _labelled_parts(found, device if device.type == "cuda" else torch.device("cpu"))
+    if device.type != "cuda":
+        device = torch.device("cpu")
+    parts = _labelled_parts(found, device)
     if "train" not in parts or len(parts) < 2 or len(parts["train"][1].unique()) < 2:
         return {}
     train, labels = parts.pop("train")
     commonest = labels.bincount().argmax()
+    rank_zero_info(f"fitting a linear probe to {len(train):,} training images")
     probe = fit_linear_probe(train, labels, l2)
     scores: dict[str, float] = {}
     for name, (features, truth) in parts.items():
         for k in ks:
-            votes = knn_scores(train, labels, features, k, temperature)
+            chunks = Tqdm(features.split(2048), desc="kNN", delay=1.0, file=sys.stdout)
+            votes = torch.cat(
+                [knn_scores(train, labels, chunk, k, temperature) for chunk in chunks]
+            )
             key = "knn_top1" if len(ks) == 1 else f"knn_top1_k{k}"
             scores[f"{name}/{key}"] = top1(votes, truth)
         scores[f"{name}/probe_top1"] = top1(probe(features), truth)
@@ -365,6 +378,15 @@ def find_query(root: str, name: str) -> Path:
     raise ValueError(f"--query {name} is no file, neither below {root} nor by itself")
 
 
+def _fabric(accelerator: str, precision: Any) -> Fabric:
+    try:
+        return Fabric(accelerator=accelerator, devices=1, precision=precision)
+    except RuntimeError as error:
+        raise ValueError(
+            f"--accelerator {accelerator} is not to be had on this machine: leave it out"
+        ) from error
+
+
 def _reader(backbone: Backbone, layer: int | None, pooling: str) -> nn.Module:
     layers = choose_layers(layer, backbone.model, backbone.encoder)
     mean, std = backbone.statistics or imagenet_statistics(backbone.in_chans)
@@ -373,7 +395,7 @@ def _reader(backbone: Backbone, layer: int | None, pooling: str) -> nn.Module:
     return Reader(backbone.model, mean, std, layers, pooling, norm).eval()
 
 
-def _parts(files: FileIndex, parts: dict[str, Part]) -> Any:
+def _part_names(files: FileIndex, parts: dict[str, Part]) -> npt.NDArray[np.str_]:
     """The part that each file of an index belongs to."""
     names = np.full(len(files), "train")  # the longest name
     for name, part in parts.items():
@@ -397,7 +419,7 @@ def _why_no_scores(found: Embeddings) -> str:
     if not len(found.classes):
         return "the images have no labels (folders right below the root, or train/, are classes)"
     if len(found.classes) == 1:
-        return f"all images are of one class, {found.classes[0]!r}"
+        return f"all images are of one class, {str(found.classes[0])!r}"
     return "no labelled images are held out (or none are left to learn from): see val_fraction"
 
 
@@ -440,10 +462,11 @@ def _draw_map(
     places = choose(len(found), points)
     if len(places) < len(found):
         print(f"the map shows {len(places):,} of {len(found):,} images, chosen at random")
+    rank_zero_info(f"laying out a map of {len(places):,} images")
     labels, classes = found.labels[places], found.classes.tolist()
     figure = draw_map(found.features[places], labels, classes, method, seed, title)
     with written_whole(path) as part:
-        figure.savefig(part, format="png", dpi=150)
+        save_figure(figure, part)
     print(f"{path}: a map of the features")
 
 
@@ -470,7 +493,7 @@ def _draw_neighbours(
             other = found.class_of(i)
             agrees = name == other if name and other else None
             tile = embedder.picture(root / found.paths[i])
-            row.append(Tile(tile, f"{value:.2f} {other}".strip(), agrees))
+            row.append(Tile(tile, f"{value:.3f}: {other}" if other else f"{value:.3f}", agrees))
         rows.append(row)
     with written_whole(path) as part:
         draw_neighbours(rows).save(part, format="png")

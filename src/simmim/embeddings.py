@@ -2,9 +2,9 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,7 +32,7 @@ class Embeddings:
     labels: npt.NDArray[np.int64]
     classes: npt.NDArray[np.str_]
     parts: npt.NDArray[np.str_]
-    scores: Mapping[str, float]
+    scores: Mapping[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -41,6 +41,17 @@ class Embeddings:
         """Name of an image's class; empty where it has none."""
         label = self.labels[place]
         return str(self.classes[label]) if label >= 0 else ""
+
+
+def join(found: Sequence[Embeddings]) -> Embeddings:
+    """Put the embeddings of several folders with the same classes one behind the other."""
+    return Embeddings(
+        features=np.concatenate([each.features for each in found]),
+        paths=np.concatenate([each.paths for each in found]),
+        labels=np.concatenate([each.labels for each in found]),
+        classes=found[0].classes,
+        parts=np.concatenate([each.parts for each in found]),
+    )
 
 
 def check_format(path: Path) -> None:

@@ -1,0 +1,508 @@
+"""`simmim embed`: what is written, that the scores are those of the online probe, and mistakes."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from pyarrow import parquet
+
+from simmim import Classifier, ImageFolderData, SimMIM, load_encoder
+from simmim.callbacks import OnlineProbe
+from simmim.cli import main
+from simmim.data.named import prepare
+from simmim.embed import embed
+
+Make = Callable[..., Path]
+TINY_VIT = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "swin_tiny_patch4_window7_224": {
+        **{"patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2]},
+        "window_size": 4,
+    },
+    "convnext_atto": {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]},
+    "beit_base_patch16_224": TINY_VIT,  # its norm lies behind the pooling
+}
+QUICK: dict[str, Any] = {"num_workers": 0, "accelerator": "cpu", "map": "none", "neighbours": 0}
+
+
+def save(model: Any, path: Path, **more: Any) -> str:
+    content = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
+    torch.save({**content, "pytorch-lightning_version": L.__version__, **more}, path)
+    return str(path)
+
+
+def simmim(encoder: str = "vit_tiny_patch16_224", **kwargs: Any) -> SimMIM:
+    options = {"img_size": 32, "mask_patch_size": 8, "encoder_kwargs": TINY_VIT, **kwargs}
+    model = SimMIM(encoder, **options)
+    with torch.no_grad():
+        for parameter in model.encoder.parameters():  # norms and biases that do something
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> str:
+    return save(simmim(), tmp_path / "vit.ckpt")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_images: Make) -> Path:
+    """Two classes of ten images."""
+    for name in ("cat", "dog"):
+        make_images(tmp_path / "images" / name, 10, size=(40, 32))
+    return tmp_path / "images"
+
+
+def features_by_hand(model: Any, paths: list[Path]) -> torch.Tensor:
+    """Mean of the patch tokens of images of 32 px, normalised by ImageNet's statistics."""
+    pixels = np.stack([np.asarray(Image.open(path)) for path in paths])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    images = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    with torch.no_grad():
+        return model.eval().forward_features(images)[:, 1:].mean(1)
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        return picture.size
+
+
+# What is written ----------------------------------------------------------------------------------
+
+
+def test_npz_holds_every_image_once_in_order(
+    tmp_path: Path, weights: str, make_images: Make
+) -> None:
+    root = tmp_path / "set"
+    for part, n in {"val": 3, "train": 5, "test": 2}.items():
+        for name in ("b", "a"):
+            make_images(root / part / name, n, size=32)
+    make_images(root / "test" / "a" / "deep" / "er", 1, size=32)
+    found = embed(weights, str(root), str(tmp_path / "new" / "f.npz"), **QUICK)
+    with np.load(tmp_path / "new" / "f.npz", allow_pickle=False) as file:
+        content = {name: file[name] for name in file}
+    assert list(content) == ["features", "paths", "labels", "classes", "parts"]
+    assert all(np.array_equal(content[name], getattr(found, name)) for name in content)
+    assert content["features"].dtype == np.float32
+    assert content["labels"].dtype == np.int64
+    assert content["features"].shape == (21, 32)
+    paths = content["paths"].tolist()
+    assert paths == [
+        *[f"train/{c}/{i:03d}.png" for c in "ab" for i in range(5)],
+        *[f"val/{c}/{i:03d}.png" for c in "ab" for i in range(3)],
+        *[f"test/a/{i:03d}.png" for i in range(2)],
+        "test/a/deep/er/000.png",
+        *[f"test/b/{i:03d}.png" for i in range(2)],
+    ]
+    assert content["classes"].tolist() == ["a", "b"]
+    assert content["parts"].tolist() == [path.split("/")[0] for path in paths]
+    assert content["labels"].tolist() == ["ab".index(path.split("/")[1]) for path in paths]
+    expected = features_by_hand(load_encoder(weights), [root / path for path in paths])
+    torch.testing.assert_close(torch.from_numpy(content["features"]), expected)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_parquet_holds_the_same(tmp_path: Path, weights: str, folder: Path) -> None:
+    found = embed(weights, str(folder), str(tmp_path / "f.parquet"), **QUICK)
+    table = parquet.read_table(tmp_path / "f.parquet")
+    assert table.column_names == ["features", "paths", "labels", "classes", "parts"]
+    assert str(table.schema.field("features").type).startswith("fixed_size_list")
+    assert np.array_equal(np.array(table["features"].to_pylist(), np.float32), found.features)
+    assert table["paths"].to_pylist() == found.paths.tolist()
+    assert table["labels"].to_pylist() == [0] * 10 + [1] * 10
+    assert table["classes"].to_pylist() == ["cat"] * 10 + ["dog"] * 10
+    assert table["parts"].to_pylist() == found.parts.tolist()
+    assert json.loads(table.schema.metadata[b"classes"]) == ["cat", "dog"]
+    assert table.schema.metadata[b"features"].startswith(b"the mean of the patch tokens")
+
+
+def test_the_split_is_that_of_pretraining(tmp_path: Path, weights: str, folder: Path) -> None:
+    options = {"val_fraction": 0.3, "split_seed": 5}
+    found = embed(weights, str(folder), str(tmp_path / "f.npz"), **options, **QUICK)
+    data = ImageFolderData(str(folder), img_size=32, **options)  # type: ignore[arg-type]
+    data.setup("fit")
+    held_out = {data.sets["validation"].name(i) for i in range(len(data.sets["validation"]))}
+    assert set(found.paths[found.parts == "val"]) == held_out
+    assert len(held_out) == 6
+    assert set(found.parts) == {"train", "val"}
+    assert found.paths.tolist() == sorted(found.paths.tolist())  # in the folder's order
+
+
+def test_images_without_labels(
+    tmp_path: Path, weights: str, make_images: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_images(tmp_path / "flat", 6)
+    found = embed(weights, str(tmp_path / "flat"), str(tmp_path / "f.npz"), **QUICK)
+    assert found.labels.tolist() == [-1] * 6
+    assert found.scores == {}
+    with np.load(tmp_path / "f.npz", allow_pickle=False) as file:
+        assert file["classes"].shape == (0,)
+    assert "no labels" in capsys.readouterr().out
+    embed(weights, str(tmp_path / "flat"), str(tmp_path / "f.parquet"), **QUICK)
+    assert parquet.read_table(tmp_path / "f.parquet")["classes"].to_pylist() == [None] * 6
+
+
+def test_test_images_of_unknown_classes_have_no_labels(
+    tmp_path: Path, weights: str, make_images: Make
+) -> None:
+    for part, name in (("train", "a"), ("train", "b"), ("test", "x")):
+        make_images(tmp_path / "set" / part / name, 4)
+    found = embed(weights, str(tmp_path / "set"), str(tmp_path / "f.npz"), **QUICK)
+    assert found.labels[found.parts == "test"].tolist() == [-1] * 4
+    assert set(found.scores) == {"val/knn_top1", "val/probe_top1", "val/commonest"}
+
+
+def test_one_image_and_one_class(
+    tmp_path: Path, weights: str, make_images: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_images(tmp_path / "one" / "cat", 1)
+    options = {**QUICK, "map": "tsne", "neighbours": 8}
+    found = embed(weights, str(tmp_path / "one"), str(tmp_path / "f.npz"), **options)
+    assert found.features.shape == (1, 32)
+    said = capsys.readouterr().out
+    assert "one class, 'cat'" in said
+    assert "no map: it takes 3" in said
+    assert "no neighbours: it takes 2" in said
+    make_images(tmp_path / "one" / "cat", 3)
+    embed(weights, str(tmp_path / "one"), str(tmp_path / "g.npz"), **options)
+    assert (tmp_path / "g.map.png").exists()
+    assert (tmp_path / "g.neighbours.png").exists()
+
+
+def test_gray_and_deep_scans(tmp_path: Path) -> None:
+    weights = save(simmim(in_chans=1), tmp_path / "gray.ckpt")
+    root = tmp_path / "scans"
+    root.mkdir()
+    ramp = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32)
+    Image.fromarray((ramp // 4).astype(np.uint8)).save(root / "gray.png")
+    Image.fromarray(ramp * 60).save(root / "deep.png")
+    Image.fromarray(ramp.astype(np.float32)).save(root / "float.tiff")
+    options: dict[str, Any] = {**QUICK, "percentiles": (0, 100)}
+    found = embed(weights, str(root), str(tmp_path / "f.npz"), **options)
+    named = dict(zip(found.paths.tolist(), found.features, strict=True))
+    assert np.allclose(named["deep.png"], named["float.tiff"], atol=1e-4)  # ranges are brought to 1
+    assert np.allclose(named["deep.png"], named["gray.png"], atol=0.05)
+    window: dict[str, Any] = {**QUICK, "window": (0, 1e6)}
+    dark = embed(weights, str(root), str(tmp_path / "g.npz"), **window)
+    assert np.abs(dark.features[0] - named["deep.png"]).max() > 0.1
+
+
+def test_workers_change_nothing(tmp_path: Path, weights: str, folder: Path) -> None:
+    rows = [
+        embed(
+            weights,
+            str(folder),
+            str(tmp_path / f"{n}.npz"),
+            batch_size=3,
+            **{**QUICK, "num_workers": n},
+        ).features
+        for n in (0, 2)
+    ]
+    assert np.array_equal(*rows)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_files_are_left_out_and_listed(
+    tmp_path: Path, weights: str, folder: Path, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in (0, 1, 7):
+        (folder / "cat" / f"{i:03d}.png").write_bytes(b"no image")
+    options: dict[str, Any] = {**QUICK, "num_workers": workers, "batch_size": 2}
+    found = embed(weights, str(folder), str(tmp_path / "f.npz"), **options)
+    assert len(found) == 17
+    assert not {"cat/000.png", "cat/001.png", "cat/007.png"} & set(found.paths)
+    assert found.labels.tolist() == [0] * 7 + [1] * 10
+    lines = (tmp_path / "f.bad_files.txt").read_text().splitlines()
+    assert [Path(line.split("\t")[0]).name for line in lines] == ["000.png", "001.png", "007.png"]
+    assert "3 of 20 images could not be read" in capsys.readouterr().out
+
+
+# What is read -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoder", FAMILIES)
+def test_other_encoders_give_the_mean_of_their_last_features(
+    tmp_path: Path, folder: Path, encoder: str
+) -> None:
+    model = simmim(encoder, encoder_kwargs=FAMILIES[encoder])
+    found = embed(save(model, tmp_path / "w.ckpt"), str(folder), str(tmp_path / "f.npz"), **QUICK)
+    data = ImageFolderData(str(folder), img_size=32)
+    data.setup()
+    batch = next(iter(data.predict_dataloader()))
+    with torch.no_grad():
+        expected = model.eval().encoder(model.inputs(batch, 0)[1]).mean((2, 3))
+    assert found.paths.tolist()[0] == "cat/000.png"
+    torch.testing.assert_close(torch.from_numpy(found.features), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layer_and_pooling(tmp_path: Path, weights: str, make_images: Make) -> None:
+    root = make_images(tmp_path / "flat", 3)
+    model: Any = load_encoder(weights).eval()
+    pixels = np.stack([np.asarray(Image.open(path)) for path in sorted(root.iterdir())])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    images = (images - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    ).view(3, 1, 1)
+    with torch.no_grad():
+        middle, token = model.forward_intermediates(
+            images,
+            indices=[1],
+            intermediates_only=True,
+            output_fmt="NLC",
+            return_prefix_tokens=True,
+        )[0]
+        last = model.forward_features(images)
+    expected = {
+        (2, "mean"): middle.mean(1),
+        (2, "max"): middle.amax(1),
+        (2, "token"): token[:, 0],
+        (None, "max"): last[:, 1:].amax(1),
+        (None, "token"): last[:, 0],
+    }
+    for i, ((layer, pooling), value) in enumerate(expected.items()):
+        options: dict[str, Any] = {"layer": layer, "pooling": pooling, **QUICK}
+        found = embed(weights, str(root), str(tmp_path / f"{i}.npz"), **options)
+        torch.testing.assert_close(torch.from_numpy(found.features), value)
+
+
+def test_the_statistics_are_those_of_the_weights(tmp_path: Path, folder: Path) -> None:
+    model = simmim()
+    plain = embed(save(model, tmp_path / "a.ckpt"), str(folder), str(tmp_path / "a.npz"), **QUICK)
+    model.mean.fill_(0.5)
+    model.std.fill_(0.25)
+    other = embed(save(model, tmp_path / "b.ckpt"), str(folder), str(tmp_path / "b.npz"), **QUICK)
+    assert not np.allclose(plain.features, other.features, atol=1e-2)
+    data = ImageFolderData(str(folder), img_size=32)
+    data.setup()
+    images = (next(iter(data.predict_dataloader()))["image"].float() / 255 - 0.5) / 0.25
+    with torch.no_grad():
+        expected = model.eval().encoder(images).mean((2, 3))
+    torch.testing.assert_close(torch.from_numpy(other.features), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "token"])
+def test_a_fine_tuned_classifier_is_read_as_timm_reads_it(
+    tmp_path: Path, weights: str, folder: Path, pooling: Any
+) -> None:
+    model = Classifier(weights, num_classes=2, pooling=pooling)
+    tuned = save(model, tmp_path / "tuned.ckpt", classes=["cat", "dog"])
+    options: dict[str, Any] = {"pooling": pooling, **QUICK}
+    found = embed(tuned, str(folder), str(tmp_path / "f.npz"), **options)
+    data = ImageFolderData(str(folder), img_size=32)
+    data.setup()
+    images = model.normalize(next(iter(data.predict_dataloader()))["image"])
+    with torch.no_grad():
+        tokens = model.eval().model.forward_features(images)
+        expected = model.model.forward_head(tokens, pre_logits=True)
+    torch.testing.assert_close(torch.from_numpy(found.features), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_timm_folder(tmp_path: Path, folder: Path) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0, **TINY_VIT)
+    options = {"img_size": 32, **TINY_VIT}
+    timm.models.save_for_hf(model, tmp_path / "timm", model_args=options, safe_serialization=True)
+    found = embed(str(tmp_path / "timm"), str(folder), str(tmp_path / "f.npz"), **QUICK)
+    data = ImageFolderData(str(folder), img_size=32)
+    data.setup()
+    raw = next(iter(data.predict_dataloader()))["image"].float() / 255
+    with torch.no_grad():
+        expected = model.eval().forward_features((raw - 0.5) / 0.5)[:, 1:].mean(1)  # timm's config
+    torch.testing.assert_close(torch.from_numpy(found.features), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_another_size_and_number_of_channels(tmp_path: Path, weights: str, folder: Path) -> None:
+    options: dict[str, Any] = {"img_size": [48, 32], "in_chans": 1, **QUICK}
+    found = embed(weights, str(folder), str(tmp_path / "f.npz"), **options)
+    assert found.features.shape == (20, 32)
+    assert np.isfinite(found.features).all()
+
+
+# Scores -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """400 of the digits, a quarter of them in val/."""
+    root = tmp_path_factory.mktemp("data")
+    prepare("digits", str(root))
+    kept = tmp_path_factory.mktemp("few")
+    for part, n in {"train": 30, "val": 10}.items():
+        for name in map(str, range(10)):
+            (kept / part / name).mkdir(parents=True)
+            for path in sorted((root / "digits" / part / name).iterdir())[:n]:
+                shutil.copy(path, kept / part / name)
+    return kept
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"layer": 2, "pooling": "max", "k": 5, "temperature": 0.2, "l2": 10.0}]
+)
+def test_scores_are_those_of_the_online_probe(
+    tmp_path: Path, weights: str, digits: Path, options: dict[str, Any]
+) -> None:
+    probe = OnlineProbe(**options)
+    model = SimMIM.load_from_checkpoint(weights)
+    data = ImageFolderData(str(digits), img_size=32, num_workers=0)
+    L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        callbacks=[probe],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).validate(model, data, verbose=False)
+    found = embed(weights, str(digits), str(tmp_path / "f.npz"), **options, **QUICK)
+    assert found.scores["val/knn_top1"] == probe.pretrained["knn_top1"]
+    assert found.scores["val/probe_top1"] == probe.pretrained["probe_top1"]
+    assert found.scores["val/probe_top1"] > 0.5
+    assert found.scores["val/commonest"] == pytest.approx(0.1)
+
+
+def test_several_k_and_two_held_out_parts(
+    tmp_path: Path,
+    weights: str,
+    digits: Path,
+    make_images: Make,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = tmp_path / "three"
+    shutil.copytree(digits, root)
+    shutil.copytree(digits / "val", root / "test")
+    found = embed(weights, str(root), str(tmp_path / "f.npz"), k=[1, 20], **QUICK)
+    one = embed(weights, str(root), str(tmp_path / "g.npz"), k=1, **QUICK)
+    assert found.scores["val/knn_top1_k1"] == one.scores["val/knn_top1"]
+    assert found.scores["test/knn_top1_k20"] == found.scores["val/knn_top1_k20"]
+    table = capsys.readouterr().out.splitlines()[1:8]
+    assert "300 training images of 10 classes" in table[0]
+    assert table[1].split() == ["top-1", "accuracy", "val", "test"]
+    value = f"{found.scores['val/knn_top1_k1']:.3f}"
+    assert table[2].split() == ["kNN,", "k", "=", "1", value, value]
+    assert table[5].split()[-2:] == ["0.100", "0.100"]
+    assert table[6].split() == ["images", "100", "100"]
+
+
+def test_nothing_is_held_out(
+    tmp_path: Path, weights: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = embed(weights, str(folder), str(tmp_path / "f.npz"), val_fraction=0, **QUICK)
+    assert set(found.parts) == {"train"}
+    assert found.scores == {}
+    assert "val_fraction" in capsys.readouterr().out
+
+
+# Mistakes -----------------------------------------------------------------------------------------
+
+
+def test_nothing_is_overwritten(tmp_path: Path, weights: str, folder: Path) -> None:
+    options: dict[str, Any] = {**QUICK, "map": "pca", "neighbours": 2}
+    (tmp_path / "f.map.png").write_text("mine")
+    with pytest.raises(ValueError, match=r"f.map.png is there already: .* --overwrite true"):
+        embed(weights, str(folder), str(tmp_path / "f.npz"), **options)
+    assert (tmp_path / "f.map.png").read_text() == "mine"
+    assert not (tmp_path / "f.npz").exists()
+    embed(weights, str(folder), str(tmp_path / "f.npz"), **QUICK)  # without a map there is none
+    embed(weights, str(folder), str(tmp_path / "f.npz"), overwrite=True, **options)
+    assert picture_size(tmp_path / "f.map.png")[0] > 800
+
+
+def test_features_that_are_not_finite_are_refused(tmp_path: Path, folder: Path) -> None:
+    model = simmim()
+    with torch.no_grad():
+        model.encoder.model.norm.bias[0] = float("nan")
+    with pytest.raises(ValueError, match=r"20 images are not finite, the first is cat/000\.png"):
+        embed(save(model, tmp_path / "w.ckpt"), str(folder), str(tmp_path / "f.npz"), **QUICK)
+    assert not (tmp_path / "f.npz").exists()
+
+
+def test_a_full_device_is_one_sentence(
+    tmp_path: Path, weights: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("simmim.readout.Reader.forward", full)
+    with pytest.raises(ValueError, match="use a smaller --batch_size than 20"):
+        embed(weights, str(folder), str(tmp_path / "f.npz"), **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--out=f.csv"], "--out f.csv must end in .npz or .parquet"),
+        (["--root=nowhere"], "--root 'nowhere' does not exist"),
+        (["--weights=nowhere"], "nowhere does not exist"),
+        (["--layer=4"], "use 1 to 3"),
+        (["--pooling=cls"], "it takes mean or max or token"),
+        (["--poling=max"], "did you mean --pooling?"),
+        (["--k=0"], "--k 0 is too small"),
+        (["--temperature=0"], "--temperature 0.0 is too small"),
+        (["--val_fraction=2"], "--val_fraction 2.0 is out of range"),
+        (["--group_pattern=cat"], "--group_pattern 'cat' has no group"),
+        (["--map=tsn"], "did you mean tsne?"),
+        (["--query=no.png"], "--query no.png is no file"),
+        (["--query=vit.ckpt"], "cannot be read"),
+        (["--accelerator=mps"], "--accelerator mps is not to be had"),
+        (["--neighbours=-1"], "--neighbours -1 is negative"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_sentence(
+    wrong: list[str],
+    said: str,
+    tmp_path: Path,
+    weights: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {"--weights": "vit.ckpt", "--root": "images", "--out": "f.npz", "--num_workers": "0"}
+    args = [f"{k}={v}" for k, v in given.items() if not wrong[0].startswith(k)]
+    assert main(["embed", *args, *wrong]) != 0
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("simmim: ")
+    assert said in error
+    assert not Path("f.npz").exists()
+
+
+def test_missing_packages_are_one_sentence(
+    tmp_path: Path, weights: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simmim.embeddings.find_spec", lambda name: None)
+    monkeypatch.setattr("simmim.atlas.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'simmim\[parquet\]'"):
+        embed(weights, str(folder), str(tmp_path / "f.parquet"), **QUICK)
+    with pytest.raises(ValueError, match=r"pip install 'simmim\[umap\]'"):
+        embed(weights, str(folder), str(tmp_path / "f.npz"), **{**QUICK, "map": "umap"})
+
+
+def test_from_the_command_line(
+    tmp_path: Path,
+    weights: str,
+    folder: Path,
+    make_images: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = make_images(tmp_path / "other", 2, size=50) / "001.png"
+    queries = ["--query", "cat/003.png", f"--query={other}"]
+    args = ["--weights=vit.ckpt", "--root=images", "--out=f.npz", "--num_workers=0", *queries]
+    assert main(["embed", *args, "--k=[1, 5]", "--neighbours=3"]) == 0
+    said = capsys.readouterr().out
+    assert "kNN, k = 5" in said
+    assert "20 x 32 features, the mean of the patch tokens of the last layer" in said
+    assert picture_size(Path("f.map.png"))[0] > 800
+    rows, columns = 2, 1 + 3
+    size = columns * (96 + 6) + 3 * 6, rows * (96 + 18 + 6) + 6
+    assert picture_size(Path("f.neighbours.png")) == size
+    assert main(["embed", *args]) == 1
+    assert "f.npz is there already" in capsys.readouterr().err
