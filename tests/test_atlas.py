@@ -45,6 +45,7 @@ def png(figure: Any) -> bytes:
 
 
 @pytest.mark.parametrize("method", ["tsne", "pca", pytest.param("umap", marks=needs_umap)])
+@pytest.mark.filterwarnings("ignore:Tensorflow not installed:ImportWarning")  # umap-learn's own
 def test_what_is_near_stays_near(method: str) -> None:
     features, labels = blobs()
     plane = project(features, method)
@@ -124,17 +125,24 @@ def test_neighbours_are_those_of_smallest_angle() -> None:
 
 def test_frames_say_whether_the_class_agrees() -> None:
     tile = torch.full((3, 32, 48), 100, dtype=torch.uint8)
-    row = [Tile(tile, "cat"), Tile(tile, "a", True), Tile(tile, "b" * 99, False), Tile(tile, "")]
+    row = [
+        Tile(tile, "cat"),
+        Tile(tile, "0.9\na", True),
+        Tile(tile, "b" * 99, False),
+        Tile(tile, ""),
+    ]
     picture = draw_neighbours([row, row[:2]])
     width, height = 96, 64  # 2 px for each of the 48 and 32
-    assert picture.size == (4 * (width + 6) + 18, 2 * (height + 18 + 6) + 6)
+    assert picture.size == (4 * (width + 6) + 18, 2 * (height + 30 + 12) + 6)
     lefts = [6, *(6 + i * (width + 6) + 12 for i in (1, 2, 3))]
     frames = [picture.getpixel((left - 1, 6 + height // 2)) for left in lefts]
     assert frames == [(255, 255, 255), RIGHT, WRONG, (255, 255, 255)]
     assert picture.getpixel((lefts[3] + 5, 10)) == (100, 100, 100)
-    assert picture.getpixel((lefts[3] + 5, 10 + height + 24)) == (255, 255, 255)  # a shorter row
+    assert picture.getpixel((lefts[3] + 5, 10 + height + 42)) == (255, 255, 255)  # a shorter row
 
 
 def test_big_gray_and_float_pictures() -> None:
     big, tiny = torch.rand(1, 300, 200), torch.rand(2, 300, 200)
-    assert draw_neighbours([[Tile(big, "a"), Tile(tiny, "b")]]).size == (2 * 70 + 18, 96 + 24 + 6)
+    assert draw_neighbours([[Tile(big, "a"), Tile(tiny, "b")]]).size == (2 * 70 + 18, 96 + 27 + 6)
+    small = torch.rand(1, 64, 64)  # enlarged twice
+    assert draw_neighbours([[Tile(small, "a")]]).size == (134 + 18, 128 + 27 + 6)

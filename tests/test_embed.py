@@ -502,7 +502,10 @@ def test_from_the_command_line(
     assert "20 x 32 features, the mean of the patch tokens of the last layer" in said
     assert picture_size(Path("f.map.png"))[0] > 800
     rows, columns = 2, 1 + 3
-    size = columns * (96 + 6) + 3 * 6, rows * (96 + 18 + 6) + 6
+    size = columns * (96 + 6) + 3 * 6, rows * (96 + 30 + 12) + 6
     assert picture_size(Path("f.neighbours.png")) == size
+    assert "lies in --root" not in said
+    assert main(["embed", *args[:2], "--out=images/f.npz", "--map=none"]) == 0
+    assert "images/f.npz lies in --root" in capsys.readouterr().out
     assert main(["embed", *args]) == 1
     assert "f.npz is there already" in capsys.readouterr().err

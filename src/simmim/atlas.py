@@ -25,7 +25,7 @@ METHODS = {"tsne": "t-SNE", "umap": "UMAP", "pca": "PCA", "none": ""}
 NAMED = 20  # classes with a colour of their own; the rarer ones of more are drawn gray
 COMPONENTS = 50  # to which features are reduced before t-SNE, as its authors advise
 REST = "#c8c8c8"
-SIDE, GAP, LINE = 96, 6, 18  # px of a tile, between tiles, and of the line below one
+SIDE, GAP, LINE = 96, 6, 15  # px of a tile at least, between tiles, and of a line below one
 RIGHT, WRONG = (44, 160, 44), (214, 39, 40)  # frames of neighbours of the same and another class
 
 
@@ -145,11 +145,11 @@ def most_similar(
 
 @dataclass(frozen=True)
 class Tile:
-    """A picture with a line below it.
+    """A picture with a line or two below it.
 
     Attributes:
         picture: uint8, or float in 0..1, (C, H, W).
-        caption: The line.
+        caption: The lines.
         agrees: Frames it: whether it is of the query's class; None where that is not known.
     """
 
@@ -169,7 +169,8 @@ def draw_neighbours(rows: Sequence[Sequence[Tile]]) -> Image.Image:
     """
     tiles = [[_enlarged(tile.picture) for tile in row] for row in rows]
     width, height = tiles[0][0].size
-    across, down = width + GAP, height + LINE + GAP
+    lines = max(tile.caption.count("\n") + 1 for row in rows for tile in row)
+    across, down = width + GAP, height + lines * LINE + 2 * GAP
     columns = max(map(len, rows))
     panel = Image.new("RGB", (columns * across + 3 * GAP, len(rows) * down + GAP), BACKGROUND)
     draw, font = ImageDraw.Draw(panel), ImageFont.load_default(size=11)
@@ -180,8 +181,9 @@ def draw_neighbours(rows: Sequence[Sequence[Tile]]) -> Image.Image:
             if tile.agrees is not None:
                 box = (left - 2, top - 2, left + width + 1, top + height + 1)
                 draw.rectangle(box, outline=RIGHT if tile.agrees else WRONG, width=2)
-            middle = (left + width // 2, top + height + LINE // 2 + 1)
-            draw.text(middle, _fitting(tile.caption, font, width), INK, font, anchor="mm")
+            for i, line in enumerate(tile.caption.split("\n")):
+                middle = (left + width // 2, top + height + i * LINE + LINE // 2 + 3)
+                draw.text(middle, _fitting(line, font, width), INK, font, anchor="mm")
     x = GAP + across
     draw.line((x, GAP, x, panel.height - 2 * GAP), fill=(200, 200, 200))
     return panel
@@ -226,17 +228,16 @@ def _add_legend(axes: Any, legend: Sequence[tuple[str, Any]]) -> None:
 
 
 def _enlarged(picture: Tensor) -> Image.Image:
-    """A picture of about SIDE px, enlarged by whole pixels."""
+    """A picture of SIDE px or a little more: small ones are enlarged by whole pixels."""
     unit = picture.float() / 255 if picture.dtype == torch.uint8 else picture
     image = Image.fromarray(to_rgb(unit[None])[0])
     longest = max(image.size)
-    if longest <= SIDE:
-        factor = SIDE // longest
-        size, how = (image.width * factor, image.height * factor), Image.Resampling.NEAREST
-    else:
-        size = (image.width * SIDE // longest or 1, image.height * SIDE // longest or 1)
-        how = Image.Resampling.LANCZOS
-    return image.resize(size, how)
+    if longest < SIDE:
+        factor = -(-SIDE // longest)
+        size = image.width * factor, image.height * factor
+        return image.resize(size, Image.Resampling.NEAREST)
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return image
 
 
 def _fitting(text: str, font: Any, width: int) -> str:

@@ -148,6 +148,8 @@ def embed(
     for file in queries:
         embedder.picture(file)  # one that cannot be read is better known now
 
+    if Path(os.path.realpath(files.out)).is_relative_to(os.path.realpath(root)):
+        print(f"{files.out} lies in --root: pictures beside it are read as images the next time")
     found, bad = embedder.embed_folder(files.bad)
     about = describe(layer, pooling)
     write(found, files.out, {"weights": weights, "features": about})
@@ -493,7 +495,7 @@ def _draw_neighbours(
             other = found.class_of(i)
             agrees = name == other if name and other else None
             tile = embedder.picture(root / found.paths[i])
-            row.append(Tile(tile, f"{value:.3f}: {other}" if other else f"{value:.3f}", agrees))
+            row.append(Tile(tile, f"{value:.3f}\n{other}".strip(), agrees))
         rows.append(row)
     with written_whole(path) as part:
         draw_neighbours(rows).save(part, format="png")
