@@ -392,9 +392,7 @@ def _fabric(accelerator: str, precision: Any) -> Fabric:
 def _reader(backbone: Backbone, layer: int | None, pooling: str) -> nn.Module:
     layers = choose_layers(layer, backbone.model, backbone.encoder)
     mean, std = backbone.statistics or imagenet_statistics(backbone.in_chans)
-    follows = backbone.norm_behind_pooling and layer is None
-    norm = backbone.model.fc_norm if follows else None
-    return Reader(backbone.model, mean, std, layers, pooling, norm).eval()
+    return Reader(backbone.model, mean, std, layers, pooling).eval()
 
 
 def _part_names(files: FileIndex, parts: dict[str, Part]) -> npt.NDArray[np.str_]:

@@ -98,7 +98,6 @@ class Reader(nn.Module):
         std: Their standard deviation.
         layers: From `choose_layers`, one at most.
         pooling: mean, max or token.
-        norm: What follows the pooling.
     """
 
     def __init__(
@@ -108,11 +107,9 @@ class Reader(nn.Module):
         std: Sequence[float],
         layers: list[int],
         pooling: str,
-        norm: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.model, self.layers, self.pooling = model, layers, pooling
-        self.norm = norm or nn.Identity()
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
@@ -125,7 +122,7 @@ class Reader(nn.Module):
         read = read_tokens(self.model, images, self.layers, class_token=self.pooling == "token")
         tokens, class_token = read[0]
         class_token = None if class_token is None else class_token.float()
-        return cast(Tensor, self.norm(pool(tokens.float(), self.pooling, class_token)).float())
+        return pool(tokens.float(), self.pooling, class_token)
 
 
 class Probe(nn.Module):

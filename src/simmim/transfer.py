@@ -9,11 +9,11 @@ from typing import Any
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import Tensor, nn
+from torch import nn
 
 from simmim.weights import find_checkpoint
 from simmim.weights.api import _check_heads, _classes
-from simmim.weights.fit import MODEL, Architecture, Report, fit
+from simmim.weights.fit import MODEL, Architecture, Report, Weights, fit
 from simmim.weights.sources import TIMM, build_encoder, open_weights
 
 ENCODER = "vit_base_patch16_224"  # where neither a name nor weights are given
@@ -32,8 +32,6 @@ class Backbone:
         options: Its other options, plain values: together with the name they build it again.
         num_classes: Classes of timm's classifier; 0 = none.
         classes: Their names, where the weights are a classifier of ours.
-        norm_behind_pooling: Whether the weights are a classifier's that pools the tokens by their
-            mean, and has its norm (`model.fc_norm`) behind that.
         report: What became of each tensor of the file; None without a file.
         statistics: Mean and standard deviation of each channel (pixels in 0..1) that the weights
             were made with, where they are known.
@@ -46,7 +44,6 @@ class Backbone:
     options: dict[str, Any]
     num_classes: int = 0
     classes: list[str] = field(default_factory=list)
-    norm_behind_pooling: bool = False
     report: Report | None = None
     statistics: tuple[list[float], list[float]] | None = None
 
@@ -96,8 +93,7 @@ def open_backbone(
         raise ValueError(f"{described.encoder} has no class token to pool: use pooling mean")
     if global_pool is not None and getattr(plan, "global_pool", None) not in (None, global_pool):
         built["global_pool"] = options["global_pool"] = global_pool
-    behind = found is not None and _norm_is_behind_pooling(found.tensors)
-    if behind and not global_pool:  # the other norm is not in the file
+    if found and not global_pool and _has_no_norm(found):  # then there is none behind the tokens
         built["global_pool"] = options["global_pool"] = "avg"
     classes = _classes(found) if found and classifier is None else classifier or 0
     rates = {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
@@ -109,7 +105,6 @@ def open_backbone(
         in_chans=in_chans or described.in_chans,
         options=options,
         num_classes=classes,
-        norm_behind_pooling=behind and found is not None and _classes(found) > 0,
     )
     if found:
         _check_heads(found, model)
@@ -151,8 +146,11 @@ def _shape(weights: str | None) -> tuple[Size, int]:
     return architecture.img_size, architecture.in_chans
 
 
-def _norm_is_behind_pooling(tensors: Mapping[str, Tensor]) -> bool:
-    return f"{MODEL}fc_norm.weight" in tensors and f"{MODEL}norm.weight" not in tensors
+def _has_no_norm(weights: Weights) -> bool:
+    """Whether it was pretrained without a norm behind the tokens: fc_norm is a classifier's."""
+    tensors = weights.tensors
+    behind = f"{MODEL}fc_norm.weight" in tensors and f"{MODEL}norm.weight" not in tensors
+    return behind and not _classes(weights)
 
 
 def _plan(described: Architecture, options: Mapping[str, Any]) -> nn.Module:
