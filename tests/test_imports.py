@@ -23,6 +23,7 @@ SHARED = {
 }
 COMMANDS = {"embed", "export", "compare", "doctor", "benchmark"}
 COMMAND_PARTS = {"embeddings", "atlas"}  # of embed
+RUNS = {"run", "configuration", "mistakes"}  # where a run lies, what its config says
 FREE = {"parts"}  # finds a part by its name; knows none of them
 MAY_IMPORT = {
     **{area: {"masking", "observe"} for area in METHOD},
@@ -32,6 +33,7 @@ MAY_IMPORT = {
     **{area: METHOD | SHARED | TASKS | {"data"} for area in COMMANDS},
     "embed": METHOD | SHARED | TASKS | {"data"} | COMMAND_PARTS,
     **{area: METHOD | SHARED | TASKS for area in COMMAND_PARTS},
+    **{area: METHOD | SHARED | TASKS | RUNS | {"data"} for area in COMMANDS},
 }
 
 

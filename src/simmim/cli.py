@@ -54,6 +54,10 @@ COMMANDS = {
         "turn an official SimMIM release (.pth) into a checkpoint of ours",
         "simmim.commands:convert",
     ),
+    "compare": Command(
+        "say whether pretraining was worth it: against scratch, with few labels and with all",
+        "simmim.commands:compare",
+    ),
 }
 
 EXAMPLES = {

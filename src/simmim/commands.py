@@ -24,6 +24,11 @@ def embed(args: list[str]) -> None:
 
     # Given again, a list's option adds to the list instead of replacing it.
     call("embed", embed, [re.sub(r"^--query(?==|$)", "--query+", arg) for arg in args])
+def compare(args: list[str]) -> None:
+    """`simmim compare --weights CKPT`."""
+    from simmim.compare import compare
+
+    print(call("compare", compare, ["--config" if word == "-c" else word for word in args]))
 
 
 def call(name: str, function: Callable[..., Any], args: list[str]) -> Any:

@@ -1,0 +1,387 @@
+"""What the runs of a comparison show: differences with their uncertainty, a table, a sentence.
+
+An accuracy is uncertain for two reasons: another seed (labels, initial weights, order) would have
+given another one, and so would other validation images. The runs are paired in both respects: for
+each seed all arms train on the same images, and all are scored on the same validation images. With
+c = 1 where an image is recognised, the difference of two arms is the mean of c - c' over seeds and
+images, and its variance is estimated as the sum of
+
+- the variance of the seeds' differences, divided by the number of seeds;
+- the variance over images of what an image contributes, averaged over the seeds, divided by the
+  number of images. Images of one group (a patient, a scene) count as one draw. For one seed this is
+  McNemar's variance. One image more that only one arm recognises is added, so that no finite set of
+  images proves two arms to be equal.
+
+What seeds and images do together is in both terms, so the sum is on the safe side. The interval is
+Student's, with Welch and Satterthwaite's degrees of freedom, and its 5 % are shared between the
+budgets that are judged together (Bonferroni): three budgets are three chances to be lucky.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import t as student
+
+Floats = npt.NDArray[np.float64]
+Judgement = Literal["better", "worse", "same", "open"]
+ERROR = 0.05  # chance that one of the intervals of a comparison misses
+MATTERS = 0.01  # a gain of less than one point is not worth a pretraining
+IMBALANCED = 1.5  # images of the largest class / of the smallest, from which top-1 misleads
+LEARNED = 0.9  # of its own training images: below it an arm could have learned for longer
+SCRATCH, OURS, PUBLIC = "scratch", "pretrained", "public"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run of a comparison, a row of results.csv.
+
+    Attributes:
+        mode: finetune or probe.
+        arm: scratch, pretrained or public.
+        budget: As it was asked for: a share, or images of each class.
+        images: Training images with a label.
+        seed: Of the subset, the initial weights and the order.
+        steps: Optimiser steps.
+        top1: Share of the validation images that are recognised after the last step.
+        top1_balanced: The same, averaged over the classes.
+        train_top1: Share of the training images, without augmentation; of at most 1,000.
+        seconds: Of training.
+        correct: Whether each validation image is recognised, bool, (n,).
+    """
+
+    mode: str
+    arm: str
+    budget: float
+    images: int
+    seed: int
+    steps: int
+    top1: float
+    top1_balanced: float
+    train_top1: float
+    seconds: float
+    correct: npt.NDArray[np.bool_] = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The images that all runs are scored on.
+
+    Attributes:
+        labels: Class of each, (n,).
+        groups: What each belongs to (a patient, a scene), numbers, (n,); its own place by default.
+    """
+
+    labels: npt.NDArray[np.int64]
+    groups: npt.NDArray[np.int64]
+
+    def weights(self, balanced: bool) -> Floats:
+        """What each image counts in an accuracy, (n,); they sum to 1."""
+        if not balanced:
+            return np.full(len(self.labels), 1 / len(self.labels))
+        counts = np.bincount(self.labels)
+        return np.asarray(1 / (counts[self.labels] * np.count_nonzero(counts)))
+
+    @property
+    def imbalanced(self) -> bool:
+        """Whether classes differ in size so much that top-1 is about the large ones."""
+        counts = np.bincount(self.labels)
+        counts = counts[counts > 0]
+        return bool(counts.max() >= IMBALANCED * counts.min() and counts.max() - counts.min() > 1)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How much better one arm is than another at a budget, as shares of 1.
+
+    Attributes:
+        labels: The budget in words.
+        first: Mean accuracy of the one.
+        second: Mean accuracy of the other.
+        spread: Standard deviation of the seeds' differences; nan for one seed.
+        margin: Half of the interval that holds the true difference.
+        seeds: Number of seeds.
+        images: Number of validation images.
+        steps: Optimiser steps of each run.
+    """
+
+    labels: str
+    first: float
+    second: float
+    spread: float
+    margin: float
+    seeds: int
+    images: int
+    steps: int
+
+    @property
+    def mean(self) -> float:
+        """The difference."""
+        return self.first - self.second
+
+    @property
+    def judgement(self) -> Judgement:
+        """better or worse where the interval leaves out 0; same where it leaves out a point."""
+        if self.seeds < 2:
+            return "open"
+        if self.mean - self.margin > 0:
+            return "better"
+        if self.mean + self.margin < 0:
+            return "worse"
+        return "same" if self.mean + self.margin < MATTERS else "open"
+
+
+def gap(
+    first: npt.NDArray[np.bool_],
+    second: npt.NDArray[np.bool_],
+    weights: Floats,
+    groups: npt.NDArray[np.int64],
+    *,
+    labels: str = "",
+    steps: int = 0,
+    judged: int = 1,
+) -> Gap:
+    """Compare two arms, seed by seed and image by image.
+
+    Args:
+        first: Whether each seed's run recognises each image, (seeds, n).
+        second: The same of the other arm: the same seeds, the same images.
+        weights: What each image counts, (n,).
+        groups: Images of one number are one draw, (n,).
+        labels: The budget in words.
+        steps: Optimiser steps of each run.
+        judged: Budgets that share the chance of error.
+    """
+    seeds, images = first.shape
+    differences = first.astype(float) - second  # (seeds, n)
+    each = differences @ weights
+    mean = float(each.mean())
+    pulls = np.bincount(groups, weights * (differences.mean(0) - mean))
+    draws = len(np.unique(groups))
+    by_images = draws / max(draws - 1, 1) * float((pulls**2).sum()) + float(weights.max() ** 2)
+    by_seeds = float(each.var(ddof=1)) / seeds if seeds > 1 else float("nan")
+    variance = by_images + by_seeds
+    freedom = variance**2 / (by_images**2 / max(draws - 1, 1) + by_seeds**2 / max(seeds - 1, 1))
+    return Gap(
+        labels=labels,
+        first=float((first @ weights).mean()),
+        second=float((second @ weights).mean()),
+        spread=float(each.std(ddof=1)) if seeds > 1 else float("nan"),
+        margin=float(student.ppf(1 - ERROR / judged / 2, freedom) * np.sqrt(variance)),
+        seeds=seeds,
+        images=images,
+        steps=steps,
+    )
+
+
+def gaps(
+    results: Sequence[Result],
+    validation: Validation,
+    arms: tuple[str, str],
+    *,
+    words: Callable[[int], str] = "{:,} labels".format,
+    balanced: bool = False,
+) -> list[Gap]:
+    """Compare two arms at each budget, the smallest first.
+
+    Args:
+        results: The runs of one mode.
+        validation: What they were scored on.
+        arms: The one, and the other.
+        words: Says a number of images in words.
+        balanced: Whether classes count alike, instead of images.
+    """
+    of = {(r.arm, r.images, r.seed): r for r in results}
+    budgets = sorted({r.images for r in results})
+    found = []
+    for images in budgets:
+        both = [s for s in _seeds(results) if all((arm, images, s) in of for arm in arms)]
+        if not both:
+            continue
+        runs = [[of[arm, images, seed] for seed in both] for arm in arms]
+        first, second = (np.stack([run.correct for run in arm]) for arm in runs)
+        found.append(
+            gap(
+                first,
+                second,
+                validation.weights(balanced),
+                validation.groups,
+                labels=words(images),
+                steps=runs[0][0].steps,
+                judged=len(budgets),
+            )
+        )
+    return found
+
+
+# The sentence ------------------------------------------------------------------------------------
+
+
+def verdict(found: Sequence[Gap], first: str = "pretrained", second: str = "from scratch") -> str:
+    """Say in one sentence whether the first is better than the second.
+
+    Yes, where at some budget the whole interval is above 0, and at none below. No, where it is
+    below, or where everywhere it stays under one point. Not shown, where neither is: more seeds,
+    more validation images or a larger difference would be needed.
+
+    Args:
+        found: From `gaps`, the smallest budget first.
+        first: The one, in words.
+        second: The other, in words.
+    """
+    by: dict[Judgement, list[Gap]] = {"better": [], "worse": [], "same": [], "open": []}
+    for one in found:
+        by[one.judgement].append(one)
+    if found[0].seeds < 2:
+        return (
+            f"Not shown: one seed says nothing about how far seeds lie apart: {_told(found[0])}; "
+            "use 3 seeds or more."
+        )
+    if by["better"] and by["worse"]:
+        return (
+            f"It depends: {first} is better at {_told(by['better'][0])}, but {second} is at "
+            f"{_told(by['worse'][0], swap=True)}."
+        )
+    if by["better"]:
+        return f"Yes: at {_told(by['better'][0])}{_also(by)}."
+    if by["worse"]:
+        return f"No: {second} is better, at {_told(by['worse'][0], swap=True)}{_also(by)}."
+    if not by["open"]:
+        return f"No: at no budget is it worth a point; at {_told(found[0])}."
+    return (
+        "Not shown: the difference is within the spread of the seeds and of the validation images, "
+        f"at {_told(by['open'][0])}{_also(by)}."
+    )
+
+
+def _told(one: Gap, swap: bool = False) -> str:
+    """`10 labels a class 41.2 % against 27.9 % (difference 13.3 ± 1.1 points, ...)`."""
+    high, low = (one.second, one.first) if swap else (one.first, one.second)
+    over = f"over {one.seeds} seeds and {one.images:,} validation images"
+    margin = "" if np.isnan(one.margin) else f" ± {100 * one.margin:.1f}"
+    return (
+        f"{one.labels} {100 * high:.1f} % against {100 * low:.1f} % "
+        f"(difference {100 * (high - low):.1f}{margin} points {over if one.seeds > 1 else ''}"
+        f"{'' if one.seeds > 1 else 'with one seed'})"
+    )
+
+
+def _also(by: dict[Judgement, list[Gap]]) -> str:
+    """What the sentence has not said yet, briefly."""
+    lead = next(kind for kind in ("better", "worse", "open") if by[kind])
+    words: dict[Judgement, str] = {
+        "better": "also better at",
+        "worse": "also worse at",
+        "same": "less than a point at",
+        "open": "also open at" if lead == "open" else "not shown at",
+    }
+    parts = []
+    for kind, text in words.items():
+        rest = by[kind][1:] if kind == lead else by[kind]
+        if rest:
+            listed = " and ".join(f"{one.labels} ({100 * one.mean:+.1f})" for one in rest)
+            parts.append(f"{text} {listed}")
+    return "".join(f"; {part}" for part in parts)
+
+
+def unlearned(results: Sequence[Result], words: Callable[[int], str]) -> list[str]:
+    """Sentences about arms that were still learning when training ended."""
+    notes = []
+    for images in sorted({r.images for r in results}):
+        for arm in _arms(results):
+            runs = [r for r in results if (r.arm, r.images) == (arm, images)]
+            learned = float(np.mean([r.train_top1 for r in runs])) if runs else 1.0
+            if learned < LEARNED:
+                notes.append(
+                    f"At {words(images)} {arm} knows {100 * learned:.0f} % of its own training "
+                    f"images after {runs[0].steps:,} steps: longer training (epochs, min_steps) "
+                    "may change the difference."
+                )
+    return notes
+
+
+# The table ---------------------------------------------------------------------------------------
+
+
+def table(
+    results: Sequence[Result],
+    validation: Validation,
+    *,
+    words: Callable[[int], str] = "{:,} labels".format,
+    balanced: bool = False,
+) -> list[dict[str, str]]:
+    """Summarise the runs of one mode, a row a budget: mean ± standard deviation over the seeds.
+
+    Args:
+        results: The runs.
+        validation: What they were scored on.
+        words: Says a number of images in words.
+        balanced: Whether classes count alike, instead of images.
+
+    Returns:
+        Rows with the same columns, as text; accuracies in percent.
+    """
+    rows: dict[int, dict[str, str]] = {}
+    for images in sorted({r.images for r in results}):
+        runs = [r for r in results if r.images == images]
+        rows[images] = {"labels": words(images), "steps": f"{runs[0].steps:,}"}
+        for arm in _arms(results):
+            scores = [_score(r, balanced) for r in runs if r.arm == arm]
+            rows[images][arm] = _mean_and_spread(scores)
+    for other in [arm for arm in _arms(results) if arm != OURS]:
+        found = gaps(results, validation, (OURS, other), words=words, balanced=balanced)
+        named = {one.labels: one for one in found}
+        for row in rows.values():
+            if one := named.get(row["labels"]):
+                row[f"{OURS} - {other}"] = _signed(one)
+                row["interval" if other == SCRATCH else f"interval, {other}"] = _interval(one)
+    return list(rows.values())
+
+
+def markdown(rows: Sequence[dict[str, str]]) -> str:
+    """Write rows as a table in Markdown, aligned to be read as it is."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [columns, *([row.get(name, "") for name in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "| " + " | ".join(f"{v:<{w}}" for v, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )
+
+
+def spread(results: Sequence[Result], arm: str, images: int, balanced: bool) -> list[float]:
+    """The accuracies of an arm at a budget, one a seed."""
+    return [_score(r, balanced) for r in results if (r.arm, r.images) == (arm, images)]
+
+
+def _score(result: Result, balanced: bool) -> float:
+    return result.top1_balanced if balanced else result.top1
+
+
+def _arms(results: Sequence[Result]) -> list[str]:
+    there = {r.arm for r in results}
+    return [arm for arm in (SCRATCH, OURS, PUBLIC) if arm in there]
+
+
+def _seeds(results: Sequence[Result]) -> list[int]:
+    return sorted({r.seed for r in results})
+
+
+def _mean_and_spread(scores: Sequence[float]) -> str:
+    if not scores:
+        return ""
+    mean = f"{100 * np.mean(scores):.1f}"
+    return f"{mean} ± {100 * np.std(scores, ddof=1):.1f}" if len(scores) > 1 else mean
+
+
+def _signed(one: Gap) -> str:
+    several = f" ± {100 * one.spread:.1f}" if one.seeds > 1 else ""
+    return f"{100 * one.mean:+.1f}{several}"
+
+
+def _interval(one: Gap) -> str:
+    low, high = one.mean - one.margin, one.mean + one.margin
+    return f"{100 * low:+.1f} to {100 * high:+.1f}" if one.seeds > 1 else ""
