@@ -17,8 +17,8 @@ Student's, with Welch and Satterthwaite's degrees of freedom, and its 5 % are sh
 budgets that are judged together (Bonferroni): three budgets are three chances to be lucky.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -105,6 +105,8 @@ class Gap:
         seeds: Number of seeds.
         images: Number of validation images.
         steps: Optimiser steps of each run.
+        learned: Share of its own training images that the less trained arm recognises; 1 where that
+            says nothing, as of a probe.
     """
 
     labels: str
@@ -114,7 +116,8 @@ class Gap:
     margin: float
     seeds: int
     images: int
-    steps: int
+    steps: int = 0
+    learned: float = 1.0
 
     @property
     def mean(self) -> float:
@@ -123,7 +126,7 @@ class Gap:
 
     @property
     def judgement(self) -> Judgement:
-        """better or worse where the interval leaves out 0; same where it leaves out a point."""
+        """Better or worse where the interval leaves out 0; same where it leaves out a point."""
         if self.seeds < 2:
             return "open"
         if self.mean - self.margin > 0:
@@ -140,7 +143,6 @@ def gap(
     groups: npt.NDArray[np.int64],
     *,
     labels: str = "",
-    steps: int = 0,
     judged: int = 1,
 ) -> Gap:
     """Compare two arms, seed by seed and image by image.
@@ -151,7 +153,6 @@ def gap(
         weights: What each image counts, (n,).
         groups: Images of one number are one draw, (n,).
         labels: The budget in words.
-        steps: Optimiser steps of each run.
         judged: Budgets that share the chance of error.
     """
     seeds, images = first.shape
@@ -172,7 +173,6 @@ def gap(
         margin=float(student.ppf(1 - ERROR / judged / 2, freedom) * np.sqrt(variance)),
         seeds=seeds,
         images=images,
-        steps=steps,
     )
 
 
@@ -202,24 +202,17 @@ def gaps(
             continue
         runs = [[of[arm, images, seed] for seed in both] for arm in arms]
         first, second = (np.stack([run.correct for run in arm]) for arm in runs)
-        found.append(
-            gap(
-                first,
-                second,
-                validation.weights(balanced),
-                validation.groups,
-                labels=words(images),
-                steps=runs[0][0].steps,
-                judged=len(budgets),
-            )
-        )
+        weights, groups = validation.weights(balanced), validation.groups
+        one = gap(first, second, weights, groups, labels=words(images), judged=len(budgets))
+        learned = min(_learned(arm) for arm in runs)
+        found.append(replace(one, steps=runs[0][0].steps, learned=learned))
     return found
 
 
 # The sentence ------------------------------------------------------------------------------------
 
 
-def verdict(found: Sequence[Gap], first: str = "pretrained", second: str = "from scratch") -> str:
+def verdict(found: Sequence[Gap], first: str = OURS, second: str = "from scratch") -> str:
     """Say in one sentence whether the first is better than the second.
 
     Yes, where at some budget the whole interval is above 0, and at none below. No, where it is
@@ -234,71 +227,72 @@ def verdict(found: Sequence[Gap], first: str = "pretrained", second: str = "from
     by: dict[Judgement, list[Gap]] = {"better": [], "worse": [], "same": [], "open": []}
     for one in found:
         by[one.judgement].append(one)
+    better, worse, same, still_open = by.values()
     if found[0].seeds < 2:
+        told = _told(found[0], first, second)
+        return f"Not shown: one seed does not tell how far seeds lie apart: {told}; use 3 seeds."
+    if better and worse:
         return (
-            f"Not shown: one seed says nothing about how far seeds lie apart: {_told(found[0])}; "
-            "use 3 seeds or more."
+            f"It depends: {_told(better[0], first, second)}, but {_told(worse[0], second, first)}."
         )
-    if by["better"] and by["worse"]:
-        return (
-            f"It depends: {first} is better at {_told(by['better'][0])}, but {second} is at "
-            f"{_told(by['worse'][0], swap=True)}."
-        )
-    if by["better"]:
-        return f"Yes: at {_told(by['better'][0])}{_also(by)}."
-    if by["worse"]:
-        return f"No: {second} is better, at {_told(by['worse'][0], swap=True)}{_also(by)}."
-    if not by["open"]:
-        return f"No: at no budget is it worth a point; at {_told(found[0])}."
+    if better:
+        how = "Yes" if better[0].learned >= LEARNED else "Yes, after so short a training"
+        return f"{how}: {_told(better[0], first, second)}{_also(by)}."
+    if worse:
+        return f"No: {_told(worse[0], second, first)}{_also(by)}."
+    if not still_open:
+        return f"No: nowhere is it worth a point; {_told(same[0], first, second)}{_also(by)}."
     return (
-        "Not shown: the difference is within the spread of the seeds and of the validation images, "
-        f"at {_told(by['open'][0])}{_also(by)}."
+        "Not shown: the difference is within the spread of the seeds and of the validation images; "
+        f"{_told(still_open[0], first, second)}{_also(by)}."
     )
 
 
-def _told(one: Gap, swap: bool = False) -> str:
-    """`10 labels a class 41.2 % against 27.9 % (difference 13.3 ± 1.1 points, ...)`."""
-    high, low = (one.second, one.first) if swap else (one.first, one.second)
-    over = f"over {one.seeds} seeds and {one.images:,} validation images"
-    margin = "" if np.isnan(one.margin) else f" ± {100 * one.margin:.1f}"
+def _told(one: Gap, high: str, low: str) -> str:
+    """`at 10 labels A reaches 41.2 % against 27.9 % of B (difference 13.3 ± 1.1 points ...)`."""
+    backwards = one.judgement == "worse"
+    top, other = (one.second, one.first) if backwards else (one.first, one.second)
+    margin = f" ± {100 * one.margin:.1f}" if one.seeds > 1 else ""
+    seeds = f"{one.seeds} seeds" if one.seeds > 1 else "one seed"
+    length = f", {one.steps:,} steps each" if one.steps else ""
     return (
-        f"{one.labels} {100 * high:.1f} % against {100 * low:.1f} % "
-        f"(difference {100 * (high - low):.1f}{margin} points {over if one.seeds > 1 else ''}"
-        f"{'' if one.seeds > 1 else 'with one seed'})"
+        f"at {one.labels} {high} reaches {100 * top:.1f} % against {100 * other:.1f} % {low} "
+        f"(difference {100 * (top - other):.1f}{margin} points over {seeds} and {one.images:,} "
+        f"validation images{length})"
     )
 
 
-def _also(by: dict[Judgement, list[Gap]]) -> str:
+def _also(by: Mapping[Judgement, Sequence[Gap]]) -> str:
     """What the sentence has not said yet, briefly."""
-    lead = next(kind for kind in ("better", "worse", "open") if by[kind])
+    lead = next(kind for kind in ("better", "worse", "open", "same") if by[kind])
     words: dict[Judgement, str] = {
-        "better": "also better at",
-        "worse": "also worse at",
-        "same": "less than a point at",
-        "open": "also open at" if lead == "open" else "not shown at",
+        "better": "also better",
+        "worse": "also worse",
+        "open": "neither shown" if lead == "open" else "not shown",
+        "same": "less than a point",
     }
     parts = []
     for kind, text in words.items():
         rest = by[kind][1:] if kind == lead else by[kind]
         if rest:
-            listed = " and ".join(f"{one.labels} ({100 * one.mean:+.1f})" for one in rest)
-            parts.append(f"{text} {listed}")
-    return "".join(f"; {part}" for part in parts)
+            listed = " and ".join(f"at {one.labels} by {100 * one.mean:.1f}" for one in rest)
+            parts.append(f"; {text} {listed} points")
+    return "".join(parts)
 
 
 def unlearned(results: Sequence[Result], words: Callable[[int], str]) -> list[str]:
-    """Sentences about arms that were still learning when training ended."""
+    """Sentences about budgets at which training ended before an arm had learned its own images."""
     notes = []
     for images in sorted({r.images for r in results}):
-        for arm in _arms(results):
-            runs = [r for r in results if (r.arm, r.images) == (arm, images)]
-            learned = float(np.mean([r.train_top1 for r in runs])) if runs else 1.0
-            if learned < LEARNED:
-                notes.append(
-                    f"At {words(images)} {arm} knows {100 * learned:.0f} % of its own training "
-                    f"images after {runs[0].steps:,} steps: longer training (epochs, min_steps) "
-                    "may change the difference."
-                )
+        runs = [r for r in results if r.images == images]
+        shares = {arm: _learned([r for r in runs if r.arm == arm]) for arm in _arms(runs)}
+        if min(shares.values()) < LEARNED:
+            told = ", ".join(f"{arm} {100 * share:.0f} %" for arm, share in shares.items())
+            notes.append(
+                f"At {words(images)}, {runs[0].steps:,} steps were short: of their own training "
+                f"images {told} are recognised. Longer training (epochs, min_steps) may change the "
+                "difference."
+            )
     return notes
 
 
@@ -364,6 +358,12 @@ def _score(result: Result, balanced: bool) -> float:
 def _arms(results: Sequence[Result]) -> list[str]:
     there = {r.arm for r in results}
     return [arm for arm in (SCRATCH, OURS, PUBLIC) if arm in there]
+
+
+def _learned(runs: Sequence[Result]) -> float:
+    """Share of its training images that an arm recognises; 1 of a probe, which need not."""
+    shares = [run.train_top1 for run in runs if run.mode != "probe"]
+    return float(np.mean(shares)) if shares else 1.0
 
 
 def _seeds(results: Sequence[Result]) -> list[int]:

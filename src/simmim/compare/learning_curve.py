@@ -6,14 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from simmim.evidence import OURS, PUBLIC, SCRATCH, Result, Validation, spread
+from simmim.compare.evidence import OURS, PUBLIC, SCRATCH, Result, Validation, spread
 
 COLORS = {SCRATCH: "#7f7f7f", OURS: "#1f77b4", PUBLIC: "#d9822b"}
+TITLES = {"finetune": "fine-tuned", "probe": "linear probe"}
 MARKS = {SCRATCH: "s", OURS: "o", PUBLIC: "^"}
 
 
 def draw_learning_curve(
-    results: Sequence[Result], validation: Validation, path: Path, *, title: str, balanced: bool
+    results: Sequence[Result], validation: Validation, path: Path, *, balanced: bool
 ) -> None:
     """Draw accuracy over the number of labels, with the spread of the seeds.
 
@@ -21,42 +22,41 @@ def draw_learning_curve(
         results: The runs; a panel for each mode.
         validation: What they were scored on.
         path: The PNG to write.
-        title: What stands above.
         balanced: Whether classes count alike, instead of images.
     """
     from matplotlib.figure import Figure
 
     modes = list(dict.fromkeys(r.mode for r in results))
-    figure = Figure(figsize=(1 + 5.5 * len(modes), 4.4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(1 + 5.5 * len(modes), 4.6), dpi=150, layout="constrained")
     panels = figure.subplots(1, len(modes), squeeze=False, sharey=True)[0]
     for mode, panel in zip(modes, panels, strict=True):
         _draw_panel(panel, [r for r in results if r.mode == mode], balanced)
         _draw_chance(panel, validation, balanced)
-        if len(modes) > 1:
-            panel.set_title(mode, fontsize=10)
-    name = "balanced accuracy" if balanced else "top-1 accuracy"
-    panels[0].set_ylabel(f"{name} on the validation images, %")
-    panels[0].legend(frameon=False, loc="best")
-    figure.suptitle(title, fontsize=11)
+        panel.set_title(TITLES.get(mode, mode), fontsize=11)
+    metric = "balanced accuracy" if balanced else "top-1 accuracy"
+    panels[0].set_ylabel(f"{metric} on the validation images, %")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path)
 
 
 def _draw_panel(panel: Any, results: Sequence[Result], balanced: bool) -> None:
     budgets = sorted({r.images for r in results})
-    for arm in [name for name in COLORS if any(r.arm == name for r in results)]:
+    arms = [name for name in COLORS if any(r.arm == name for r in results)]
+    for place, arm in enumerate(arms):
         scores = {n: 100 * np.array(spread(results, arm, n, balanced)) for n in budgets}
         there = [n for n in budgets if len(scores[n])]
+        beside = {n: n * 1.03 ** (place - (len(arms) - 1) / 2) for n in there}  # no bar hides one
         panel.errorbar(
-            there,
+            [beside[n] for n in there],
             [scores[n].mean() for n in there],
             yerr=[scores[n].std(ddof=1) if len(scores[n]) > 1 else 0 for n in there],
             color=COLORS[arm],
             marker=MARKS[arm],
             capsize=4,
-            label=f"{arm} (mean ± standard deviation of the seeds)" if arm == SCRATCH else arm,
+            label=f"{arm} (mean ± standard deviation)",
         )
-        for n in there:  # each seed, so that three of them do not look like a distribution
-            panel.plot([n] * len(scores[n]), scores[n], ".", color=COLORS[arm], alpha=0.45)
+        for n in there:  # each seed: three of them are no distribution
+            panel.plot([beside[n]] * len(scores[n]), scores[n], ".", color=COLORS[arm], alpha=0.4)
     panel.set_xscale("log")
     panel.set_xticks(budgets, [f"{n:,}" for n in budgets])
     panel.set_xticks([], minor=True)
@@ -74,7 +74,7 @@ def _draw_chance(panel: Any, validation: Validation, balanced: bool) -> None:
     text = "guessing" if balanced else "always the most frequent class"
     panel.annotate(
         text,
-        (1, 100 * chance),
+        (0.99, 100 * chance),
         xycoords=("axes fraction", "data"),
         xytext=(0, 3),
         textcoords="offset points",
