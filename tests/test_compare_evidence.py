@@ -122,7 +122,9 @@ def test_classes_count_alike_where_they_are_imbalanced() -> None:
     assert weights.sum() == pytest.approx(1)
     large, small = np.zeros((2, 2, 100), dtype=bool)
     large[:, :90], small[:, 90:] = True, True
-    assert gap(large, small, validation.weights(False), validation.groups).mean == pytest.approx(0.8)
+    assert gap(large, small, validation.weights(False), validation.groups).mean == pytest.approx(
+        0.8
+    )
     assert gap(large, small, weights, validation.groups).mean == pytest.approx(0)
 
 

@@ -28,7 +28,8 @@ def compare(args: list[str]) -> None:
     """`simmim compare --weights CKPT`."""
     from simmim.compare import compare
 
-    print(call("compare", compare, ["--config" if word == "-c" else word for word in args]))
+    long = [re.sub(r"^-c(?==|$)", "--config", word) for word in args]
+    print(call("compare", compare, long))
 
 
 def call(name: str, function: Callable[..., Any], args: list[str]) -> Any:

@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 import numpy as np
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from simmim.compare.evidence import (
     OURS,
@@ -179,7 +180,7 @@ def _compare(
     """Train what the folder does not have yet, and sum up."""
     mode, recipe = next(iter(recipes.items()))
     whole = open_data(recipe, arms[mode][OURS], None, 0)
-    _check_unseen(str(weights[OURS]), whole)
+    _check_labels(str(weights[OURS]), whole)
     validation = validation_of(whole)
     budgets = choose_budgets(amounts, whole.class_counts)
     settings: dict[str, Any] = {mode: asdict(recipe) for mode, recipe in recipes.items()}
@@ -314,7 +315,7 @@ def choose_recipes(
     for name, value in {"epochs": epochs, "min_steps": min_steps}.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} {value} trains nothing: use a number above 0")
-    on_cpu = _on_cpu(trainer["accelerator"])
+    on_cpu = _on_cpu(trainer["accelerator"], trainer["precision"])
     usual = ON_CPU if on_cpu else ELSEWHERE
     found = {}
     for which, name in names.items():
@@ -368,8 +369,12 @@ def validation_of(data: ClassificationData) -> Validation:
     return Validation(images.labels.numpy(), groups)
 
 
-def _check_unseen(weights: str, data: ClassificationData) -> None:
-    """Refuse a classifier that was trained with the labels that are to be few."""
+def _check_labels(weights: str, data: ClassificationData) -> None:
+    """Refuse one class, and a classifier that was trained with the labels that are to be few."""
+    if len(data.classes) < 2:
+        raise ValueError(
+            f"{data.root} has one class, {data.classes[0]!r}: give a folder with two or more"
+        )
     run = _run_of(weights)
     config = read_config(run / CONFIG) if run else {}
     supervised = "label_smoothing" in (config.get("model") or {})
@@ -398,9 +403,21 @@ def _same_folder(one: str, other: str | None) -> bool:
     return other is not None and len(set(paths)) == 1
 
 
-def _on_cpu(accelerator: str) -> bool:
-    with quiet():
-        trainer = L.Trainer(accelerator=accelerator, logger=False, enable_checkpointing=False)
+def _on_cpu(accelerator: str, precision: str | None) -> bool:
+    """Whether Lightning chooses the CPU; what it does not know is refused before anything else."""
+    try:
+        with quiet():
+            trainer = L.Trainer(
+                accelerator=accelerator,
+                precision=cast(Any, precision),
+                logger=False,
+                enable_checkpointing=False,
+            )
+    except (ValueError, MisconfigurationException) as error:
+        raise ValueError(
+            f"accelerator {accelerator} with precision {precision or '32-true'} cannot be used "
+            f"here: {error}"
+        ) from error
     return isinstance(trainer.accelerator, CPUAccelerator)
 
 

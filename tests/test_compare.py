@@ -1,0 +1,379 @@
+"""`simmim compare`: paired runs, equal steps, going on, and what is refused."""
+
+import csv
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+
+from simmim import SimMIM
+from simmim.classify import Classifier
+from simmim.cli import main
+from simmim.compare import command, compare
+from simmim.compare.trials import (
+    Arm,
+    Hits,
+    Recipe,
+    choose_budgets,
+    open_arm,
+    open_data,
+    open_model,
+    train,
+)
+
+Make = Callable[..., Path]
+TINY: dict[str, Any] = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+FEW: dict[str, Any] = {"budgets": [1, 1.0], "seeds": 2, "epochs": 0.5, "min_steps": 3}
+ON_CPU: dict[str, Any] = {"batch_size": 4, "num_workers": 0, "accelerator": "cpu"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three classes of stripes, below the working folder."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name, angle in {"flat": 0.0, "slope": 0.8, "steep": 1.57}.items():
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(12):
+            y, x = np.mgrid[:32, :32]
+            wave = np.sin((x * np.cos(angle) + y * np.sin(angle)) / 2 + rng.uniform(0, 6))
+            pixels = 127 + 90 * wave + rng.normal(0, 20, (32, 32))
+            pixels = pixels.clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i:02d}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def weights(folder: Path) -> str:
+    """The folder of a run whose encoder has seen nothing: what counts here is who gets what."""
+    torch.manual_seed(77)
+    model = SimMIM("vit_tiny_patch16_224", img_size=32, mask_patch_size=8, encoder_kwargs=TINY)
+    state = model.state_dict()
+    state["mean"], state["std"] = torch.full((1, 3, 1, 1), 0.4), torch.full((1, 3, 1, 1), 0.3)
+    run = folder.parent / "runs" / "pre" / "version_0"
+    (run / "checkpoints").mkdir(parents=True)
+    content = {"state_dict": state, "hyper_parameters": dict(model.hparams)}
+    torch.save(content, run / "checkpoints" / "last.ckpt")
+    data = {"root": str(folder), "val_fraction": 0.25, "split_seed": 3, "hflip": 0.0}
+    (run / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+    return "runs/pre/version_0"
+
+
+def a_recipe(folder: Path, **kwargs: Any) -> Recipe:
+    options: dict[str, Any] = {"length": 100.0, "epochs": 1.0, "min_steps": 3, **kwargs}
+    return Recipe(
+        model={"warmup_epochs": 10, "drop_path_rate": 0.1},
+        data={"root": str(folder), "batch_size": 4, "val_fraction": 0.25, "num_workers": 0},
+        trainer={"accelerator": "cpu", "precision": "32-true"},
+        **options,
+    )
+
+
+def rows_of(out: Path) -> list[dict[str, str]]:
+    with (out / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# The whole of it ---------------------------------------------------------------------------------
+
+
+def test_a_comparison_leaves_a_table_a_picture_and_a_sentence(
+    weights: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [f"--{k}={v}" for k, v in {**FEW, **ON_CPU}.items()]
+    assert main(["compare", "--weights", weights, "-c", "finetune_small", *options]) == 0
+    out, shown = Path("runs/compare/version_0"), capsys.readouterr().out
+    rows = rows_of(out)
+    first = ["mode", "arm", "budget", "images", "seed", "steps", "top1"]
+    assert list(rows[0])[:7] == first
+    assert [(r["arm"], r["images"], r["seed"]) for r in rows] == [
+        (arm, images, seed)
+        for seed in "01"
+        for images in ("3", "27")
+        for arm in ("scratch", "pretrained")
+    ]
+    for images in ("3", "27"):
+        assert len({row["steps"] for row in rows if row["images"] == images}) == 1
+    summary = (out / "summary.md").read_text()
+    assert "| 3 labels (11 %, 1 a class)" in summary
+    assert "| 27 labels (100 %, 9 a class)" in summary
+    assert "steps were short" in summary
+    assert summary in shown
+    assert summary.splitlines()[-1].startswith(("Yes", "No", "It depends"))
+    assert "new weights" in shown
+    assert "tensors used" in shown
+    picture = Image.open(out / "plot.png")
+    assert picture.width > 800
+    assert len(picture.convert("RGB").getcolors(10**6) or []) > 50
+    kept = yaml.safe_load((out / "config.yaml").read_text())
+    assert kept["finetune"]["data"]["split_seed"] == 3  # the run's
+    assert kept["finetune"]["data"]["hflip"] == 0.0
+
+
+def test_an_interrupted_comparison_goes_on_to_the_same_results(
+    weights: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = compare(weights, **FEW, **ON_CPU)
+    began: list[str] = []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        began.append(kwargs["name"])
+        if len(began) == 4:  # once: what goes on is counted from there
+            raise KeyboardInterrupt
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(command, "train", interrupted)
+    options = [f"--{k}={v}" for k, v in {**FEW, **ON_CPU}.items()]
+    assert main(["compare", "--weights", weights, *options]) == 130
+    assert "--out runs/compare/version_1" in capsys.readouterr().err.replace("\\", "/")
+    out = Path("runs/compare/version_1")
+    before = rows_of(out)
+    assert len(before) == 3
+    with (out / "results.csv").open("a") as file:
+        file.write("finetune,pretr")  # as a crash may leave it
+    gone_on = compare(weights, **FEW, **ON_CPU, out=str(out))
+    assert len(began) == 4 + 5  # what is complete is not trained again
+    after = rows_of(out)
+    assert after[:3] == before
+    assert len(after) == 8
+    assert [(r.top1, r.train_top1) for r in gone_on.results] == [
+        (r.top1, r.train_top1) for r in whole.results
+    ]
+    assert gone_on.verdict == whole.verdict
+    more = compare(weights, **{**FEW, "seeds": 3}, **ON_CPU, out=str(out))  # a seed more
+    assert len(more.results) == 12
+    assert len(rows_of(out)) == 12
+
+
+def test_probes_and_public_weights_of_another_architecture(
+    weights: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    public = folder.parent / "public"
+    model = timm.create_model("test_vit", img_size=32, num_classes=7)
+    timm.models.save_for_hf(model, str(public), safe_serialization=False)
+    few = {**FEW, "budgets": [2]}
+    done = compare(weights, str(folder), public=str(public), mode="both", **few, **ON_CPU)
+    assert [(r.mode, r.arm) for r in done.results[:6]] == [
+        (mode, arm) for mode in ("finetune", "probe") for arm in ("scratch", "pretrained", "public")
+    ]
+    assert "public: test_vit" in (shown := capsys.readouterr().out)
+    assert "another architecture" in shown
+    assert len(done.verdict.splitlines()) == 2
+    assert done.verdict.startswith("finetune: ")
+    assert "better than the public weights?" in done.verdict
+    assert "pretrained - public" in done.summary
+
+
+# Fairness ----------------------------------------------------------------------------------------
+
+
+def test_arms_differ_in_nothing_but_the_weights(weights: str, folder: Path) -> None:
+    recipe = a_recipe(folder)
+    ours = open_arm(weights, recipe.model)
+    arms = {"ours": ours, "scratch": ours.from_scratch()}
+    data = {name: open_data(recipe, arm, 2, 5) for name, arm in arms.items()}
+    chosen = {name: {d.sets["training"].name(i) for i in range(6)} for name, d in data.items()}
+    assert chosen["ours"] == chosen["scratch"]
+    other = open_data(recipe, ours, 2, 6).sets["training"]
+    assert {other.name(i) for i in range(6)} != chosen["ours"]
+
+    models = {name: open_model(recipe, arm, data["ours"], 5) for name, arm in arms.items()}
+    one, two = (model.state_dict() for model in models.values())
+    assert one.keys() == two.keys()
+    equal = {name for name in one if torch.equal(one[name], two[name])}
+    assert {"mean", "std", "encoder.model.head.weight", "encoder.model.head.bias"} <= equal
+    assert one["mean"].unique().tolist() == pytest.approx([0.4])
+    assert "encoder.model.blocks.0.attn.qkv.weight" not in equal
+    file = torch.load(Path(weights, "checkpoints/last.ckpt"), weights_only=True)["state_dict"]
+    name = "encoder.model.blocks.1.mlp.fc1.weight"
+    assert torch.equal(one[name], file[name])
+    assert models["ours"].hparams == models["scratch"].hparams
+    again = open_model(recipe, arms["scratch"], data["ours"], 5).state_dict()
+    assert torch.equal(again[name], two[name])
+    later = open_model(recipe, arms["scratch"], data["ours"], 6).state_dict()
+    assert not torch.equal(later[name], two[name])
+    head = "encoder.model.head.weight"
+    assert not torch.equal(later[head], two[head])
+
+
+def test_the_accuracy_is_that_of_classify_after_the_last_step(weights: str, folder: Path) -> None:
+    recipe = a_recipe(folder, min_steps=30)
+    arm = open_arm(weights, recipe.model)
+    budget = choose_budgets([1.0], [9, 9, 9])[0]
+    bar = type("Bar", (), {"n": 0, "update": lambda self, n: setattr(self, "n", self.n + n)})()
+    found = train(recipe, arm, budget, 1, mode="finetune", name="pretrained", bar=bar)
+    assert found.steps == recipe.steps(27) == bar.n == 30
+
+    data = open_data(recipe, arm, None, 1)
+    model = open_model(recipe, arm, data, 1)
+    options: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+    }
+    trainer = L.Trainer(max_steps=30, limit_val_batches=1.0, num_sanity_val_steps=0, **options)
+    trainer.fit(model, datamodule=data)
+    curve = trainer.lr_scheduler_configs[0].scheduler
+    assert curve.curve["warmup_steps"] == 3  # 10 of 100 epochs, of 30 steps
+    (metrics,) = trainer.validate(model, datamodule=data, verbose=False)
+    assert metrics["val/top1"] == pytest.approx(found.top1)
+    assert metrics["val/top1_balanced"] == pytest.approx(found.top1_balanced)
+    assert len(found.correct) == len(data.sets["validation"]) == 9
+
+
+def test_the_rule_of_the_length(folder: Path) -> None:
+    digits = a_recipe(folder, epochs=6.0, min_steps=150)
+    digits.data["batch_size"] = 32
+    assert digits.steps(10) == 150  # of one batch each
+    assert digits.steps(142) == 150  # 6 x 4 are fewer
+    assert digits.steps(1437) == 264  # 6 x 44
+    digits.trainer["accumulate_grad_batches"] = 4
+    assert digits.steps(1437) == 150  # 6 x 11 are fewer
+
+
+@pytest.mark.parametrize("encoder", ["test_resnet", "test_convnext", "test_efficientnet"])
+def test_other_encoders_with_a_classifier_of_their_own(folder: Path, encoder: str) -> None:
+    public = folder.parent / "public"
+    model = timm.create_model(encoder, num_classes=3)
+    timm.models.save_for_hf(model, str(public), safe_serialization=False)
+    recipe = a_recipe(folder)
+    arm = open_arm(str(public), {"img_size": 32})
+    data = open_data(recipe, arm, 2, 0)
+    one = open_model(recipe, arm, data, 0)
+    two = open_model(recipe, arm.from_scratch(), data, 0)
+    theirs = model.get_classifier().weight
+    for made in (one, two):
+        assert made.model.get_classifier().weight.shape == theirs.shape
+        assert not torch.equal(made.model.get_classifier().weight, theirs)
+    assert torch.equal(one.model.get_classifier().weight, two.model.get_classifier().weight)
+    name, tensor = next(iter(model.named_parameters()))
+    assert torch.equal(one.model.get_parameter(name), tensor)
+    assert not torch.equal(two.model.get_parameter(name), tensor)
+
+
+# Budgets -----------------------------------------------------------------------------------------
+
+
+def test_budgets_are_counted_and_named() -> None:
+    counts = [143] * 7 + [145] * 3
+    found = choose_budgets([1.0, 0.1, 0.01, 0.001, 1, 10], counts)
+    assert [(b.images, b.amount) for b in found] == [
+        (10, 0.01),
+        (100, 10),
+        (140, 0.1),
+        (1436, None),
+    ]
+    assert str(found[0]) == "10 labels (0.7 %, 1 a class)"
+    assert str(found[2]) == "140 labels (9.7 %, 14 a class)"
+    assert str(found[3]) == "1,436 labels (100 %, 143 to 145 a class)"
+    assert [b.images for b in choose_budgets([0.5], [10, 1, 0])] == [6]
+
+
+@pytest.mark.parametrize(("amount", "words"), [(0, "0.1 for a tenth"), (1.5, "1.5 is neither")])
+def test_what_is_no_budget(amount: float, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        choose_budgets([amount], [5, 5])
+    with pytest.raises(ValueError, match="more than the 5 training images of the smallest"):
+        choose_budgets([6], [5, 9])
+
+
+# Mistakes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--weights=no/such"], "no/such does not exist"),
+        (["--weights={lone}"], "give root"),
+        (["--weights={run}", "--root=nowhere"], "'nowhere' does not exist"),
+        (["--weights={run}", "--root={root}/flat"], "has no labels"),
+        (["--weights={run}", "--root={single}"], "has one class, 'flat'"),
+        (["--weights={run}", "-c=finetun_small"], "did you mean 'finetune_small'?"),
+        (["--weights={run}", "--mode=both", "-c", "linear_probe"], "a recipe for each"),
+        (["--weights={run}", "--mode=finetune", "-c", "linear_probe"], "is to probe"),
+        (["--weights={run}", "--budgets=[200]"], "more than the 9 training images"),
+        (["--weights={run}", "--budgets=0.1"], "--budgets does not take '0.1'"),
+        (["--weights={run}", "--seeds=0"], "seeds 0"),
+        (["--weights={run}", "--epochs=-1"], "epochs -1"),
+        (["--weights={run}", "--labels={several}"], "one class an image"),
+        (["--weights={run}", "--out={root}"], "something else than a comparison"),
+        (["--weights={run}", "--group_pattern=(x)_"], "does not match"),
+        (["--weights={run}", "-c={odd}"], "did you mean --model.base_lr?"),
+        (["--weights={run}", "--accelerator=gpuu"], "accelerator gpuu"),
+        (["--weights={run}", "--precision=31"], "precision 31"),
+        (["--weights={run}", "--seedz=3"], "did you mean --seeds?"),
+        ([], "--weights must be given"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    weights: str,
+    folder: Path,
+    options: list[str],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = folder.parent
+    shutil.copy(Path(weights, "checkpoints/last.ckpt"), base / "lone.ckpt")
+    shutil.copytree(folder / "flat", base / "single" / "flat")
+    (base / "several.csv").write_text("path,label\nflat/00.png,a;b\nflat/01.png,a\n")
+    (base / "odd.yaml").write_text("model: {base_lrr: 1.0}\n")
+    places = {"root": folder, "run": weights, "lone": base / "lone.ckpt"}
+    places |= {"single": base / "single", "several": base / "several.csv", "odd": base / "odd.yaml"}
+    given = [option.format(**places) for option in options]
+    assert main(["compare", "--accelerator=cpu", *given]) in (1, 2)
+    error = capsys.readouterr().err.strip()
+    assert words in error
+    assert error.startswith("simmim: ")
+    assert "\n" not in error
+    assert not Path("runs/compare").exists()
+
+
+def test_a_folder_is_not_gone_on_with_under_other_options(weights: str, folder: Path) -> None:
+    few = {**FEW, "budgets": [1], "seeds": 1}
+    compare(weights, **few, **ON_CPU, out="here")
+    with pytest.raises(ValueError, match=r"finetune.min_steps 3, not 4"):
+        compare(weights, **{**few, "min_steps": 4}, **ON_CPU, out="here")
+    checkpoint = Path(weights, "checkpoints/last.ckpt")
+    content = torch.load(checkpoint, weights_only=True)
+    content["state_dict"]["encoder.model.blocks.0.attn.qkv.weight"].add_(0.1)
+    torch.save(content, checkpoint)  # the run went on
+    with pytest.raises(ValueError, match="tensors"):
+        compare(weights, **few, **ON_CPU, out="here")
+    assert len(rows_of(Path("here"))) == 2
+
+
+def test_a_classifier_that_knows_the_labels_is_refused(weights: str, folder: Path) -> None:
+    run = Path(weights, "config.yaml")
+    config = yaml.safe_load(run.read_text())
+    run.write_text(yaml.safe_dump({**config, "model": {"label_smoothing": 0.1}}))
+    with pytest.raises(ValueError, match="trained with the labels"):
+        compare(weights, **FEW, **ON_CPU)
+
+
+def test_hits_are_in_the_order_of_the_data() -> None:
+    hits = Hits()
+    for labels in ([0, 1], [1]):
+        outputs = {"probabilities": torch.tensor([[0.9, 0.1]] * len(labels))}
+        hits.on_predict_batch_end(None, None, outputs, {"label": torch.tensor(labels)}, 0)  # type: ignore[arg-type]
+    correct, labels = hits.take()
+    assert correct.tolist() == [True, False, False]
+    assert labels.tolist() == [0, 1, 1]
+    assert hits.batches == []
+
+
+def test_arms_open_what_classify_opens(weights: str) -> None:
+    arm = open_arm(weights, {"frozen": True, "pooling": "token"})
+    assert isinstance(arm, Arm)
+    assert arm.encoder["encoder"] == "vit_tiny_patch16_224"
+    assert Classifier(**arm.encoder, frozen=True, pooling="token").model is not None
