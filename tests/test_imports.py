@@ -33,7 +33,7 @@ MAY_IMPORT = {
     **{area: METHOD | SHARED | TASKS | {"data"} for area in COMMANDS},
     "embed": METHOD | SHARED | TASKS | {"data"} | COMMAND_PARTS,
     **{area: METHOD | SHARED | TASKS for area in COMMAND_PARTS},
-    **{area: METHOD | SHARED | TASKS | RUNS | {"data"} for area in COMMANDS},
+    "compare": METHOD | SHARED | TASKS | RUNS | {"data"},
 }
 
 

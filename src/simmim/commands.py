@@ -24,6 +24,8 @@ def embed(args: list[str]) -> None:
 
     # Given again, a list's option adds to the list instead of replacing it.
     call("embed", embed, [re.sub(r"^--query(?==|$)", "--query+", arg) for arg in args])
+
+
 def compare(args: list[str]) -> None:
     """`simmim compare --weights CKPT`."""
     from simmim.compare import compare

@@ -48,7 +48,7 @@ from simmim.weights import find_checkpoint
 BUDGETS = (0.01, 0.1, 1.0)
 RECIPES = {"finetune": "finetune_small", "probe": "linear_probe"}
 # Epochs of a budget, and steps of the smallest: on a CPU so that the digits take minutes.
-ON_CPU, ELSEWHERE = (6.0, 150), (None, 1000)
+ON_CPU, ELSEWHERE = (5.0, 150), (None, 1000)
 OF_THE_SPLIT = ("root", "dataset", "data_dir", "val_fraction", "split_seed", "group_pattern")
 OF_THE_IMAGES = ("hflip", "percentiles", "window")  # a kind of images is so wherever they lie
 SUMMARY, PLOT = "summary.md", "plot.png"
@@ -119,7 +119,7 @@ def compare(
         config: Config of `simmim classify`, by name or file (-c); finetune_small by default, and
             for probes linear_probe.
         epochs: Epochs of each budget, unless that is fewer steps than min_steps; by default the
-            recipe's, and on a CPU 6. Warm-up keeps its share.
+            recipe's, and on a CPU 5. Warm-up keeps its share.
         min_steps: Optimiser steps of a small budget at least; 1000 by default, on a CPU 150.
         batch_size: Images in a batch; by default the recipe's. The learning rate follows it.
         img_size: Height and width in pixels; by default those of the weights.

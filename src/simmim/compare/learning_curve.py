@@ -35,7 +35,9 @@ def draw_learning_curve(
         panel.set_title(TITLES.get(mode, mode), fontsize=11)
     metric = "balanced accuracy" if balanced else "top-1 accuracy"
     panels[0].set_ylabel(f"{metric} on the validation images, %")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
+    )
     figure.savefig(path)
 
 
@@ -53,7 +55,7 @@ def _draw_panel(panel: Any, results: Sequence[Result], balanced: bool) -> None:
             color=COLORS[arm],
             marker=MARKS[arm],
             capsize=4,
-            label=f"{arm} (mean ± standard deviation)",
+            label=arm,
         )
         for n in there:  # each seed: three of them are no distribution
             panel.plot([beside[n]] * len(scores[n]), scores[n], ".", color=COLORS[arm], alpha=0.4)
@@ -62,7 +64,7 @@ def _draw_panel(panel: Any, results: Sequence[Result], balanced: bool) -> None:
     panel.set_xticks([], minor=True)
     if len(budgets) == 1:
         panel.set_xlim(budgets[0] / 2, budgets[0] * 2)
-    panel.set_xlabel("labelled training images")
+    panel.set_xlabel("labelled training images (mean ± standard deviation of the seeds)")
     panel.grid(alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
 
