@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _HOME = {
     "SimMIM": "simmim.pretrain",
     "Classifier": "simmim.classify",
+    "Segmenter": "simmim.segment",
     "mask_images": "simmim.masking",
     "l1_loss": "simmim.loss",
     "mse_loss": "simmim.loss",
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from simmim.loss import smooth_l1_loss as smooth_l1_loss
     from simmim.masking import mask_images as mask_images
     from simmim.pretrain import SimMIM as SimMIM
+    from simmim.segment import Segmenter as Segmenter
     from simmim.weights import load_encoder as load_encoder
     from simmim.weights import load_official as load_official
 

@@ -46,6 +46,11 @@ COMMANDS = {
         "simmim.tasks:classify",
         tuple(SUBCOMMANDS),
     ),
+    "segment": Command(
+        "fine-tune an encoder to give every pixel a class",
+        "simmim.tasks:segment",
+        tuple(SUBCOMMANDS),
+    ),
     "embed": Command(
         "write the features of a folder's images, score and draw them",
         "simmim.commands:embed",

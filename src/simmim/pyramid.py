@@ -1,5 +1,6 @@
 """Feature maps at several strides from any timm model, for segmentation and detection."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class Pyramid(nn.Module):
             raise ValueError(f"{name} gives no middle layers to build a feature pyramid on")
         plain = len({info["reduction"] for info in model.feature_info}) == 1
         self.layers = _choose_layers(model, plain and not spread)
-        maps = self._observe(model, in_chans, img_size)
+        maps = freeze_unread(self.read, model, in_chans, img_size)
         scales = (4, 2, 1, 0.5) if plain else (1,) * len(maps)
         strides = [img_size[0] / features.shape[2] for features in maps]
         widths = [features.shape[1] for features in maps]
@@ -78,22 +79,38 @@ class Pyramid(nn.Module):
         """The model's maps -> those of the pyramid, fine to coarse."""
         return [level(features) for level, features in zip(self.levels, maps, strict=True)]
 
-    def _observe(self, model: Any, in_chans: int, img_size: tuple[int, int]) -> list[Tensor]:
-        """Run the model once on noise, and freeze what its maps do not depend on."""
-        training = model.training
-        model.eval()
-        generator = torch.Generator("cpu").manual_seed(0)
-        noise = torch.randn(1, in_chans, *img_size, generator=generator, device="cpu")
-        with torch.enable_grad():
-            maps = self.read(model, noise.to(next(model.parameters())))
-            trained = [p for p in model.parameters() if p.requires_grad]
-            if trained:
-                total = torch.stack([features.sum() for features in maps]).sum()
-                reached = torch.autograd.grad(total, trained, allow_unused=True)
-                for parameter, gradient in zip(trained, reached, strict=True):
-                    parameter.requires_grad_(gradient is not None)
-        model.train(training)
-        return [features.detach() for features in maps]
+
+def freeze_unread(
+    read: Callable[[Any, Tensor], list[Tensor]],
+    model: Any,
+    in_chans: int,
+    img_size: tuple[int, int],
+) -> list[Tensor]:
+    """Run a model once on noise, and freeze what its maps do not depend on.
+
+    Args:
+        read: Runs the model on images, (B, C, H, W), and gives its maps.
+        model: The model.
+        in_chans: Channels of its images.
+        img_size: Their height and width in pixels.
+
+    Returns:
+        The maps, for their sizes.
+    """
+    training = model.training
+    model.eval()
+    generator = torch.Generator("cpu").manual_seed(0)
+    noise = torch.randn(1, in_chans, *img_size, generator=generator, device="cpu")
+    with torch.enable_grad():
+        maps = read(model, noise.to(next(model.parameters())))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if trained:
+            total = torch.stack([features.sum() for features in maps]).sum()
+            reached = torch.autograd.grad(total, trained, allow_unused=True)
+            for parameter, gradient in zip(trained, reached, strict=True):
+                parameter.requires_grad_(gradient is not None)
+    model.train(training)
+    return [features.detach() for features in maps]
 
 
 def _choose_layers(model: Any, last: bool) -> list[int]:

@@ -76,6 +76,36 @@ def classify(args: list[str]) -> None:
     )
 
 
+def segment(args: list[str]) -> None:
+    """`simmim segment {fit,validate,test,predict}`."""
+    from simmim import callbacks
+    from simmim.callbacks.segmentation import MaskWriter, Segmentations
+    from simmim.data import SegmentationData
+    from simmim.segment import Segmenter
+    from simmim.transfer import channels, image_size
+
+    run_task(
+        Task(
+            name="segment",
+            model=Segmenter,
+            data=SegmentationData,
+            default="segment/finetune_small",
+            callbacks={
+                "segmentations": Segmentations,
+                "non_finite": callbacks.StopOnNonFinite,
+                "throughput": callbacks.Throughput,
+                "progress_bar": callbacks.ProgressBar,
+            },
+            writers=(MaskWriter,),
+            links={
+                "data.img_size": Link(("model.img_size", "model.weights"), image_size),
+                "data.in_chans": Link(("model.in_chans", "model.weights"), channels),
+            },
+        ),
+        args,
+    )
+
+
 def _is_frozen(args: list[str]) -> bool:
     """Whether the command line asks for a probe, whose recipe is another."""
     words = [part for arg in args for part in arg.split("=", 1)]

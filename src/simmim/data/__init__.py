@@ -2,19 +2,25 @@
 
 In the order of the data: `index` finds the files, `split` sets some aside, `sampler` puts them in
 order, `dataset` reads one (`decode`, `scans`, `transforms`), `image_folder` is the data module.
+For segmentation: `pairs` finds the masks, `legend` reads them, `joint` transforms both, and
+`segmentation` is the data module.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["ImageFolderData"]
+_HOME = {  # they import Lightning, which takes seconds
+    "ImageFolderData": "simmim.data.image_folder",
+    "SegmentationData": "simmim.data.segmentation",
+}
+__all__ = list(_HOME)
 
 if TYPE_CHECKING:
     from simmim.data.image_folder import ImageFolderData as ImageFolderData
+    from simmim.data.segmentation import SegmentationData as SegmentationData
 
 
 def __getattr__(name: str) -> Any:
-    if name != "ImageFolderData":
+    if name not in _HOME:
         raise AttributeError(f"module 'simmim.data' has no attribute {name!r}")
-    from simmim.data.image_folder import ImageFolderData  # imports Lightning, which takes seconds
-
-    return ImageFolderData
+    return getattr(import_module(_HOME[name]), name)

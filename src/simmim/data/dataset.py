@@ -15,7 +15,7 @@ from simmim.data.index import FileIndex
 from simmim.data.scans import Intensity
 
 T = TypeVar("T")
-Transform = Callable[[Tensor, Iterator[float]], dict[str, Any]]
+Transform = Callable[[Any, Iterator[float]], dict[str, Any]]  # of what `_open` gives
 Key = int | tuple[int, int]  # a sample's index, or (epoch, index)
 
 TRIES = 32  # files in a row; were half of all files bad, one sample in four billion would fail
@@ -70,8 +70,8 @@ class ImageData(Dataset[dict[str, Any]]):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} of {len(self)} images")
-        image, index = self._read(epoch, index % len(self))
-        sample = {**self.transform(image, uniforms(self.seed, epoch, index)), "index": index}
+        content, index = self._read(epoch, index % len(self))
+        sample = {**self.transform(content, uniforms(self.seed, epoch, index)), "index": index}
         if self.labels is not None:
             sample["label"] = int(self.labels[index])
         return sample
@@ -103,20 +103,24 @@ class ImageData(Dataset[dict[str, Any]]):
     def why_unreadable(self, index: int) -> str:
         """Read a file once more, and say what is wrong with it."""
         try:
-            read_image(self.path(index), self.in_chans, self.intensity)
+            self._open(index)
         except UnreadableImage as error:
             return str(error).partition(" cannot be read: ")[2]
         return "it could be read the second time"
 
+    def _open(self, index: int) -> Any:
+        """Read what a sample is made of: the image, (C, H, W)."""
+        return read_image(self.path(index), self.in_chans, self.intensity)
+
     def _place(self, index: int) -> int:
         return index if self.places is None else int(self.places[index])
 
-    def _read(self, epoch: int, index: int) -> tuple[Tensor, int]:
+    def _read(self, epoch: int, index: int) -> tuple[Any, int]:
         """Read an image, or the one that replaces it."""
         others = uniforms(self.seed, epoch, index, 1)
         for _ in range(TRIES):
             try:
-                return read_image(self.path(index), self.in_chans, self.intensity), index
+                return self._open(index), index
             except UnreadableImage as error:
                 if self.on_bad == "raise":
                     raise

@@ -68,13 +68,25 @@ def read_parts(
     parts = {part: Part(_relabel(index, classes)) for part, index in files.items()}
     if "val" not in parts and val_fraction:
         whole = parts["train"].files
-        labels = np.zeros(len(whole), np.int64) if whole.labels is None else whole.labels.numpy()
-        names = (whole.name(place) for place in range(len(whole)))
-        mask = validation_mask(names, labels, val_fraction, split_seed, group_pattern)
-        parts["train"] = Part(whole, np.flatnonzero(~mask))
-        if mask.any():
-            parts["val"] = Part(whole, np.flatnonzero(mask))
+        trains, validates = split_off(whole, val_fraction, split_seed, group_pattern)
+        parts["train"] = Part(whole, trains)
+        if len(validates):
+            parts["val"] = Part(whole, validates)
     return parts
+
+
+def split_off(
+    files: FileIndex, val_fraction: float, split_seed: int, group_pattern: str | None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Split an index; arguments as in `validation_mask`.
+
+    Returns:
+        Places of the images that train, and of those that validate.
+    """
+    labels = np.zeros(len(files), np.int64) if files.labels is None else files.labels.numpy()
+    names = (files.name(place) for place in range(len(files)))
+    mask = validation_mask(names, labels, val_fraction, split_seed, group_pattern)
+    return np.flatnonzero(~mask), np.flatnonzero(mask)
 
 
 def _relabel(files: FileIndex, classes: list[str]) -> FileIndex:

@@ -1,0 +1,295 @@
+"""What a person sees of a segmenter: overlays while it trains, and a mask for each image."""
+
+import colorsys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from simmim.callbacks.look import call, datamodule, evaluation_loader, undisturbed
+from simmim.callbacks.pictures import BACKGROUND, GAP, INK, draw_panel
+from simmim.callbacks.reconstructions import PredictionWriter, save_png
+
+Color = tuple[int, int, int]
+
+SIDE = 320  # px of a picture's longer side in a panel
+SWATCH = 12  # px of a colour in the legend
+STRENGTH = 0.55  # of the colours over the image
+BYTE = 256  # values of an 8-bit mask
+
+
+class Segmentations(L.Callback):
+    """Draw the same few validation images with their classes every few epochs.
+
+    Rows are images; columns the image, its mask, and what is predicted, both in the classes'
+    colours over the image; pixels without a class are left as they are. Below are the colours'
+    names. `segmentations/epoch_0007.png` in the run's folder is the model after seven epochs;
+    TensorBoard gets the same picture, W&B the images with masks that can be switched on and off.
+
+    Args:
+        every_n_epochs: Epochs between two pictures; the last epoch always has one. 0 draws none.
+        num_images: Validation images to draw, spread evenly over the data set.
+    """
+
+    def __init__(self, every_n_epochs: int = 10, num_images: int = 6) -> None:
+        if every_n_epochs < 0:
+            raise ValueError(f"every_n_epochs {every_n_epochs} is negative: use 0 to draw nothing")
+        if num_images < 1:
+            raise ValueError(f"num_images {num_images} is too few: use at least 1")
+        self.every_n_epochs, self.num_images = every_n_epochs, num_images
+        self.folder: Path | None = None
+        self._drawn_at: int | None = None  # optimiser steps at the last picture
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Find the run's folder, which every process must ask for."""
+        self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "segmentations"
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin anew."""
+        self._drawn_at = None
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw every few epochs."""
+        epochs = trainer.current_epoch + 1
+        if self.every_n_epochs and epochs % self.every_n_epochs == 0:
+            self._draw(trainer, pl_module, epochs)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw the last state, however the run came to its end."""
+        if self._drawn_at != trainer.global_step:
+            self._draw(trainer, pl_module, epochs=trainer.current_epoch)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say where the pictures are."""
+        if trainer.is_global_zero and self.folder is not None and self.folder.is_dir():
+            print(f"Pictures of its segmentations: {self.folder}")
+
+    def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule, epochs: int) -> None:
+        if not self.every_n_epochs:
+            return
+        with undisturbed(pl_module):
+            found = segment_samples(trainer, self.num_images)
+        self._drawn_at = trainer.global_step
+        if found and trainer.is_global_zero:
+            self._keep(trainer, pl_module, found, epochs)
+
+    def _keep(self, trainer: L.Trainer, module: Any, found: list["Segmented"], epochs: int) -> None:
+        names, colors = module.class_names, module.colors or distinct_colors(module.num_classes)
+        panel = draw_segmentations(found, names, colors)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                images, masks = for_board(found, names)
+                logger.log_image("segmentations", images, trainer.global_step, masks=masks)
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(
+                    "segmentations", np.asarray(panel), trainer.global_step, dataformats="HWC"
+                )
+        if self.folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        try:
+            save_png(panel, self.folder / f"epoch_{epochs:04d}.png")
+        except OSError as error:  # a full disk costs the picture, not the run
+            rank_zero_warn(f"no picture: {error}")
+
+
+class MaskWriter(PredictionWriter):
+    """Write a mask for each image of a folder into `predictions/` of the run's folder.
+
+    A PNG whose pixels are the values of the classes, as in the training masks; its palette shows
+    them in the classes' colours. It is named after its image, with folders kept:
+    `predictions/cats/1.jpg.png`.
+    """
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write a mask for each image of the batch."""
+        assert self.folder is not None
+        module: Any = pl_module
+        root = getattr(datamodule(trainer), "root", None)
+        paths = batch.get("path") if isinstance(batch, Mapping) else None
+        values = module.values or range(module.num_classes)
+        colors = module.colors or distinct_colors(module.num_classes)
+        for i, classes in enumerate(outputs["classes"]):
+            place = self._seen * trainer.world_size + trainer.global_rank
+            name = self._name(str(paths[i]) if paths else f"{place:06d}", root)
+            save_png(index_picture(classes, values, colors), self.folder / name)
+            self._seen += 1
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say where the masks are."""
+        if trainer.is_global_zero:
+            print(f"Masks that it predicts: {self.folder}")
+
+
+class Segmented(NamedTuple):
+    """An image in 0..1, (C, H, W), its mask, and the prediction, (H, W); -1 = no class."""
+
+    image: Tensor
+    mask: Tensor
+    predicted: Tensor
+
+
+def segment_samples(trainer: L.Trainer, n: int) -> list[Segmented]:
+    """Segment a few validation images, spread evenly over the data set.
+
+    Args:
+        trainer: The trainer of a `Segmenter`.
+        n: Number of images; no more than there are.
+
+    Returns:
+        The same images in every epoch and every run, on the CPU; none without validation images.
+    """
+    loader = evaluation_loader(trainer)
+    size = len(loader.dataset) if loader is not None else 0  # type: ignore[arg-type]
+    n, found = min(n, size), []
+    module: Any = trainer.lightning_module
+    for i in range(n):
+        assert loader is not None
+        sample = loader.dataset[i * (size - 1) // max(n - 1, 1)]
+        batch = trainer.strategy.batch_to_device(loader.collate_fn([sample]), dataloader_idx=0)
+        images, masks = module.inputs(batch)
+        logits = call(trainer, module.forward, images)
+        mask = masks[0].cpu()
+        predicted = F.interpolate(logits.float(), mask.shape, mode="bilinear").argmax(1)[0].cpu()
+        image = (images * module.std + module.mean)[0].cpu()
+        found.append(Segmented(image, mask, predicted))
+    return found
+
+
+def draw_segmentations(
+    found: Sequence[Segmented], names: Sequence[str], colors: Sequence[Color]
+) -> Image.Image:
+    """Draw images beside their masks and predictions, with a legend of the classes below."""
+    rows = [_shrink(each) for each in found]
+    height = max(row.mask.shape[0] for row in rows)
+    width = max(row.mask.shape[1] for row in rows)
+    columns: dict[str, list[Tensor]] = {"image": [], "mask": [], "predicted": []}
+    for row in rows:
+        image = _rgb(row.image)
+        columns["image"].append(image)
+        columns["mask"].append(overlay(image, row.mask, colors))
+        columns["predicted"].append(overlay(image, row.predicted, colors))
+    pictures = {
+        name: torch.stack([_fit(picture, height, width) for picture in pictures])
+        for name, pictures in columns.items()
+    }
+    panel = draw_panel(pictures, side=SIDE)
+    present = sorted({int(c) for each in found for c in (*each[1].unique(), *each[2].unique())})
+    shown = [i for i in present if i >= 0]
+    legend = draw_legend([names[i] for i in shown], [colors[i] for i in shown], panel.width)
+    whole = Image.new("RGB", (panel.width, panel.height + legend.height), BACKGROUND)
+    whole.paste(panel, (0, 0))
+    whole.paste(legend, (0, panel.height))
+    return whole
+
+
+def draw_legend(names: Sequence[str], colors: Sequence[Color], width: int) -> Image.Image:
+    """Draw the colours with their names, in as many lines as they need."""
+    font, line = ImageFont.load_default(size=13), 2 * SWATCH
+    places, left, top = [], GAP, 0
+    for name in names:
+        length = SWATCH + GAP + int(font.getlength(name)) + 3 * GAP
+        if left > GAP and left + length > width:
+            left, top = GAP, top + line
+        places.append((left, top))
+        left += length
+    picture = Image.new("RGB", (width, top + line), BACKGROUND)
+    draw = ImageDraw.Draw(picture)
+    for name, color, (left, top) in zip(names, colors, places, strict=True):
+        draw.rectangle((left, top + 5, left + SWATCH, top + 5 + SWATCH), fill=color, outline=INK)
+        draw.text((left + SWATCH + GAP, top + line // 2), name, fill=INK, font=font, anchor="lm")
+    return picture
+
+
+def overlay(image: Tensor, classes: Tensor, colors: Sequence[Color]) -> Tensor:
+    """Lay the classes' colours over an image, (3, H, W) in 0..1, where there is a class."""
+    palette = torch.tensor([(0, 0, 0), *colors]) / 255
+    painted = palette[classes.long() + 1].permute(2, 0, 1)  # HWC -> CHW
+    return torch.where(classes >= 0, image * (1 - STRENGTH) + painted * STRENGTH, image)
+
+
+def distinct_colors(n: int) -> list[Color]:
+    """Choose n colours that are easy to tell apart: hues by the golden ratio, in three shades."""
+    shades = ((0.75, 0.95), (0.95, 0.65), (0.4, 1.0))  # saturation, value
+    found = []
+    for i in range(n):
+        red, green, blue = colorsys.hsv_to_rgb(i * 0.618034 % 1, *shades[i % 3])
+        found.append((round(255 * red), round(255 * green), round(255 * blue)))
+    return found
+
+
+def index_picture(classes: Tensor, values: Sequence[int], colors: Sequence[Color]) -> Image.Image:
+    """Turn classes, (H, W), into a picture of their values: with a palette, or of 16 bits."""
+    pixels = np.asarray(values)[classes.cpu().numpy()]
+    if max(values) >= BYTE:
+        return Image.fromarray(pixels.astype(np.uint16))
+    picture = Image.fromarray(pixels.astype(np.uint8), mode="P")
+    palette: NDArray[np.uint8] = np.zeros((BYTE, 3), np.uint8)
+    palette[list(values)] = colors
+    picture.putpalette(palette.tobytes())
+    return picture
+
+
+def for_board(
+    found: Sequence[Segmented], names: Sequence[str]
+) -> tuple[list[Image.Image], list[dict[str, Any]]]:
+    """Images and masks as W&B shows them; its masks have values below 256, so void is 255."""
+    images, masks = [], []
+    labels = dict(enumerate(names[: BYTE - 1]))
+    for each in found:
+        pixels = (_rgb(each.image) * 255).round().byte().permute(1, 2, 0)  # CHW -> HWC
+        size = each.mask.shape[1], each.mask.shape[0]
+        images.append(Image.fromarray(pixels.numpy()).resize(size))
+        masks.append(
+            {
+                name: {"mask_data": _bytes(classes), "class_labels": {**labels, BYTE - 1: "void"}}
+                for name, classes in (("mask", each.mask), ("predicted", each.predicted))
+            }
+        )
+    return images, masks
+
+
+def _bytes(classes: Tensor) -> NDArray[np.uint8]:
+    known = (classes >= 0) & (classes < BYTE - 1)
+    return torch.where(known, classes, BYTE - 1).to(torch.uint8).numpy()
+
+
+def _rgb(image: Tensor) -> Tensor:
+    """One or two channels as gray, more as the first three, (C, H, W) -> (3, H, W) in 0..1."""
+    image = image[:3] if len(image) >= 3 else image[:1]
+    return image.float().nan_to_num(0).clamp(0, 1).expand(3, -1, -1)
+
+
+def _shrink(each: Segmented) -> Segmented:
+    """Bring an image and its masks to the size at which they are drawn."""
+    height, width = each.mask.shape
+    factor = min(SIDE / max(height, width), 1)
+    size = max(round(height * factor), 1), max(round(width * factor), 1)
+    image = F.interpolate(each.image[None], size, mode="bilinear", antialias=True)[0]
+    rows = ((torch.arange(size[0]) + 0.5) / factor).long().clamp_max(height - 1)
+    columns = ((torch.arange(size[1]) + 0.5) / factor).long().clamp_max(width - 1)
+    mask, predicted = (classes[rows[:, None], columns] for classes in each[1:])
+    return Segmented(image, mask, predicted)
+
+
+def _fit(picture: Tensor, height: int, width: int) -> Tensor:
+    """Put a picture, (3, H, W), into the middle of a white one."""
+    down, right = height - picture.shape[1], width - picture.shape[2]
+    margins = (right // 2, right - right // 2, down // 2, down - down // 2)
+    return F.pad(picture, margins, value=1.0)

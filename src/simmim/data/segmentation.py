@@ -1,0 +1,313 @@
+"""The data module of segmentation: images with masks, crops to train with, whole ones to score."""
+
+import os
+from math import inf
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from simmim.data.checks import check_choice, check_image_size, check_number, check_range, find_root
+from simmim.data.dataset import ImageData, Transform, WholeFolder, collate
+from simmim.data.index import FileIndex
+from simmim.data.joint import PairCrop, Whole
+from simmim.data.layout import read_folder
+from simmim.data.legend import (
+    FILE,
+    Color,
+    Legend,
+    WrongMask,
+    count_classes,
+    find_legend,
+    read_legend,
+)
+from simmim.data.loaders import LoaderModule
+from simmim.data.pairs import Pairs, read_pairs, without_masks
+from simmim.data.scans import Intensity
+from simmim.data.split import check_group_pattern
+from simmim.data.statistics import (
+    Statistics,
+    given_statistics,
+    imagenet_statistics,
+    measured_statistics,
+)
+from simmim.data.transforms import CenterCrop
+
+
+class SegmentationData(LoaderModule):
+    """Images with a mask each: train/images/X.jpg and train/masks/X.png, and so in val/ and test/.
+
+    Masks are PNG files of the images' sizes whose values are numbers of classes: 8 or 16 bits, or a
+    palette. Without a val/ a part of the images, chosen by a hash of their names, validates.
+
+    A batch is a dict: `image`, uint8 (B, C, H, W), or float32 in 0..1 of deeper scans; `mask`, the
+    class of each pixel and -1 for none, int16 (B, H, W); `index`. Images that are evaluated are
+    whole, with their `size`, (B, 2); where sizes differ, `image` and `mask` are lists.
+
+    Args:
+        root: Folder with train/ (and val/, and test/) of images/ and masks/ each, or with images/
+            and masks/. For predict any folder of images.
+        classes: JSON file of class names: {"classes": ["road", ...], "ignore_index": 255,
+            "palette_rgb": [[128, 64, 128], ...]}; the two last, and "values", are optional. By
+            default classes.json in root; without it the values of the training masks are numbered.
+        void: Value, or values, of pixels without a class, which have no loss and no score; by
+            default the ignore_index of the classes, or 255.
+        img_size: Height and width of a training crop and of the window that slides over an image
+            that is evaluated; one number, or [height, width]. For a model it is said there.
+        in_chans: Channels: gray images become three equal ones, colour its luminance.
+        batch_size: Images in a batch, of each process. 16 (the usual one for ADE20K, of all).
+        num_workers: Processes that read images, of each process that trains; by default as many as
+            there are CPU cores less one, up to 16, and none for less than 32 MB of images.
+        val_fraction: Share of the images that validates where there is no val/; 0 = none.
+        split_seed: Which share: of its own, so that all runs and tasks split alike.
+        group_pattern: Regular expression, searched in each path below images/; its first group
+            names the patient or scene, whose images all go to one side of the split.
+        short_side: Pixels that each image's shorter side is brought to first, in evaluation too,
+            where scores are still of the masks' own size; None: as it is. 512 (usual for ADE20K).
+        scale: Factor by which a training image is enlarged before the crop, from and to. 0.5 to 2
+            (the usual one, mmsegmentation's).
+        hflip: Probability that a training image is mirrored. 0.5.
+        max_class_share: Share of a crop that one class should cover at most. 0.75
+            (mmsegmentation's).
+        jitter: Change brightness, contrast, saturation and hue of training images, each by
+            mmsegmentation's amount.
+        statistics: Mean and standard deviation of the pixels: imagenet (torchvision's; the mean of
+            the three for other than three channels), measured (from the training images, at most
+            10,000), or your own [[means], [stds]] on a scale of 0 to 1.
+        percentiles: Deeper scans: the percentiles of each image that become 0 and 1.
+        window: Deeper scans: the values that become 0 and 1 for all images, instead.
+        bad_files: What a file that cannot be read does: skip (another image takes its place; it is
+            listed in bad_files.txt in the run's folder) or raise (the run stops and names it).
+        max_bad_share: Share of unreadable files above which skip stops the run all the same.
+        seed: Seed of order, crops and flips. On the command line it is `--seed_everything`.
+
+    Attributes:
+        classes: Names of the classes. After setup, like all below.
+        values: The value of each class in the masks.
+        colors: The colour of each class, RGB; None where nobody has chosen any.
+        class_counts: Training pixels of each class.
+        num_train: Number of training images.
+        mean: Of the pixels' channels, on a scale of 0 to 1; None but for training.
+        std: Their standard deviation, likewise.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        classes: str | None = None,
+        void: int | list[int] | None = None,
+        img_size: int | list[int] = 512,
+        in_chans: int = 3,
+        batch_size: int = 16,
+        num_workers: int | None = None,
+        val_fraction: float = 0.1,
+        split_seed: int = 0,
+        group_pattern: str | None = None,
+        short_side: int | None = None,
+        scale: tuple[float, float] = (0.5, 2.0),
+        hflip: float = 0.5,
+        max_class_share: float = 0.75,
+        jitter: bool = True,
+        statistics: Literal["imagenet", "measured"] | list[list[float]] = "imagenet",
+        percentiles: tuple[float, float] = (0.5, 99.5),
+        window: tuple[float, float] | None = None,
+        bad_files: Literal["skip", "raise"] = "skip",
+        max_bad_share: float = 0.5,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed, bad_files, max_bad_share)
+        if root is None:
+            raise ValueError("no data: give data.root, a folder with images/ and masks/ in train/")
+        self.root = find_root(root, None, "", ())
+        self.classes_file, self.void = classes, [void] if isinstance(void, int) else void
+        self.img_size, self.in_chans = check_image_size(img_size), in_chans
+        self.val_fraction, self.split_seed = val_fraction, split_seed
+        self.group_pattern, self.statistics = group_pattern, statistics
+        check_number("in_chans", in_chans, 1)
+        check_number("val_fraction", val_fraction, 0, 0.99)
+        check_number("split_seed", split_seed, 0)
+        check_number("hflip", hflip, 0, 1)
+        check_number("max_class_share", max_class_share, 0, 1)
+        check_number("short_side", 1 if short_side is None else short_side, 1)
+        check_group_pattern(group_pattern)
+        if isinstance(statistics, str):
+            check_choice("statistics", statistics, ("imagenet", "measured"))
+        else:
+            given_statistics(statistics, in_chans)
+        self.intensity = Intensity(
+            check_range("percentiles", percentiles, 0, 100),
+            None if window is None else check_range("window", window),
+        )
+        scale = check_range("scale", scale, 0.01, inf)
+        self.train_transform: Transform = PairCrop(
+            self.img_size, scale, short_side, hflip, max_class_share, jitter
+        )
+        self.val_transform: Transform = Whole(short_side)
+        self.collate = collate_sizes
+        self.legend: Legend | None = None
+        self.mean: tuple[float, ...] | None = None
+        self.std: tuple[float, ...] | None = None
+
+    def prepare_data(self) -> None:
+        """Measure statistics, once on each machine."""
+        if self.statistics == "measured" and self._trains():
+            self._setup_parts()
+            self._statistics()  # into the cache, for the other processes
+
+    def setup(self, stage: str | None = None) -> None:
+        """Pair images with masks, find the classes, and split where there is no split.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict"; None: all of them.
+
+        Raises:
+            ValueError: If a partner is missing, or there is no image, or none to validate with.
+        """
+        if stage != "predict":
+            if "training" not in self.sets:
+                self._setup_parts()
+            self._check_evaluated(stage)
+        if stage in ("fit", None):
+            self._resumed_step = 0
+            self.mean, self.std = self._statistics()
+        if stage in ("predict", None) and "predict" not in self.sets:
+            self.sets["predict"] = self._alone(read_folder(self.root))
+        self._add_report()
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes."""
+        return [] if self.legend is None else self.legend.classes
+
+    @property
+    def values(self) -> list[int]:
+        """The value of each class in the masks."""
+        return [] if self.legend is None else self.legend.values
+
+    @property
+    def colors(self) -> list[Color] | None:
+        """The colour of each class, if chosen."""
+        return None if self.legend is None else self.legend.colors
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Training pixels of each class; all masks are read for it."""
+        training = self.sets["training"]
+        assert self.legend is not None
+        assert isinstance(training, MaskedImages)
+        return count_classes(training.pairs.mask_paths(), self.legend)
+
+    def _setup_parts(self) -> None:
+        parts = read_pairs(self.root, self.val_fraction, self.split_seed, self.group_pattern)
+        self.legend = self._find_legend(parts["train"])
+        self.sets["training"] = self._make(parts["train"], self.train_transform)
+        for part, name in {"val": "validation", "test": "test"}.items():
+            if part in parts:
+                self.sets[name] = self._make(parts[part], self.val_transform)
+
+    def _find_legend(self, training: Pairs) -> Legend:
+        file = self.classes_file or os.path.join(self.root, FILE)
+        if self.classes_file is not None or os.path.exists(file):
+            return read_legend(os.path.expanduser(file), self.void)
+        return find_legend(self.root, training.mask_paths(), self.void)
+
+    def _make(self, pairs: Pairs, transform: Transform) -> ImageData:
+        assert self.legend is not None
+        return MaskedImages(
+            pairs,
+            self.legend,
+            transform,
+            in_chans=self.in_chans,
+            intensity=self.intensity,
+            seed=self.seed if transform is self.train_transform else 0,
+            on_bad=self.bad_files,
+        )
+
+    def _alone(self, files: FileIndex) -> ImageData:
+        """The images of a folder, without masks."""
+        return WholeFolder(
+            files,
+            self.val_transform,
+            without_masks(files),
+            in_chans=self.in_chans,
+            intensity=self.intensity,
+            on_bad=self.bad_files,
+            labelled=False,
+        )
+
+    def _check_evaluated(self, stage: str | None) -> None:
+        """Refuse to validate, or to test, without images; train without them if so wanted."""
+        if "validation" in self.sets or (stage == "test" and "test" in self.sets):
+            return
+        if self.val_fraction:
+            raise ValueError(
+                f"{self.root!r} has no image to validate with, which takes two images (or groups): "
+                "add some, or set data.val_fraction to 0"
+            )
+        if stage in ("validate", "test"):
+            raise ValueError(
+                f"{self.root!r} has no val/, and data.val_fraction is 0: make one, or use 0.1"
+            )
+        if self.trainer is not None:
+            self.trainer.limit_val_batches = 0  # else Lightning warns of an empty loader
+
+    def _statistics(self) -> Statistics:
+        if not isinstance(self.statistics, str):
+            return given_statistics(self.statistics, self.in_chans)
+        if self.statistics == "imagenet":
+            return imagenet_statistics(self.in_chans)
+        training = self.sets["training"]
+        middle = ImageData(
+            training.files,
+            CenterCrop(self.img_size),
+            None if training.places is None else training.places.numpy(),
+            in_chans=self.in_chans,
+            intensity=self.intensity,
+            on_bad=self.bad_files,
+        )
+        return measured_statistics(middle, self._workers(middle))
+
+    def _trains(self) -> bool:
+        return self.trainer is None or self.trainer.state.fn in (None, "fit")
+
+
+class MaskedImages(ImageData):
+    """Images with masks; the transform gets both.
+
+    Args:
+        pairs: Which.
+        legend: What the masks mean.
+        transform: Takes ((C, H, W), (H, W)) and uniform random numbers, gives a dict.
+        kwargs: As in `ImageData`.
+    """
+
+    def __init__(self, pairs: Pairs, legend: Legend, transform: Transform, **kwargs: Any) -> None:
+        super().__init__(pairs.images, transform, pairs.places, labelled=False, **kwargs)
+        self.pairs, self.legend = pairs, legend
+
+    def mask_path(self, index: int) -> str:
+        """Path of the mask of a sample."""
+        return self.pairs.masks.path(int(self.pairs.partners[self._place(index)]))
+
+    def _open(self, index: int) -> tuple[Tensor, Tensor]:
+        image, path = super()._open(index), self.mask_path(index)
+        mask = self.legend.read(path)
+        if mask.shape != image.shape[1:]:
+            (height, width), (rows, columns) = image.shape[1:], mask.shape
+            raise WrongMask(
+                f"{path!r} is {columns} x {rows} pixels, but {self.path(index)!r} is "
+                f"{width} x {height}: bring the mask to the size of its image"
+            )
+        return image, mask
+
+
+def collate_sizes(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack samples to a batch; what has several sizes becomes a list."""
+    ragged = [
+        name
+        for name, value in samples[0].items()
+        if isinstance(value, Tensor) and len({sample[name].shape for sample in samples}) > 1
+    ]
+    lists = {name: [sample[name] for sample in samples] for name in ragged}
+    even = [{k: v for k, v in sample.items() if k not in ragged} for sample in samples]
+    return {**(default_collate(even) if "image" in ragged else collate(even)), **lists}
