@@ -23,7 +23,7 @@ Color = tuple[int, int, int]
 
 SIDE = 320  # px of a picture's longer side in a panel
 SWATCH = 12  # px of a colour in the legend
-STRENGTH = 0.55  # of the colours over the image
+STRENGTH = 0.6  # of the colours over the image
 BYTE = 256  # values of an 8-bit mask
 
 
@@ -218,10 +218,14 @@ def draw_legend(names: Sequence[str], colors: Sequence[Color], width: int) -> Im
 
 
 def overlay(image: Tensor, classes: Tensor, colors: Sequence[Color]) -> Tensor:
-    """Lay the classes' colours over an image, (3, H, W) in 0..1, where there is a class."""
+    """Lay the classes' colours over an image, (3, H, W) in 0..1, where there is a class.
+
+    The image is gray there, so that the colours are those of the legend.
+    """
     palette = torch.tensor([(0, 0, 0), *colors]) / 255
     painted = palette[classes.long() + 1].permute(2, 0, 1)  # HWC -> CHW
-    return torch.where(classes >= 0, image * (1 - STRENGTH) + painted * STRENGTH, image)
+    gray = image.mean(0, keepdim=True)
+    return torch.where(classes >= 0, gray * (1 - STRENGTH) + painted * STRENGTH, image)
 
 
 def distinct_colors(n: int) -> list[Color]:

@@ -45,7 +45,7 @@ class PairCrop:
             image.shape[1], image.shape[2], factor, self.size, draws
         )
         for _ in range(ATTEMPTS - 1):
-            if _greatest_share(crop_mask(mask, box, inside)) < self.max_class_share:
+            if _greatest_share(crop_mask(mask, box, inside)) <= self.max_class_share:
                 break
             box, inside, corner = random_window(*image.shape[1:], factor, self.size, draws)
         image, mask = crop_and_resize(image, box, inside), crop_mask(mask, box, inside)

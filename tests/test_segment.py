@@ -1,0 +1,386 @@
+"""The segmenter: sliding windows and scores by hand, void, heads, learning rates, checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from simmim import load_encoder
+from simmim.dense import AuxiliaryHead, UPerNet
+from simmim.optim import param_groups
+from simmim.pretrain import SimMIM
+from simmim.segment import VOID, Segmenter, class_iou
+from simmim.sliding import slide, starts
+
+VIT: dict[str, Any] = {
+    "encoder": "vit_tiny_patch16_224",
+    "img_size": 32,
+    "encoder_kwargs": {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2},
+    "decoder_channels": 16,
+}
+SWIN: dict[str, Any] = {
+    "encoder": "swin_tiny_patch4_window7_224",
+    "img_size": 32,
+    "encoder_kwargs": {
+        "patch_size": 4,
+        "embed_dim": 16,
+        "depths": [1, 1, 1, 1],
+        "num_heads": [1, 1, 1, 1],
+        "window_size": 4,
+    },
+    "decoder_channels": 16,
+}
+CNN: dict[str, Any] = {"encoder": "resnet10t", "img_size": 32, "decoder_channels": 16}
+
+
+class Squares(Dataset[dict[str, Any]]):
+    """Bright and dark squares on gray, three classes, as our data module gives them."""
+
+    def __init__(self, n: int = 8, size: int = 32) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.masks = torch.zeros(n, size, size, dtype=torch.int16)
+        for mask in self.masks:
+            for value in (1, 2):
+                y, x = torch.randint(0, size - 12, (2,), generator=generator).tolist()
+                mask[y : y + 12, x : x + 12] = value
+        shade = torch.tensor([120, 230, 10], dtype=torch.uint8)
+        self.images = shade[self.masks.long()][:, None].expand(-1, 3, -1, -1).contiguous()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {"image": self.images[i], "mask": self.masks[i], "index": i}
+
+
+class Data(L.LightningDataModule):
+    """What the module reads of a data module."""
+
+    classes = ("none", "bright", "dark")
+    values, colors = (0, 7, 9), ((0, 0, 0), (255, 0, 0), (0, 0, 255))
+    class_counts = (900, 90, 10)
+
+    def __init__(self, data: Any = None, batch_size: int = 4) -> None:
+        super().__init__()
+        self.data, self.batch_size = data or Squares(), batch_size
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.data, batch_size=self.batch_size)
+
+    val_dataloader = test_dataloader = predict_dataloader = train_dataloader
+
+
+def trainer(folder: Path, **options: Any) -> L.Trainer:
+    return L.Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+
+
+# The sliding window ------------------------------------------------------------------------------
+
+
+def test_windows_cover_a_line_and_end_where_it_ends() -> None:
+    assert starts(10, 4, 3) == [0, 3, 6]
+    assert starts(11, 4, 3) == [0, 3, 6, 7]  # mmsegmentation: max(11 - 4 + 3 - 1, 0) // 3 + 1 = 4
+    assert starts(4, 4, 3) == starts(2, 4, 3) == [0]
+    for length in range(1, 30):
+        for stride in range(1, 6):
+            tops = starts(length, 5, stride)
+            assert len(tops) == max(length - 5 + stride - 1, 0) // stride + 1
+            covered = {p for top in tops for p in range(top, min(top + 5, length))}
+            assert covered == set(range(length))
+
+
+def test_logits_are_averaged_where_windows_overlap() -> None:
+    calls: list[Tensor] = []
+
+    def numbered(crops: Tensor) -> Tensor:
+        calls.append(crops)
+        return torch.full((len(crops), 2, *crops.shape[-2:]), float(len(calls)))
+
+    logits = slide(numbered, torch.rand(2, 3, 4, 6), (4, 4), (2, 2))
+    assert logits.shape == (2, 2, 4, 6)
+    assert logits[0, 0, 0].tolist() == [1, 1, 1.5, 1.5, 2, 2]
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 13), (5, 20), (3, 3)])
+def test_what_looks_at_single_pixels_gives_the_same_through_windows(size: tuple[int, int]) -> None:
+    images = torch.rand(2, 3, *size)
+    logits = slide(lambda x: torch.cat([x, x**2], 1), images, (8, 8), (5, 5))
+    assert torch.allclose(logits, torch.cat([images, images**2], 1), atol=1e-6)
+
+
+def test_small_images_are_padded_with_their_mean_colour() -> None:
+    seen: list[Tensor] = []
+    images = torch.rand(2, 3, 4, 6)
+    slide(lambda x: seen.append(x) or x, images, (8, 8), (5, 5))  # type: ignore[func-returns-value]
+    assert torch.allclose(seen[0][:, :, :4, :6], images)
+    mean = images.mean((2, 3))
+    assert torch.allclose(seen[0][:, :, 5, 7], mean, atol=1e-6)
+
+
+# Scores ------------------------------------------------------------------------------------------
+
+
+def test_iou_by_hand() -> None:
+    counts = torch.tensor([[6, 2, 0, 0], [1, 3, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    iou = class_iou(counts)
+    assert iou[:2].tolist() == pytest.approx([6 / 9, 3 / 6])
+    assert iou[2:].isnan().all()
+    predicted_only = torch.tensor([[5, 1], [0, 0]])
+    assert class_iou(predicted_only).tolist() == pytest.approx([5 / 6, 0])
+
+
+class Oracle(Segmenter):
+    """Predicts what the red channel of raw images says: 0, 1, 2."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        raw = (images * self.std + self.mean)[:, 0] * 255
+        return 20.0 * F.one_hot(raw.round().long(), 3).movedim(-1, 1).float()
+
+
+def test_scores_are_of_all_pixels_that_have_a_class(tmp_path: Path) -> None:
+    """Two images of different sizes; void counts nowhere; a class that never occurs neither."""
+    masks = [torch.tensor([[0, 0, 1, VOID]]), torch.tensor([[1, 1], [0, VOID]])]
+    guesses = [torch.tensor([[0, 1, 1, 1]]), torch.tensor([[1, 0], [0, 2]])]
+    images = [guess.byte()[None].expand(3, -1, -1) for guess in guesses]
+    batch = {"image": images, "mask": masks}
+    model = Oracle(**VIT, num_classes=3)
+    model.is_trained = True
+    loader = DataLoader([batch], batch_size=None)
+    scores = trainer(tmp_path).validate(model, loader, verbose=False)[0]
+    # class 0: hits 2, missed 1, wrong 1; class 1: hits 2, missed 1, wrong 1
+    assert scores["val/iou/0"] == pytest.approx(2 / 4)
+    assert scores["val/iou/1"] == pytest.approx(2 / 4)
+    assert "val/iou/2" not in scores
+    assert scores["val/miou"] == pytest.approx(0.5)
+    assert scores["val/pixel_accuracy"] == pytest.approx(4 / 6)
+    assert scores["val/loss"] == pytest.approx(20 * 2 / 6, abs=1e-3)  # each mistake costs 20
+
+
+def test_images_without_any_class_cost_nothing(tmp_path: Path) -> None:
+    data = Squares(6)
+    data.masks[:] = VOID
+    data.masks[5, :4] = 1
+    model = Segmenter(**VIT, dice=1.0, dropout=0.0)
+    fit = trainer(tmp_path, max_epochs=1, log_every_n_steps=1, num_sanity_val_steps=2)
+    fit.fit(model, Data(data, 2))
+    metrics = fit.callback_metrics
+    assert all(value.isfinite() for value in metrics.values())
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+    loss = model.loss_of(logits, torch.full((2, 4, 4), VOID))
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert loss == 0
+    assert logits.grad is not None
+    assert not logits.grad.any()
+    data.masks[:] = VOID
+    with pytest.raises(ValueError, match="all of them are void"):
+        trainer(tmp_path).validate(model, Data(data, 2), verbose=False)
+
+
+def test_the_loss_is_the_mean_over_known_pixels_in_float32() -> None:
+    model = Segmenter(**VIT, num_classes=3)
+    logits = torch.randn(2, 3, 5, 5).bfloat16()
+    masks = torch.randint(-1, 3, (2, 5, 5))
+    loss = model.loss_of(logits, masks)
+    known = masks >= 0
+    picked = logits.float().log_softmax(1).movedim(1, -1)[known]
+    expected = -picked[torch.arange(len(picked)), masks[known]].mean()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    weights = torch.tensor([1.0, 2.0, 0.0])
+    weighed = model.loss_of(logits, masks, weights)
+    shares = weights[masks[known]]
+    expected = -(picked[torch.arange(len(picked)), masks[known]] * shares).mean()
+    assert weighed.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+# Heads -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["upernet", "linear"])
+@pytest.mark.parametrize("options", [VIT, SWIN, CNN], ids=["vit", "swin", "cnn"])
+def test_every_trained_parameter_learns_and_any_size_is_taken(
+    options: dict[str, Any], head: Any
+) -> None:
+    model = Segmenter(**options, head=head, num_classes=3, dropout=0.0)
+    logits, middle = model.train().logits(torch.randn(2, 3, 32, 32))
+    assert logits.shape == (2, 3, 32, 32)
+    loss = (logits * torch.randn_like(logits)).sum()
+    if middle is not None:
+        loss = loss + (middle * torch.randn_like(middle)).sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    assert sum(p.requires_grad for p in model.encoder.parameters()) > 3
+    with torch.no_grad():
+        assert model.eval()(torch.randn(2, 3, 40, 50)).shape == (2, 3, 40, 50)
+        assert model(torch.randn(1, 3, 20, 70)).shape == (1, 3, 20, 70)
+
+
+@pytest.mark.parametrize("options", [VIT, SWIN], ids=["vit", "swin"])
+def test_a_batch_of_one_image_can_be_trained_on(options: dict[str, Any]) -> None:
+    model = Segmenter(**options, num_classes=3).train()
+    logits, _ = model.logits(torch.randn(1, 3, 32, 32))
+    logits.sum().backward()  # type: ignore[no-untyped-call]
+    assert logits.isfinite().all()
+    head = AuxiliaryHead(8, 3, 0.0).train()
+    assert head(torch.randn(1, 8, 1, 1)).shape == (1, 3, 1, 1)
+
+
+def test_a_frozen_encoder_stays_as_it_is(tmp_path: Path) -> None:
+    model = Segmenter(**VIT, frozen=True, base_lr=1.0, warmup_epochs=0)
+    before = {k: v.clone() for k, v in model.encoder.state_dict().items()}
+    trainer(tmp_path, max_epochs=1).fit(model, Data())
+    assert all(torch.equal(v, before[k]) for k, v in model.encoder.state_dict().items())
+    assert not any(p.requires_grad for p in model.encoder.parameters())
+    assert not model.train().encoder.training
+    assert isinstance(model.decoder, UPerNet)
+    assert all(p.requires_grad for p in model.decoder.parameters())
+
+
+def test_a_linear_head_reads_the_block_that_is_asked_for() -> None:
+    model = Segmenter(**VIT, head="linear", frozen=True, layer=2, num_classes=3).eval()
+    images = torch.randn(2, 3, 32, 32)
+    (features,) = model.decoder.read(model.model, images)
+    (expected,) = model.model.forward_intermediates(images, [1], intermediates_only=True)
+    assert torch.equal(features, expected)
+    last = Segmenter(**VIT, head="linear", num_classes=3).eval()
+    (features,) = last.decoder.read(last.model, images)
+    tokens = last.model.forward_features(images)[:, 1:]
+    assert torch.allclose(features.flatten(2).transpose(1, 2), tokens, atol=1e-6)
+
+
+def test_decoder_and_pyramid_have_the_learning_rate_of_the_head() -> None:
+    model = Segmenter(**VIT, num_classes=3)
+    groups = param_groups(model, 0.05, layer_decay=0.5)
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    named = {n: scale[id(p)] for n, p in model.named_parameters() if p.requires_grad}
+    assert {v for n, v in named.items() if not n.startswith("encoder.")} == {1.0}
+    assert named["encoder.model.patch_embed.proj.weight"] == 0.5**5
+    for i in range(4):  # blocks are levels 1 to 4, the head is 5
+        assert named[f"encoder.model.blocks.{i}.attn.qkv.weight"] == 0.5 ** (4 - i)
+
+
+# Learning, checkpoints ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["upernet", "linear"])
+def test_it_learns(tmp_path: Path, head: Any) -> None:
+    model = Segmenter(**VIT, head=head, base_lr=0.25, warmup_epochs=1, dropout=0.0)
+    fit = trainer(tmp_path, max_epochs=40, log_every_n_steps=1, check_val_every_n_epoch=40)
+    fit.fit(model, Data())
+    assert fit.callback_metrics["val/miou"] > 0.45  # all of one class: 0.27
+    assert {"train/loss", "val/loss", "lr", "val/iou/dark"} <= set(fit.callback_metrics)
+    assert model.values == [0, 7, 9]
+
+
+def test_a_checkpoint_opens_without_its_weights_and_reads_as_an_encoder(tmp_path: Path) -> None:
+    pretraining = SimMIM(
+        encoder=VIT["encoder"], img_size=32, mask_patch_size=8, encoder_kwargs=VIT["encoder_kwargs"]
+    )
+    fit = trainer(tmp_path, max_epochs=1, limit_train_batches=1)
+    fit.fit(pretraining, DataLoader(Squares(), batch_size=4))
+    fit.save_checkpoint(tmp_path / "pre.ckpt")
+    model = Segmenter(weights=str(tmp_path / "pre.ckpt"), decoder_channels=16)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        features = pretraining.eval().encoder(images)
+        (found,) = model.eval().model.forward_intermediates(
+            images, [3], norm=True, intermediates_only=True
+        )
+    assert torch.allclose(found, features, atol=1e-6)
+    (tmp_path / "pre.ckpt").unlink()
+    fit = trainer(tmp_path, max_epochs=1)
+    fit.fit(model.train(), Data())
+    fit.save_checkpoint(tmp_path / "seg.ckpt")
+    again = Segmenter.load_from_checkpoint(tmp_path / "seg.ckpt").eval()
+    with torch.no_grad():
+        assert torch.equal(again(images), model.eval()(images))
+    assert (again.class_names, again.values) == (["none", "bright", "dark"], [0, 7, 9])
+    assert again.colors == [(0, 0, 0), (255, 0, 0), (0, 0, 255)]
+    encoder = load_encoder(tmp_path / "seg.ckpt").eval()
+    with torch.no_grad():
+        assert torch.equal(
+            encoder.forward_features(images),  # type: ignore[operator]
+            model.model.forward_features(images),
+        )
+    larger = Segmenter(weights=str(tmp_path / "seg.ckpt"), img_size=64, head="linear")
+    assert larger.window == (64, 64)
+    assert larger.classifier is None  # the classifier is the task's
+
+
+def test_a_plain_loader_of_images_and_masks_is_taken(tmp_path: Path) -> None:
+    images = torch.randn(4, 3, 32, 32)
+    masks = torch.randint(0, 3, (4, 32, 32))
+    masks[:, :4] = 255
+    model = Segmenter(**VIT, num_classes=3)
+    found, known = model.inputs((images, masks))
+    assert torch.equal(found, images)  # type: ignore[arg-type]
+    assert (known[:, :4] == VOID).all()  # type: ignore[index]
+    loader = DataLoader(list(zip(images, masks, strict=True)), batch_size=2)
+    trainer(tmp_path, max_epochs=1).fit(model, loader, loader)
+
+
+def test_scores_stay_when_an_image_is_scored_at_another_size() -> None:
+    model = Segmenter(**VIT, num_classes=3).eval()
+    batch = {
+        "image": torch.zeros(2, 3, 16, 24, dtype=torch.uint8),
+        "size": torch.tensor([[32, 48], [16, 24]]),
+    }
+    with torch.no_grad():
+        classes = model.predict_step(batch, 0)["classes"]
+    assert [tuple(c.shape) for c in classes] == [(32, 48), (16, 24)]
+
+
+def test_class_weights_are_scikit_learns_balanced(tmp_path: Path) -> None:
+    model = Segmenter(**VIT, class_weights="balanced")
+    fit = trainer(tmp_path, max_epochs=1, limit_train_batches=1)
+    fit.fit(model, Data())
+    assert model.class_weights is not None
+    expected = [1000 / (3 * n) for n in (900, 90, 10)]
+    assert model.class_weights.tolist() == pytest.approx(expected)
+    wrong = Segmenter(**VIT, class_weights=[1.0])
+    with pytest.raises(ValueError, match=r"class_weights \[1.0\] are not 3"):
+        trainer(tmp_path, max_epochs=1).fit(wrong, Data())
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"layer": 2}, "for head linear on a frozen encoder"),
+        ({"layer_decay": 0.5, "frozen": True}, "does nothing to a frozen encoder"),
+        ({"dropout": 1.0}, "is no share"),
+        ({"aux_weight": -1.0}, "is negative"),
+        ({"layer_decay": 2.0}, "not between 0 and 1"),
+        ({"stride": 40}, "leave pixels out"),
+        ({"num_classes": 1}, "nothing to tell apart"),
+        ({"head": "linear", "frozen": True, "layer": 9}, "does not exist"),
+    ],
+)
+def test_options_that_contradict_are_refused(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Segmenter(**VIT, **options)
+
+
+def test_other_classes_and_untrained_models_are_refused(tmp_path: Path) -> None:
+    model = Segmenter(**VIT)
+    with pytest.raises(ValueError, match="not trained to segment yet"):
+        trainer(tmp_path).validate(model, Data(), verbose=False)
+    with pytest.raises(ValueError, match="this model knows none, bright, dark"):
+        model.set_classes(["a", "b", "c"])
+    with pytest.raises(ValueError, match="num_classes 5 does not go with the 3 classes"):
+        Segmenter(**VIT, num_classes=5).set_classes(["a", "b", "c"])
