@@ -7,10 +7,12 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from simmim import load_encoder
+from simmim.data import SegmentationData
 from simmim.dense import AuxiliaryHead, UPerNet
 from simmim.optim import param_groups
 from simmim.pretrain import SimMIM
@@ -321,6 +323,37 @@ def test_a_checkpoint_opens_without_its_weights_and_reads_as_an_encoder(tmp_path
     larger = Segmenter(weights=str(tmp_path / "seg.ckpt"), img_size=64, head="linear")
     assert larger.window == (64, 64)
     assert larger.classifier is None  # the classifier is the task's
+
+
+def test_going_on_is_bitwise_the_same(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        for kind in ("images", "masks"):
+            (tmp_path / "d" / part / kind).mkdir(parents=True)
+        data = Squares(8 if part == "train" else 2)
+        for i, (image, mask) in enumerate(zip(data.images, data.masks, strict=True)):
+            folder = tmp_path / "d" / part
+            Image.fromarray(image.movedim(0, -1).numpy()).save(folder / "images" / f"{i}.png")
+            Image.fromarray(mask.byte().numpy()).save(folder / "masks" / f"{i}.png")
+
+    def fit(stop: int, ckpt: str | None = None) -> dict[str, Tensor]:
+        class Stop(L.Callback):
+            def on_train_batch_end(self, run: L.Trainer, *args: Any) -> None:
+                run.should_stop = run.global_step >= stop
+                if run.should_stop:
+                    run.save_checkpoint(tmp_path / "stopped.ckpt")
+
+        torch.manual_seed(0)
+        model = Segmenter(**VIT, drop_path_rate=0.2, base_lr=0.1, warmup_epochs=1)
+        data = SegmentationData(str(tmp_path / "d"), img_size=32, batch_size=4, num_workers=0)
+        run = trainer(tmp_path, max_epochs=3, callbacks=[Stop()])
+        run.fit(model, datamodule=data, ckpt_path=ckpt)
+        return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    whole = fit(6)
+    fit(3)  # in the middle of the second epoch
+    rest = fit(6, str(tmp_path / "stopped.ckpt"))
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, rest[name]), name
 
 
 def test_a_plain_loader_of_images_and_masks_is_taken(tmp_path: Path) -> None:

@@ -197,6 +197,20 @@ def test_every_config_starts(folder: Path, config: str) -> None:
     )
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_says_how_where_and_what_to_expect(name: str) -> None:
+    text = (config_folder() / "segment" / f"{name}.yaml").read_text()
+    assert len(text.splitlines()) <= 60
+    head = text[: text.index("\nmodel:")]
+    chosen = "" if name == "finetune_small" else f" -c {name}"
+    assert f"#   simmim segment fit{chosen} --model.weights CKPT --data.root" in head
+    assert "Hardware: " in head
+    assert "Hours: " in head or "Time " in head
+    assert "Expect: " in head
+    assert "# What changes the result" in text
+    assert "# What does not" in text
+
+
 def test_the_published_numbers_are_in_the_configs() -> None:
     def read(name: str) -> dict[str, Any]:
         content: dict[str, Any] = yaml.safe_load(

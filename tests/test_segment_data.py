@@ -16,6 +16,7 @@ from simmim.data.joint import PairCrop, Whole, crop_mask, random_window
 from simmim.data.legend import VOID, Legend, WrongMask, count_classes, read_legend
 from simmim.data.segmentation import MaskedImages
 from simmim.data.transforms import Box, crop_and_resize
+from simmim.mistakes import explain
 
 Make = Callable[..., Path]
 
@@ -259,6 +260,16 @@ def test_sizes_that_differ_stop_the_run_and_damaged_masks_are_skipped(folder: Pa
     assert made.sets["training"].unreadable[2] == 1
     with pytest.raises(ValueError, match="cannot be read"):
         data(folder, bad_files="raise").sets["training"][2]
+
+
+def test_a_wrong_mask_in_a_worker_is_one_sentence(folder: Path) -> None:
+    write(folder / "train" / "masks", "002", np.zeros((10, 32), np.uint8))
+    made = data(folder, num_workers=1, batch_size=10)
+    with pytest.raises(WrongMask) as caught:
+        next(iter(made.train_dataloader()))
+    sentence = explain(caught.value)
+    assert sentence is not None
+    assert sentence.startswith(repr(str(folder / "train" / "masks" / "002.png")))
 
 
 # Transforms --------------------------------------------------------------------------------------

@@ -34,7 +34,9 @@ Images = Tensor | list[Tensor]  # (B, C, H, W), or of several sizes each (C, H, 
 class Segmenter(L.LightningModule):
     """Semantic segmentation on an encoder: a class for each pixel.
 
-    Trained on crops; images of any size are read by a window that slides over them.
+    Trained on crops; images of any size are read by a window that slides over them. `val/miou` is
+    counted over all pixels of the part, and is the mean over the classes that occur in its masks or
+    are predicted (mmsegmentation's rule); `val/iou/NAME` is each class's.
 
     Args:
         weights: Weights of the encoder: a run's folder or checkpoint of ours, an official SimMIM
@@ -310,14 +312,13 @@ class Segmenter(L.LightningModule):
                 return
             raise ValueError(f"no pixel of the {part} masks has a class: all of them are void")
         iou, accuracy = class_iou(counts), counts.diagonal() / counts.sum(1)
-        spread = self.trainer.world_size > 1
-        self.log(f"{part}/miou", iou.nanmean(), prog_bar=True, sync_dist=spread)
+        self.log(f"{part}/miou", iou.nanmean(), prog_bar=True, sync_dist=True)
         share = counts.diagonal().sum() / counts.sum()
-        self.log(f"{part}/pixel_accuracy", share, sync_dist=spread)
-        self.log(f"{part}/class_accuracy", accuracy.nanmean(), sync_dist=spread)
+        self.log(f"{part}/pixel_accuracy", share, sync_dist=True)
+        self.log(f"{part}/class_accuracy", accuracy.nanmean(), sync_dist=True)
         for name, value in zip(self.class_names, iou, strict=True):
             if not value.isnan():
-                self.log(f"{part}/iou/{name}", value, sync_dist=spread)
+                self.log(f"{part}/iou/{name}", value, sync_dist=True)
 
     # Classes -----------------------------------------------------------------------------------
 

@@ -208,10 +208,11 @@ def find_legend(root: str, paths: Sequence[str], void: Sequence[int] | None = No
         ValueError: If there are not two classes.
     """
     counts = np.zeros(MOST, np.int64)
-    for path, values in zip(paths, _read_all(paths, "Classes of the masks"), strict=True):
-        if values.ndim == 3:
-            Legend([], [])._of_colors(values, path)
-        counts += np.bincount(values.ravel(), minlength=MOST)
+    masks = _map(_values_or_nothing, paths, "Classes of the masks")
+    for path, mask in zip(paths, masks, strict=True):
+        if mask.ndim == 3:
+            Legend([], [])._of_colors(mask, path)
+        counts += np.bincount(mask.ravel(), minlength=MOST)
     found = np.flatnonzero(counts)
     if void is None and found.tolist() == [0, ANY_VOID]:
         return Legend(["0", str(ANY_VOID)], [0, ANY_VOID], (), source=root)
@@ -239,10 +240,6 @@ def count_classes(paths: Sequence[str], legend: Legend) -> list[int]:
         classes = mask[mask >= 0].numpy()
         counts += np.bincount(classes, minlength=len(counts))
     return [int(n) for n in counts]
-
-
-def _read_all(paths: Sequence[str], desc: str) -> Iterable[Values]:
-    return _map(_values_or_nothing, paths, desc)
 
 
 def _values_or_nothing(path: str) -> Values:
