@@ -322,7 +322,33 @@ def test_a_checkpoint_opens_without_its_weights_and_reads_as_an_encoder(tmp_path
         )
     larger = Segmenter(weights=str(tmp_path / "seg.ckpt"), img_size=64, head="linear")
     assert larger.window == (64, 64)
-    assert larger.classifier is None  # the classifier is the task's
+    assert larger.classifier is None  # of another head
+
+
+def test_weights_of_a_segmenter_bring_its_head(tmp_path: Path) -> None:
+    model = Segmenter(**VIT)
+    fit = trainer(tmp_path, max_epochs=1)
+    fit.fit(model, Data())
+    fit.save_checkpoint(path := tmp_path / "seg.ckpt")
+    again = Segmenter(weights=str(path), decoder_channels=16)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(images), model.eval()(images))
+    trainer(tmp_path).validate(again, Data(), verbose=False)
+    again.set_classes(["a", "b", "c", "d"], may_renew=True)
+    assert again.num_classes == again.confusion.num_classes == 4  # type: ignore[union-attr]
+    decoders = (again.decoder.state_dict(), model.decoder.state_dict())
+    assert all(torch.equal(value, decoders[1][name]) for name, value in decoders[0].items())
+    other = Segmenter(weights=str(path), decoder_channels=16, num_classes=5)
+    assert not other.is_trained
+    assert torch.equal(
+        other.decoder.state_dict()["decoder.fusion_block.0.weight"],
+        decoders[1]["decoder.fusion_block.0.weight"],
+    )
+    wider = Segmenter(weights=str(path), decoder_channels=24)
+    assert wider.classifier is None
+    with pytest.raises(ValueError, match="not trained to segment yet"):
+        trainer(tmp_path).validate(wider, Data(), verbose=False)
 
 
 def test_going_on_is_bitwise_the_same(tmp_path: Path) -> None:

@@ -25,9 +25,10 @@ from simmim.training import (
     optimizer_spec,
     seed_step,
 )
-from simmim.transfer import open_backbone
+from simmim.transfer import _our_checkpoint, open_backbone
 
 VOID = -1  # a pixel without a class
+USUAL_VOID = 255  # in masks that others have read
 Images = Tensor | list[Tensor]  # (B, C, H, W), or of several sizes each (C, H, W)
 
 
@@ -40,8 +41,8 @@ class Segmenter(L.LightningModule):
 
     Args:
         weights: Weights of the encoder: a run's folder or checkpoint of ours, an official SimMIM
-            or Swin release (.pth), `timm:NAME`, or a Hugging Face or timm folder. None: from
-            scratch.
+            or Swin release (.pth), `timm:NAME`, or a Hugging Face or timm folder. Those of a
+            segmenter with the same head bring that along. None: from scratch.
         encoder: Name of a timm model; by default that of the weights, or vit_base_patch16_224.
         img_size: Height and width in pixels of training crops and of the sliding window, one
             number or [height, width]; by default those of the weights, or 224. Positions are
@@ -61,8 +62,6 @@ class Segmenter(L.LightningModule):
         dice: Weight of a Dice loss beside the cross-entropy; 0 = none. It helps rare classes.
         class_weights: Weight of each class in the training loss: balanced (by its pixels in the
             training part), or a list. None: all alike.
-        void: Value of pixels without a class in masks of a plain loader; our own data says it
-            itself.
         stride: Pixels from window to window in evaluation, one number or [down, across]; by
             default two thirds of the window (mmsegmentation's 341 of 512).
         ema_decay: Decay of a moving average of the weights, which is what is validated and kept;
@@ -102,7 +101,6 @@ class Segmenter(L.LightningModule):
         dropout: float = 0.1,
         dice: float = 0.0,
         class_weights: Literal["balanced"] | list[float] | None = None,
-        void: int = 255,
         stride: int | list[int] | None = None,
         ema_decay: float | None = None,
         encoder_kwargs: dict[str, Any] | None = None,
@@ -173,8 +171,11 @@ class Segmenter(L.LightningModule):
         self.register_buffer("class_weights", None, persistent=False)
         self.origin = str(backbone.report or "from scratch")  # of the encoder's weights
         self.is_trained = False
+        self.head_is_inherited = False  # from the weights
         if num_classes:
             self.set_num_classes(num_classes)
+        if weights is not None:
+            self._inherit(weights)
 
     # The model ---------------------------------------------------------------------------------
 
@@ -214,7 +215,7 @@ class Segmenter(L.LightningModule):
     def inputs(self, batch: Any) -> tuple[Images, Images | None]:
         """Take a batch apart, a dict of ours or (images, masks): normalised images, and masks.
 
-        Floats of a plain loader count as normalised already.
+        Floats of a plain loader count as normalised already; in its masks 255 is no class.
         """
         if isinstance(batch, Mapping):
             raw, masks = batch["image"], batch.get("mask")
@@ -223,7 +224,7 @@ class Segmenter(L.LightningModule):
             return [self.normalize(image[None])[0] for image in raw], masks
         images, masks = batch if isinstance(batch, Sequence) else (batch, None)
         if masks is not None:
-            masks = torch.where(masks == self.hparams["void"], VOID, masks.long())
+            masks = torch.where(masks == USUAL_VOID, VOID, masks.long())
         return (self.normalize(images) if images.dtype == torch.uint8 else images), masks
 
     def segment(self, images: Images, sizes: Sequence[Sequence[int]]) -> Iterator[Tensor]:
@@ -356,6 +357,8 @@ class Segmenter(L.LightningModule):
         names: Sequence[str],
         values: Sequence[int] | None = None,
         colors: Sequence[Sequence[int]] | None = None,
+        *,
+        may_renew: bool = False,
     ) -> None:
         """Take the classes, in the order of their numbers.
 
@@ -363,11 +366,16 @@ class Segmenter(L.LightningModule):
             names: Their names.
             values: What each is in a mask; by default its number.
             colors: The colour of each, RGB.
+            may_renew: Whether a classifier for others, which came with the weights, is given up.
 
         Raises:
             ValueError: If they are not those that it was trained with.
         """
         names = [str(name) for name in names]
+        if self.classes and names != self.classes and may_renew:
+            rank_zero_info(f"the weights know the classes {_short(self.classes)}: a new classifier")
+            self.classes, self.classifier, self.colors = [], None, None
+            self.hparams["num_classes"] = None
         if self.classes and names != self.classes:
             raise ValueError(
                 f"the data has the classes {_short(names)}, this model knows "
@@ -385,6 +393,26 @@ class Segmenter(L.LightningModule):
         if colors is not None:
             self.colors = [(int(red), int(green), int(blue)) for red, green, blue in colors]
 
+    def _inherit(self, weights: str) -> None:
+        """Take the decoder and the classifier of the weights too, if they have the same."""
+        found = _our_checkpoint(weights)
+        if found is None or "classifier.weight" not in found["state_dict"]:
+            return
+        theirs, ours = found["hyper_parameters"], self.hparams
+        unlike = [n for n in ("head", "decoder_channels", "layer") if theirs[n] != ours[n]]
+        if unlike:
+            said = ", ".join(f"{name} {theirs[name]}, not {ours[name]}" for name in unlike)
+            rank_zero_info(f"the weights have another decoder ({said}): a new one")
+            return
+        if ours["num_classes"] in (None, theirs["num_classes"]):
+            self.set_num_classes(theirs["num_classes"])
+            self.set_classes(found["classes"], found["values"], found["colors"])
+            self.is_trained = self.head_is_inherited = True
+        parts = ["decoder.", *(["classifier.", "auxiliary."] if self.is_trained else [])]
+        kept = {k: v for k, v in found["state_dict"].items() if k.startswith(tuple(parts))}
+        missing = self.load_state_dict(kept, strict=False).missing_keys
+        assert not [name for name in missing if name.startswith("decoder.")], missing
+
     # Set-up and optimisation -------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
@@ -393,7 +421,9 @@ class Segmenter(L.LightningModule):
         if stage != "predict":
             if names := getattr(data, "classes", None):
                 values, colors = getattr(data, "values", None), getattr(data, "colors", None)
-                self.set_classes(names, values, colors)
+                begins = stage == "fit" and not self.trainer.ckpt_path
+                renew = begins and self.head_is_inherited
+                self.set_classes(names, values, colors, may_renew=renew)
             if not self.hparams["num_classes"]:
                 raise ValueError("num_classes is not known: give it, or data with class names")
         if stage != "fit":

@@ -213,24 +213,26 @@ def find_legend(root: str, paths: Sequence[str], void: Sequence[int] | None = No
         if mask.ndim == 3:
             Legend([], [])._of_colors(mask, path)
         counts += np.bincount(mask.ravel(), minlength=MOST)
-    found = np.flatnonzero(counts)
-    if void is None and found.tolist() == [0, ANY_VOID]:
+    found = np.flatnonzero(counts).tolist()
+    if void is None and found == [0, ANY_VOID]:
         return Legend(["0", str(ANY_VOID)], [0, ANY_VOID], (), source=root)
-    known = [int(v) for v in found if v not in (void or (ANY_VOID,))]
+    ignored = (ANY_VOID,) if void is None else tuple(void)
+    if void is None and found and max(found) > ANY_VOID:  # of 16 bits: a number like the others
+        ignored = ()
+    known = [value for value in found if value not in ignored]
     if len(known) < 2:
         raise ValueError(
-            f"the masks of {root!r} hold {' and '.join(map(str, found))} alone, which leaves "
-            f"nothing to tell apart: give {FILE} with the names and values of two classes"
+            f"the masks of {root!r} hold {' and '.join(map(str, found)) or 'nothing'} alone, which "
+            f"leaves nothing to tell apart: give {FILE} with the names and values of two classes"
         )
-    values = [v for v in range(max(known) + 1) if v not in (void or ())]
+    values = [value for value in range(known[-1] + 1) if value not in ignored]
     missing = len(values) - len(known)
     rank_zero_info(
-        f"{len(values)} classes: the values 0 to {max(known)} of the training masks"
+        f"{len(values)} classes: the values {values[0]} to {values[-1]} of the training masks"
         + (f", of which {missing} do not occur" if missing else "")
         + f"; {FILE} in {root!r} would name them"
     )
-    void = (ANY_VOID,) if void is None and max(known) < ANY_VOID else tuple(void or ())
-    return Legend([str(v) for v in values], values, void, source=root)
+    return Legend([str(value) for value in values], values, ignored, source=root)
 
 
 def count_classes(paths: Sequence[str], legend: Legend) -> list[int]:
