@@ -441,5 +441,15 @@ def test_other_classes_and_untrained_models_are_refused(tmp_path: Path) -> None:
         trainer(tmp_path).validate(model, Data(), verbose=False)
     with pytest.raises(ValueError, match="this model knows none, bright, dark"):
         model.set_classes(["a", "b", "c"])
+    fit = trainer(tmp_path, max_epochs=1)
+    fit.fit(Segmenter(**VIT), Data())
+    fit.save_checkpoint(path := tmp_path / "x.ckpt")
+
+    class Fewer(Data):
+        classes = ("none", "bright")  # type: ignore[assignment]
+        values, colors = (0, 7), None  # type: ignore[assignment]
+
+    with pytest.raises(ValueError, match=r"data has the classes none, bright, this .* dark"):
+        trainer(tmp_path).validate(Segmenter(**VIT), Fewer(), ckpt_path=path, verbose=False)
     with pytest.raises(ValueError, match="num_classes 5 does not go with the 3 classes"):
         Segmenter(**VIT, num_classes=5).set_classes(["a", "b", "c"])

@@ -156,6 +156,7 @@ def test_what_users_get_wrong_is_one_sentence(
         return refused(capsys, "segment", "fit", *tiny, *args)
 
     assert "data.root" in fit()
+    assert "use -c linear" in fit("--data.root=d", "-c=finetune_small", "--model.frozen=true")
     assert "does not exist" in fit("--data.root=nowhere")
     assert "is missing: segmentation needs images/ and masks/" in fit("--data.root=d/train/images")
     assert "cannot be read" in fit("--data.root=d", "--data.classes=none.json")
@@ -170,6 +171,14 @@ def test_what_users_get_wrong_is_one_sentence(
     assert "1.png' is 9 x 9 pixels" in fit("--data.root=d")
     Path("d/val/masks/1.png").unlink()
     assert "have no mask, such as" in fit("--data.root=d")
+
+
+def test_a_frozen_encoder_has_the_recipe_of_the_linear_head(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["segment", "fit", "--model.frozen", "true", "--print_config"]) == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert (config["name"], config["model"]["head"]) == ("linear", "linear")
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -502,9 +502,12 @@ class Segmenter(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the classifier that the file has, and go on with its optimiser."""
+        of_data, self.classes = self.classes, []  # Lightning sets the data up first
         self.set_num_classes(checkpoint["hyper_parameters"]["num_classes"])
         if names := checkpoint.get("classes"):
             self.set_classes(names, checkpoint.get("values"), checkpoint.get("colors"))
+        if of_data:
+            self.set_classes(of_data, self.values)
         self.origin = checkpoint.get("origin", self.origin)
         self.is_trained = self.has_statistics = True
         if spec := checkpoint.get("optimizer_spec"):
@@ -536,7 +539,9 @@ def _check(hparams: Mapping[str, Any]) -> None:
             f"layer {hparams['layer']} is for head linear on a frozen encoder: leave it out"
         )
     if hparams["layer_decay"] is not None and hparams["frozen"]:
-        raise ValueError("layer_decay does nothing to a frozen encoder: leave it out")
+        raise ValueError(
+            "layer_decay does nothing to a frozen encoder: leave it out, or use -c linear"
+        )
     for name in ("dropout", "drop_path_rate"):
         if not 0 <= hparams[name] < 1:
             raise ValueError(f"{name} {hparams[name]} is no share: use 0 for none, or 0.1")

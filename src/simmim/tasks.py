@@ -89,7 +89,7 @@ def segment(args: list[str]) -> None:
             name="segment",
             model=Segmenter,
             data=SegmentationData,
-            default="segment/finetune_small",
+            default="segment/linear" if _is_frozen(args) else "segment/finetune_small",
             callbacks={
                 "segmentations": Segmentations,
                 "non_finite": callbacks.StopOnNonFinite,
