@@ -5,8 +5,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 
 def _run(processes: int, out: Path) -> dict[str, object]:
@@ -59,3 +61,31 @@ def test_two_processes_score_what_one_scores(
     assert [row[:2] for row in rows[0]] == [row[:2] for row in rows[1]]
     shares = [torch.tensor([[float(x) for x in row[2:]] for row in table]) for table in rows]
     torch.testing.assert_close(shares[1], shares[0], rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_segment_what_one_segments(tmp_path: Path) -> None:
+    """Each validation image counts once, though five of two sizes cannot be dealt out evenly."""
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 8), ("val", 5)):
+        for i in range(n):
+            size = (40, 50) if i % 2 else (20, 64)
+            for kind, pixels in (
+                ("images", rng.integers(0, 256, (*size, 3), dtype=np.uint8)),
+                ("masks", rng.integers(0, 3, size, dtype=np.uint8)),
+            ):
+                (tmp_path / "d" / part / kind).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(tmp_path / "d" / part / kind / f"{i}.png")
+    found = {}
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        out.mkdir()
+        _start("ddp_segment.py", str(processes), str(tmp_path / "d"), str(out))
+        found[processes] = torch.load(out / "found.pt", weights_only=True)
+    for name in ("loss", "miou", "pixel_accuracy", "iou/0", "iou/2"):
+        shares = [found[n][f"val/{name}"] for n in (1, 2)]
+        assert shares[1] == pytest.approx(shares[0], rel=1e-4), name
+    masks = [sorted((tmp_path / n / "predictions").rglob("*.png")) for n in "12"]
+    assert [len(paths) for paths in masks] == [13, 13]
+    for one, two in zip(*masks, strict=True):
+        assert one.relative_to(tmp_path / "1") == two.relative_to(tmp_path / "2")
+        assert np.array_equal(np.asarray(Image.open(one)), np.asarray(Image.open(two)))
