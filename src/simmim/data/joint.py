@@ -39,15 +39,13 @@ class PairCrop:
     def __call__(self, pair: tuple[Tensor, Tensor], draws: Iterator[float]) -> dict[str, object]:
         """Transform an image, (C, H, W), and its mask, (H, W), by uniform random numbers."""
         image, mask = pair
+        height, width = mask.shape
         factor = self.scale[0] + (self.scale[1] - self.scale[0]) * next(draws)
-        factor *= fitting(image.shape[1], image.shape[2], self.short_side)
-        box, inside, corner = random_window(
-            image.shape[1], image.shape[2], factor, self.size, draws
-        )
-        for _ in range(ATTEMPTS - 1):
+        factor *= fitting(height, width, self.short_side)
+        for _ in range(ATTEMPTS):
+            box, inside, corner = random_window(height, width, factor, self.size, draws)
             if _greatest_share(crop_mask(mask, box, inside)) <= self.max_class_share:
                 break
-            box, inside, corner = random_window(*image.shape[1:], factor, self.size, draws)
         image, mask = crop_and_resize(image, box, inside), crop_mask(mask, box, inside)
         image, mask = _place(image, mask, self.size, corner)
         if next(draws) < self.hflip:
