@@ -20,6 +20,8 @@ SHARED = {
     "scores",
     "readout",
     "pyramid",
+    "rcnn",
+    "average_precision",
 }
 COMMANDS = {"embed", "export", "compare", "doctor", "benchmark"}
 COMMAND_PARTS = {"embeddings", "atlas"}  # of embed

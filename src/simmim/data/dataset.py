@@ -76,6 +76,14 @@ class ImageData(Dataset[dict[str, Any]]):
             sample["label"] = int(self.labels[index])
         return sample
 
+    def read(self, index: int) -> Tensor:
+        """Read a sample's image as it is, (C, H, W).
+
+        Raises:
+            UnreadableImage: With the file's name and the reason.
+        """
+        return read_image(self.path(index), self.in_chans, self.intensity)
+
     def path(self, index: int) -> str:
         """Path of a sample's file."""
         return self.files.path(self._place(index))
@@ -103,7 +111,7 @@ class ImageData(Dataset[dict[str, Any]]):
     def why_unreadable(self, index: int) -> str:
         """Read a file once more, and say what is wrong with it."""
         try:
-            read_image(self.path(index), self.in_chans, self.intensity)
+            self.read(index)
         except UnreadableImage as error:
             return str(error).partition(" cannot be read: ")[2]
         return "it could be read the second time"
@@ -116,7 +124,7 @@ class ImageData(Dataset[dict[str, Any]]):
         others = uniforms(self.seed, epoch, index, 1)
         for _ in range(TRIES):
             try:
-                return read_image(self.path(index), self.in_chans, self.intensity), index
+                return self.read(index), index
             except UnreadableImage as error:
                 if self.on_bad == "raise":
                     raise
