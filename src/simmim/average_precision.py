@@ -28,6 +28,7 @@ class AveragePrecision:
         self.metric = MeanAveragePrecision(
             iou_type=("bbox", "segm") if masks else "bbox",
             class_metrics=len(self.class_names) <= FEW,
+            backend="faster_coco_eval",
             sync_on_compute=False,
         )
 
@@ -70,7 +71,7 @@ class AveragePrecision:
     def _gather(self) -> None:
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return
-        states = {name: getattr(self.metric, name) for name in self.metric._defaults}
+        states = dict(self.metric.metric_state)
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, states)
         for name in states:

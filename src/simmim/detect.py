@@ -31,7 +31,7 @@ from simmim.transfer import _our_checkpoint, open_backbone
 Sizes = list[tuple[int, int]]  # height and width that each image fills of the canvas
 Found = dict[str, Tensor]  # of an image: boxes (n, 4) by their corners, labels, scores, masks
 EVALUATION = 2  # of the seeds: what the losses of an evaluation draw
-SHAPE = ("fpn_channels", "head", "anchor_ratios")  # options that the heads' weights depend on
+SHAPE = ("fpn_channels", "head", "anchor_sizes", "anchor_ratios")  # what the heads' weights need
 
 
 class Detector(L.LightningModule):
@@ -43,7 +43,7 @@ class Detector(L.LightningModule):
     Args:
         weights: Weights of the encoder: a run's folder or checkpoint of ours, an official SimMIM
             or Swin release (.pth), `timm:NAME`, or a Hugging Face or timm folder. Of a detector of
-            ours all is taken. None: from scratch.
+            ours pyramid and heads are taken as well, in their own shape. None: from scratch.
         encoder: Name of a timm model; by default that of the weights, or vit_base_patch16_224.
         img_size: Height and width of the canvas in pixels, one number or [height, width]; by
             default those of the weights, or 224. Boxes of less than about 16 px are hard to find:
@@ -123,6 +123,7 @@ class Detector(L.LightningModule):
         self.frozen, self.seed = frozen, seed
         self.optimizer, self.trust = optimizer, trust
 
+        detector = None if weights is None else self._find_detector(weights)
         backbone = open_backbone(
             weights,
             encoder,
@@ -143,7 +144,7 @@ class Detector(L.LightningModule):
         pyramid = Pyramid(backbone.model, backbone.encoder, backbone.in_chans, self.canvas)
         if grad_checkpointing:
             backbone.model.set_grad_checkpointing(True)
-        self.neck = Neck(pyramid, fpn_channels, norm=head == "conv")
+        self.neck = Neck(pyramid, self.hparams["fpn_channels"], norm=self.hparams["head"] == "conv")
         self.rpn: Any = None
         self.roi_heads: Any = None
         self.classes: list[str] = []
@@ -157,8 +158,8 @@ class Detector(L.LightningModule):
         self.origin = str(backbone.report or "from scratch")  # of the encoder's weights
         self.head_is_trained = self.head_is_inherited = False
         self.scores: AveragePrecision | None = None
-        if weights is not None:
-            self._inherit(weights)
+        if detector is not None:
+            self._inherit(detector)
         if num_classes:
             self.set_num_classes(num_classes, masks)
             self.hparams["masks"] = masks  # None: the data are still to be asked
@@ -392,24 +393,29 @@ class Detector(L.LightningModule):
         self.set_num_classes(len(names), masks)
         self.classes = names
 
-    def _inherit(self, weights: str) -> None:
-        """Take neck and heads of a detector of ours, where they have the same shape."""
+    def _find_detector(self, weights: str) -> dict[str, Any] | None:
+        """Open the weights, if they are a detector of ours, and take the shape of its heads."""
         content = _our_checkpoint(weights)
         if content is None or not any(name.startswith("rpn.") for name in content["state_dict"]):
-            return
-        theirs = content["hyper_parameters"]
-        if other := [name for name in SHAPE if theirs[name] != self.hparams[name]]:
-            rank_zero_info(f"{weights} has another {' and '.join(other)}: new heads")
-            return
-        wanted = self.hparams["masks"]
+            return None
+        theirs = {name: content["hyper_parameters"][name] for name in SHAPE}
+        other = [f"{name} {v}" for name, v in theirs.items() if v != self.hparams[name]]
+        if other:
+            rank_zero_info(f"the heads of {weights} are kept, with their {', '.join(other)}")
+        self.hparams.update(theirs)
+        return content
+
+    def _inherit(self, detector: Mapping[str, Any]) -> None:
+        """Take pyramid and heads of a detector of ours."""
+        wanted, theirs = self.hparams["masks"], detector["hyper_parameters"]
         self.set_num_classes(theirs["num_classes"], theirs["masks"])
         for name in ("neck", "rpn", "roi_heads"):
             start = f"{name}."
-            tensors = {k: v for k, v in content["state_dict"].items() if k.startswith(start)}
+            tensors = {k: v for k, v in detector["state_dict"].items() if k.startswith(start)}
             part = cast(nn.Module, getattr(self, name))
             part.load_state_dict({k.removeprefix(start): v for k, v in tensors.items()})
-        self.classes = list(content.get("classes") or [])
-        self.category_ids = list(content.get("category_ids") or [])
+        self.classes = list(detector.get("classes") or [])
+        self.category_ids = list(detector.get("category_ids") or [])
         self.head_is_trained = self.head_is_inherited = True
         self.hparams["masks"] = wanted
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+from faster_coco_eval.core import mask as coco_mask
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
-from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from simmim.callbacks.boxes import board_boxes, draw_boxes, draw_pairs, enlarge, select

@@ -96,11 +96,8 @@ class PictureNames:
         name = safe_name(path)
         # "A.jpg" beside "a.jpg" is one file on macOS and Windows. (The same path comes twice where
         # an image stands in for one that cannot be read: that is the same picture.)
-        return (
-            name
-            if self._given.setdefault(name.casefold(), path) == path
-            else safe_name(path + "\0")
-        )
+        first = self._given.setdefault(name.casefold(), path)
+        return name if first == path else safe_name(path + "\0")
 
     def relative(self, path: str) -> str:
         """An image's path below the folder, with forward slashes."""

@@ -3,8 +3,7 @@
 import json
 import os
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from simmim.data.annotations import Faults, Found, Table, read_coco, read_voc
+from simmim.data.annotations import Found, Table, read_coco, read_voc
 from simmim.data.index import FileIndex, check_folder
 from simmim.data.layout import Part, read_folder, read_parts
 from simmim.data.split import validation_mask
@@ -135,34 +134,23 @@ def read_annotated_parts(
     """
     check_folder(root)
     parts = _read_parts(root, val_fraction, split_seed, group_pattern)
-    tables: dict[str, Table] = {}  # by the folder that they are for
-    shared = None if annotations is None else _read_given(annotations, parts)
-    for name, part in parts.items():
-        folder = part.files.root
-        table = tables.get(folder) or shared or _find_table(root, part.files)
-        if table is not None:
-            tables[folder] = table
-        elif name == "test":
-            rank_zero_info(f"{folder} has no annotations: nothing to test on")
-        else:
-            raise ValueError(f"{folder!r} has images, but no annotations: {WHERE}")
+    indexes = {part.files.root: part.files for part in parts.values()}
+    tables = _read_tables(root, annotations, indexes, parts["train"].files.root)
     classes = _unite(tables.values())
     found = {}
-    listed: dict[int, set[int]] = defaultdict(set)  # rows of each table that are on the disk
-    for folder, table in tables.items():
-        whole = next(part.files for part in parts.values() if part.files.root == folder)
-        rows = _match(table, whole)
-        listed[id(table)] |= set(rows[rows >= 0].tolist())
-        _tell_unlisted(table, whole, rows)
-        arrays = _arrays(table, rows, classes)
-        for name, part in parts.items():
-            if part.files.root == folder:
-                places = np.arange(len(whole)) if part.places is None else part.places
+    for table in {id(table): table for table in tables.values()}.values():
+        folders = [folder for folder in indexes if tables.get(folder) is table]
+        matched = _match(table, [indexes[folder] for folder in folders])
+        _tell(table, [indexes[folder] for folder in folders], matched)
+        for folder, rows in zip(folders, matched, strict=True):
+            arrays = _arrays(table, rows, classes)
+            for name, part in parts.items():
+                if part.files.root != folder:
+                    continue
+                places = np.arange(len(rows)) if part.places is None else part.places
                 kept = places[rows[places] >= 0]
                 if len(kept):
-                    found[name] = AnnotatedPart(whole, kept, arrays, table.has_outlines)
-    for table in {id(table): table for table in tables.values()}.values():
-        _tell_missing(table, listed[id(table)])
+                    found[name] = AnnotatedPart(part.files, kept, arrays, table.has_outlines)
     _check_found(found, tables, parts)
     return found, classes
 
@@ -190,42 +178,57 @@ def _read_parts(
     return {**parts, "val": Part(train.files, np.flatnonzero(mask))} if mask.any() else parts
 
 
-def _read_given(annotations: str, parts: dict[str, Part]) -> Table:
+def _read_tables(
+    root: str, annotations: str | None, indexes: dict[str, FileIndex], train: str
+) -> dict[str, Table]:
+    """Read the annotations of each folder; a test/ may have none."""
+    if annotations is not None:
+        return dict.fromkeys(indexes, _read_given(annotations, indexes.values()))
+    tables = {}
+    for folder, files in indexes.items():
+        if (table := _find_table(root, files)) is not None:
+            tables[folder] = table
+        elif folder != train and os.path.basename(folder).lower() == "test":
+            rank_zero_info(f"{folder} has no annotations: nothing to test on")
+        else:
+            raise ValueError(f"{folder!r} has images, but no annotations: {WHERE}")
+    return tables
+
+
+def _read_given(annotations: str, indexes: Iterable[FileIndex]) -> Table:
     """Read what data.annotations names."""
     path = os.path.expanduser(annotations)
     if not os.path.isdir(path):
         return read_coco(path)
     xml = _find_xml([path])
     files = {}
-    for part in parts.values():
-        names = (part.files.name(i) for i in range(len(part.files)))
+    for index in indexes:
+        names = (index.name(i) for i in range(len(index)))
         files.update({name: xml[_stem(name)] for name in names if _stem(name) in xml})
     return read_voc(path, files)
 
 
 def _find_table(root: str, files: FileIndex) -> Table | None:
-    """Find the annotations of a part: COCO's, or else VOC's."""
+    """Find the annotations of a part: COCO's, VOC's, or else the only json in its folder."""
     folder, name = files.root, os.path.basename(os.path.normpath(files.root))
     candidates = [os.path.join(folder, file) for file in JSON]
     for file in (f"instances_{name}.json", f"{name}.json"):
         candidates += [os.path.join(root, file), os.path.join(root, "annotations", file)]
-    beside = sorted(file for file in os.listdir(folder) if file.lower().endswith(".json"))
-    if len(beside) == 1:
-        candidates.append(os.path.join(folder, beside[0]))
     for path in candidates:
         if os.path.isfile(path):
             return read_coco(path)
     above = [entry.path for entry in os.scandir(root) if entry.name.lower() in XML_FOLDERS]
     for folders in ([folder], above):
         xml = _find_xml(folders)
-        names = [files.name(i) for i in range(len(files))]
-        keys = {
-            n: next((k for k in (_stem(n), f"{name}/{_stem(n)}") if k in xml), "") for n in names
-        }
-        matched = {n: xml[key] for n, key in keys.items() if key}
+        matched = {}
+        for image in (files.name(i) for i in range(len(files))):
+            stems = (_stem(image), f"{name}/{_stem(image)}")
+            if stem := next((stem for stem in stems if stem in xml), None):
+                matched[image] = xml[stem]
         if matched:
             return read_voc(folder, matched)
-    return None
+    beside = [file for file in os.listdir(folder) if file.lower().endswith(".json")]
+    return read_coco(os.path.join(folder, beside[0])) if len(beside) == 1 else None
 
 
 def _find_xml(folders: Iterable[str]) -> dict[str, str]:
@@ -250,35 +253,45 @@ def _stem(name: str) -> str:
 # Matching ----------------------------------------------------------------------------------------
 
 
-def _match(table: Table, files: FileIndex) -> npt.NDArray[np.int64]:
-    """Which row of a table each file is; -1: none."""
-    find = file_finder(files)
-    rows = np.full(len(files), -1, np.int64)
+def _match(table: Table, indexes: Sequence[FileIndex]) -> list[npt.NDArray[np.int64]]:
+    """Which row of a table each file of each index is; -1: none."""
+    find = file_finder(indexes)
+    matched = [np.full(len(files), -1, np.int64) for files in indexes]
     for row, name in enumerate(table.names):
         if (place := find(name)) is not None:
-            rows[place] = row
-    return rows
+            matched[place[0]][place[1]] = row
+    return matched
 
 
-def file_finder(files: FileIndex) -> Callable[[str], int | None]:
-    """How to find a file by what annotations call it: by its path below the folder, or by less.
+def file_finder(indexes: Sequence[FileIndex]) -> Callable[[str], tuple[int, int] | None]:
+    """How to find a file by what annotations call it: by its path below a folder, or by less.
 
     Folders that it does not lie in are left out from the front (another machine's), and images/
     is put before it. The bare name does where it is the only such file.
-    """
-    places = {files.name(i): i for i in range(len(files))}
-    bare: dict[str, int | None] = {}
-    for name, place in places.items():
-        base = name.rpartition("/")[2]
-        bare[base] = None if base in bare else place
 
-    def find(name: str) -> int | None:
+    Returns:
+        A function of the name that gives the number of the index and the place in it, or None.
+    """
+    exact: dict[str, tuple[int, int] | None] = {}
+    bare: dict[str, tuple[int, int] | None] = {}
+    for number, files in enumerate(indexes):
+        folder = os.path.basename(os.path.normpath(files.root))
+        for i in range(len(files)):
+            name, place = files.name(i), (number, i)
+            for known, key in (
+                (exact, f"{folder}/{name}"),
+                (exact, name),
+                (bare, name.rpartition("/")[2]),
+            ):
+                known[key] = place if known.get(key, place) == place else None
+
+    def find(name: str) -> tuple[int, int] | None:
         parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
         for i in range(len(parts)):
             tail = "/".join(parts[i:])
             for path in (tail, f"images/{tail}"):
-                if path in places:
-                    return places[path]
+                if path in exact:
+                    return exact[path]
         return bare.get(parts[-1]) if parts else None
 
     return find
@@ -323,24 +336,23 @@ def _starts(lengths: list[int]) -> Tensor:
 # What is said ------------------------------------------------------------------------------------
 
 
-def _tell_unlisted(table: Table, files: FileIndex, rows: npt.NDArray[np.int64]) -> None:
-    unlisted = np.flatnonzero(rows < 0)
-    if len(unlisted):
-        example = files.name(int(unlisted[0]))
-        rank_zero_info(
-            f"{len(unlisted)} of {len(files)} images in {files.root} are not in {table.source}, "
-            f"and so not used (first: {example})"
-        )
-
-
-def _tell_missing(table: Table, listed: set[int]) -> None:
-    missing = [row for row in range(len(table.names)) if row not in listed]
-    faults = Faults()
-    faults.counts, faults.first = table.faults.counts.copy(), dict(table.faults.first)
+def _tell(
+    table: Table, indexes: Sequence[FileIndex], matched: Sequence[npt.NDArray[np.int64]]
+) -> None:
+    """Say which images and objects are not used, and why."""
+    for files, rows in zip(indexes, matched, strict=True):
+        unlisted = np.flatnonzero(rows < 0)
+        if len(unlisted):
+            rank_zero_info(
+                f"{len(unlisted)} of {len(files)} images in {files.root} are not in "
+                f"{table.source}, and so not used (first: {files.name(int(unlisted[0]))})"
+            )
+    listed = {row for rows in matched for row in rows.tolist()}
+    missing = [name for row, name in enumerate(table.names) if row not in listed]
     if missing:
         kind = f"of {len(table.names)} listed images are not on the disk and were left out"
-        faults.add(kind, table.names[missing[0]], len(missing))
-    faults.tell(table.source)
+        table.faults.add(kind, missing[0], len(missing))
+    table.faults.tell(table.source)
 
 
 def _check_found(

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pycocotools import mask as coco_mask
+from faster_coco_eval.core import mask as coco_mask
 from torch import Tensor
 
 from simmim.data.annotated import (
@@ -182,10 +182,10 @@ class DetectionData(LoaderModule):
             return index + 1
         if self._ids is None:
             table = read_coco(os.path.expanduser(self.annotations))
-            find = file_finder(self.sets["predict"].files)
+            find = file_finder([self.sets["predict"].files])
             places = [find(name) for name in table.names]
             known = zip(places, table.ids, strict=True)
-            self._ids = {place: identity for place, identity in known if place is not None}
+            self._ids = {place[1]: identity for place, identity in known if place is not None}
         return self._ids.get(index, index + 1)
 
     def _setup_parts(self) -> None:
@@ -295,7 +295,7 @@ class Annotated(ImageData):
         masks = None
         if self.has_masks:
             masks = placement.masks(draw_masks(objects, height, width))
-            kept &= masks.flatten(1).any(1) if len(masks) else kept
+            kept &= (masks > 0).flatten(1).any(1)
         target = {"boxes": boxes[kept], "labels": objects.labels[kept]}
         return {
             "image": placement.image(image, self.transform.canvas),
