@@ -32,6 +32,7 @@ Sizes = list[tuple[int, int]]  # height and width that each image fills of the c
 Found = dict[str, Tensor]  # of an image: boxes (n, 4) by their corners, labels, scores, masks
 EVALUATION = 2  # of the seeds: what the losses of an evaluation draw
 SHAPE = ("fpn_channels", "head", "anchor_sizes", "anchor_ratios")  # what the heads' weights need
+NAMING = ("box_predictor.", "mask_predictor.")  # the parts of the heads that know the classes
 
 
 class Detector(L.LightningModule):
@@ -332,8 +333,16 @@ class Detector(L.LightningModule):
 
     # Classes -----------------------------------------------------------------------------------
 
-    def set_num_classes(self, num_classes: int, masks: bool | None = None) -> None:
-        """Build the heads; of those that there are, all weights that fit stay."""
+    def set_num_classes(
+        self, num_classes: int, masks: bool | None = None, *, renew: bool = False
+    ) -> None:
+        """Build the heads; of those that there are, all weights that fit stay.
+
+        Args:
+            num_classes: Without the background.
+            masks: Whether to find masks; None: as before.
+            renew: Whether the classes are others than before: what names them begins anew.
+        """
         if num_classes < 1:
             raise ValueError("num_classes 0 leaves nothing to find: annotate some boxes")
         masks = self.has_masks if masks is None else masks
@@ -341,6 +350,7 @@ class Detector(L.LightningModule):
             self.rpn is not None
             and num_classes == self.hparams["num_classes"]
             and masks == self.has_masks
+            and not renew
         ):
             return
         names = ("head", "anchor_sizes", "anchor_ratios")
@@ -354,7 +364,7 @@ class Detector(L.LightningModule):
         )
         if self.rpn is not None:
             _keep_weights(self.rpn, heads.rpn)
-            _keep_weights(self.roi_heads, heads.roi_heads)
+            _keep_weights(self.roi_heads, heads.roi_heads, NAMING if renew else ())
         self.rpn, self.roi_heads = heads
         self.hparams.update(num_classes=num_classes, masks=masks)
         self.to(self.device)
@@ -376,7 +386,8 @@ class Detector(L.LightningModule):
             ValueError: If they are not those that it was trained with.
         """
         names = [str(name) for name in names]
-        if self.classes and names != self.classes and may_renew:
+        renew = bool(self.classes) and names != self.classes and may_renew
+        if renew:
             rank_zero_info(f"the weights know the classes {_short(self.classes)}: new ones begin")
             self.classes, self.hparams["num_classes"] = [], None
         if self.classes and names != self.classes:
@@ -390,7 +401,7 @@ class Detector(L.LightningModule):
                 f"num_classes {given} does not go with the {len(names)} classes of the data "
                 f"({_short(names)}): leave it out"
             )
-        self.set_num_classes(len(names), masks)
+        self.set_num_classes(len(names), masks, renew=renew)
         self.classes = names
 
     def _find_detector(self, weights: str) -> dict[str, Any] | None:
@@ -417,6 +428,7 @@ class Detector(L.LightningModule):
         self.classes = list(detector.get("classes") or [])
         self.category_ids = list(detector.get("category_ids") or [])
         self.head_is_trained = self.head_is_inherited = True
+        self.origin += "; its pyramid and heads are taken, too"
         self.hparams["masks"] = wanted
 
     # Set-up and optimisation -------------------------------------------------------------------
@@ -547,9 +559,14 @@ def _to_original(found: Found, size: Tensor, original: Tensor) -> Found:
     return moved
 
 
-def _keep_weights(old: nn.Module, new: nn.Module) -> None:
+def _keep_weights(old: nn.Module, new: nn.Module, but: tuple[str, ...] = ()) -> None:
+    """Copy what has the same name and shape in both, but parts of these names."""
     wanted = new.state_dict()
-    kept = {k: v for k, v in old.state_dict().items() if k in wanted and v.shape == wanted[k].shape}
+    kept = {
+        name: tensor
+        for name, tensor in old.state_dict().items()
+        if name in wanted and tensor.shape == wanted[name].shape and not name.startswith(but)
+    }
     new.load_state_dict({**wanted, **kept})
 
 
