@@ -86,7 +86,8 @@ def test_from_pretraining_to_pictures(folder: Path, capsys: pytest.CaptureFixtur
         columns = set(next(csv.DictReader(file)))
     parts = {"loss", "loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
     assert {f"train/{part}" for part in parts} | {"lr", "val/map", "val/loss"} <= columns
-    assert Image.open(done / "detections/epoch_0001.png").width > 1000
+    with Image.open(done / "detections/epoch_0001.png") as picture:
+        assert picture.width > 1000  # truth and prediction, side by side
 
     capsys.readouterr()
     assert main(["detect", "validate", *options, *QUIET]) == 1

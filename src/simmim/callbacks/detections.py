@@ -187,8 +187,8 @@ class DetectionWriter(L.Callback):
         if not trainer.is_global_zero:
             return
         parts = [_part(self.run, rank) for rank in range(trainer.world_size)]
-        lines = [json.loads(line) for part in parts for line in part.open(encoding="utf-8")]
-        by_place = {place: results for place, results in lines}
+        lines = [line for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
+        by_place = dict(json.loads(line) for line in lines)
         results = [one for place in sorted(by_place) for one in by_place[place]]
         (self.run / RESULTS).write_text(json.dumps(results), encoding="utf-8")
         for part in parts:

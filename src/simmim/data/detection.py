@@ -113,6 +113,8 @@ class DetectionData(LoaderModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, bad_files, max_bad_share)
+        if root is None:
+            raise ValueError("no data: give data.root, a folder of images with annotations")
         self.root = find_root(root, None, "", ())
         self.annotations = annotations
         self.img_size, self.in_chans = check_image_size(img_size), in_chans
