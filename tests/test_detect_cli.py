@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,26 @@ def test_masks_are_found_drawn_and_written(folder: Path) -> None:
     run("detect", "predict", "--ckpt_path=runs/det/version_0", f"--data.root={folder / 'val'}")
     results = json.loads((done / "predictions.json").read_text())
     assert results[0]["segmentation"]["size"] == [48, 64]
+
+
+@pytest.mark.slow
+def test_two_processes_score_what_one_scores(folder: Path) -> None:
+    for part in ("train", "val"):  # 3 validation images: one process has one more than the other
+        outlined(folder / part)
+    options = [f"--model.encoder_kwargs={VIT}", "--model.encoder=vit_tiny_patch16_224"]
+    options += ["--model.img_size=[48, 64]", f"--data.root={folder}", "--name=det", *FEW, *QUIET]
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    command = [sys.executable, "-W", "ignore", "-m", "simmim", "detect"]
+    subprocess.run([*command, "fit", *options, "--data.batch_size=2", *two], check=True)
+    for more in ([], two):
+        options = ["--ckpt_path=runs/det/version_0", f"--data.root={folder}", *QUIET, *more]
+        subprocess.run([*command, "validate", "--data.batch_size=1", *options], check=True)
+    with Path("runs/det/version_0/validate.csv").open() as file:
+        one, other = list(csv.DictReader(file))
+    for name in [name for name in one if "map" in name or "mar" in name]:
+        assert one[name] == other[name], name
+    assert float(one["val/mar_100"]) > 0
+    assert float(one["val/loss"]) == pytest.approx(float(other["val/loss"]), rel=0.1)
 
 
 @pytest.mark.parametrize("config", CONFIGS)

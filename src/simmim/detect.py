@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torchmetrics import MeanMetric
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from simmim.average_precision import AveragePrecision
@@ -159,6 +160,7 @@ class Detector(L.LightningModule):
         self.origin = str(backbone.report or "from scratch")  # of the encoder's weights
         self.head_is_trained = self.head_is_inherited = False
         self.scores: AveragePrecision | None = None
+        self.mean_loss = MeanMetric()
         if detector is not None:
             self._inherit(detector)
         if num_classes:
@@ -322,8 +324,9 @@ class Detector(L.LightningModule):
         places = zip(found, batch["size"], batch["original"], strict=True)
         self.scores.update([_to_original(*one) for one in places], batch["truth"])
         loss = torch.stack(list(parts.values())).sum()
-        spread = self.trainer.world_size > 1
-        self.log(f"{part}/loss", loss, prog_bar=True, sync_dist=spread, batch_size=len(images))
+        # Not by Lightning's mean: over processes it divides by a whole number of images.
+        self.mean_loss.update(loss, len(images))
+        self.log(f"{part}/loss", self.mean_loss, prog_bar=True, batch_size=len(images))
 
     def _score(self, part: str) -> None:
         assert self.scores is not None

@@ -88,16 +88,13 @@ def select(found: Mapping[str, Tensor], min_score: float) -> dict[str, Tensor]:
     return {name: tensor[kept] for name, tensor in found.items()}
 
 
-def board_boxes(
-    found: Mapping[str, Tensor], names: Sequence[str], size: tuple[int, int], scale: float
-) -> dict[str, Any]:
+def board_boxes(found: Mapping[str, Tensor], names: Sequence[str], scale: float) -> dict[str, Any]:
     """Say boxes as W&B's `Image(boxes={name: ...})` takes them.
 
     Args:
         found: As in `draw_boxes`.
         names: Of the classes.
-        size: Height and width of the picture on the board.
-        scale: Its pixels in one of the original.
+        scale: Pixels of the board's picture in one of the original.
     """
     data = []
     scores = found["scores"].tolist() if "scores" in found else [None] * len(found["boxes"])

@@ -116,11 +116,10 @@ class Detections(L.Callback):
             pictures, found, self._batch["truth"], self._batch["original"].tolist(), strict=True
         ):
             scale = picture.width / size[1]
-            place = (picture.height, picture.width)
             boxes.append(
                 {
-                    "prediction": board_boxes(one, names, place, scale),
-                    "truth": board_boxes(truth, names, place, scale),
+                    "prediction": board_boxes(one, names, scale),
+                    "truth": board_boxes(truth, names, scale),
                 }
             )
         logger.log_image("detections", pictures, step, boxes=boxes)
