@@ -22,6 +22,8 @@ SHARED = {
     "pyramid",
     "dense",
     "sliding",
+    "rcnn",
+    "average_precision",
 }
 COMMANDS = {"embed", "export", "compare", "doctor", "benchmark"}
 COMMAND_PARTS = {"embeddings", "atlas"}  # of embed

@@ -73,7 +73,7 @@ def test_images_and_masks_are_paired_by_stem_at_any_depth(tmp_path: Path) -> Non
     assert isinstance(training, MaskedImages)
     assert [Path(training.mask_path(i)).parent.name for i in range(3)] == ["masks", "sub", "sub"]
     for i in range(3):
-        assert training._open(i)[1].unique().tolist() == [i]
+        assert training.read(i)[1].unique().tolist() == [i]
 
 
 @pytest.mark.parametrize("layout", ["parts", "flat", "inner"])

@@ -12,6 +12,7 @@ _HOME = {
     "SimMIM": "simmim.pretrain",
     "Classifier": "simmim.classify",
     "Segmenter": "simmim.segment",
+    "Detector": "simmim.detect",
     "mask_images": "simmim.masking",
     "l1_loss": "simmim.loss",
     "mse_loss": "simmim.loss",
@@ -25,6 +26,7 @@ __all__ = list(_HOME)
 if TYPE_CHECKING:
     from simmim.classify import Classifier as Classifier
     from simmim.data import ImageFolderData as ImageFolderData
+    from simmim.detect import Detector as Detector
     from simmim.loss import l1_loss as l1_loss
     from simmim.loss import mse_loss as mse_loss
     from simmim.loss import smooth_l1_loss as smooth_l1_loss

@@ -51,6 +51,11 @@ COMMANDS = {
         "simmim.tasks:segment",
         tuple(SUBCOMMANDS),
     ),
+    "detect": Command(
+        "train an encoder to find objects: boxes, and masks where there are outlines",
+        "simmim.tasks:detect",
+        tuple(SUBCOMMANDS),
+    ),
     "embed": Command(
         "write the features of a folder's images, score and draw them",
         "simmim.commands:embed",

@@ -106,6 +106,38 @@ def segment(args: list[str]) -> None:
     )
 
 
+def detect(args: list[str]) -> None:
+    """`simmim detect {fit,validate,test,predict}`."""
+    from simmim import callbacks
+    from simmim.callbacks.detections import Detections, DetectionWriter
+    from simmim.data import DetectionData
+    from simmim.detect import Detector
+    from simmim.transfer import channels, image_size
+
+    run_task(
+        Task(
+            name="detect",
+            model=Detector,
+            data=DetectionData,
+            default="detect/finetune_small",
+            callbacks={
+                "detections": Detections,
+                "predictions": DetectionWriter,
+                "non_finite": callbacks.StopOnNonFinite,
+                "throughput": callbacks.Throughput,
+                "progress_bar": callbacks.ProgressBar,
+            },
+            links={
+                "data.img_size": Link(("model.img_size", "model.weights"), image_size),
+                "data.in_chans": Link(("model.in_chans", "model.weights"), channels),
+                "data.masks": Link("model.masks"),
+            },
+            monitor="val/map",
+        ),
+        args,
+    )
+
+
 def _is_frozen(args: list[str]) -> bool:
     """Whether the command line asks for a probe, whose recipe is another."""
     words = [part for arg in args for part in arg.split("=", 1)]

@@ -4,7 +4,7 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from hashlib import sha256
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 import numpy as np
 import torch.nn.functional as F
@@ -77,6 +77,33 @@ def safe_name(path: str) -> str:
     """
     parts = [part for part in PurePath(path).parts if part != PurePath(path).anchor]
     return "/".join(_safe_part(part) for part in parts) + ".png"
+
+
+class PictureNames:
+    """Name pictures after the images of a folder, unlike for unlike images.
+
+    Args:
+        root: The folder; None: images are named by their whole paths.
+    """
+
+    def __init__(self, root: str | Path | None = None) -> None:
+        self.root = root
+        self._given: dict[str, str] = {}  # paths by name, as where case does not matter
+
+    def __call__(self, path: str) -> str:
+        """Name the picture of an image, by its path."""
+        path = self.relative(path)
+        name = safe_name(path)
+        # "A.jpg" beside "a.jpg" is one file on macOS and Windows. (The same path comes twice where
+        # an image stands in for one that cannot be read: that is the same picture.)
+        first = self._given.setdefault(name.casefold(), path)
+        return name if first == path else safe_name(path + "\0")
+
+    def relative(self, path: str) -> str:
+        """An image's path below the folder, with forward slashes."""
+        if self.root is not None and Path(path).is_relative_to(self.root):
+            return Path(path).relative_to(self.root).as_posix()
+        return path
 
 
 def _safe_part(part: str) -> str:

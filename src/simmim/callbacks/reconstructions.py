@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from simmim.callbacks.look import Samples, call, datamodule, fixed_samples, undisturbed
-from simmim.callbacks.pictures import draw_panel, safe_name
+from simmim.callbacks.pictures import PictureNames, draw_panel
 
 
 class Reconstructions(L.Callback):
@@ -105,7 +105,7 @@ class PredictionWriter(L.Callback):
 
     def __init__(self) -> None:
         self.folder: Path | None = None
-        self._written: dict[str, str] = {}  # paths by name, as where case does not matter
+        self._names = PictureNames()
         self._seen = 0  # images of this process
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -114,7 +114,7 @@ class PredictionWriter(L.Callback):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep Lightning from collecting what is written."""
-        self._written, self._seen = {}, 0
+        self._names, self._seen = PictureNames(getattr(datamodule(trainer), "root", None)), 0
         trainer.predict_loop.return_predictions = False
 
     def on_predict_batch_end(
@@ -128,12 +128,11 @@ class PredictionWriter(L.Callback):
     ) -> None:
         """Write a picture for each image of the batch."""
         assert self.folder is not None
-        root = getattr(datamodule(trainer), "root", None)
         paths = batch.get("path") if isinstance(batch, Mapping) else None
         for i in range(len(outputs["original"])):
             place = self._seen * trainer.world_size + trainer.global_rank
             row = {name: pictures[i : i + 1] for name, pictures in outputs.items()}
-            name = self._name(str(paths[i]) if paths else f"{place:06d}", root)
+            name = self._names(str(paths[i]) if paths else f"{place:06d}")
             save_png(draw_panel(row), self.folder / name)
             self._seen += 1
 
@@ -141,16 +140,6 @@ class PredictionWriter(L.Callback):
         """Say where the pictures are."""
         if trainer.is_global_zero:
             print(f"Pictures of what it reconstructs: {self.folder}")
-
-    def _name(self, path: str, root: str | Path | None) -> str:
-        if root is not None and Path(path).is_relative_to(root):
-            path = str(Path(path).relative_to(root))
-        name = safe_name(path)
-        # "A.jpg" beside "a.jpg" is one file on macOS and Windows. (The same path comes twice where
-        # an image stands in for one that cannot be read: that is the same picture.)
-        if self._written.setdefault(name.casefold(), path) != path:
-            name = safe_name(path + "\0")
-        return name
 
 
 def save_png(picture: Image.Image, path: Path) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from simmim.callbacks.look import call, datamodule, evaluation_loader, undisturbed
+from simmim.callbacks.look import call, evaluation_loader, undisturbed
 from simmim.callbacks.pictures import BACKGROUND, GAP, INK, draw_panel
 from simmim.callbacks.reconstructions import PredictionWriter, save_png
 
@@ -121,13 +121,12 @@ class MaskWriter(PredictionWriter):
         """Write a mask for each image of the batch."""
         assert self.folder is not None
         module: Any = pl_module
-        root = getattr(datamodule(trainer), "root", None)
         paths = batch.get("path") if isinstance(batch, Mapping) else None
         values = module.values or range(module.num_classes)
         colors = module.colors or distinct_colors(module.num_classes)
         for i, classes in enumerate(outputs["classes"]):
             place = self._seen * trainer.world_size + trainer.global_rank
-            name = self._name(str(paths[i]) if paths else f"{place:06d}", root)
+            name = self._names(str(paths[i]) if paths else f"{place:06d}")
             save_png(index_picture(classes, values, colors), self.folder / name)
             self._seen += 1
 

@@ -9,9 +9,9 @@ from typing import Any, Literal, cast
 
 import lightning as L
 import numpy as np
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from simmim.compare.evidence import (
     OURS,

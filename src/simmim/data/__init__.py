@@ -2,20 +2,22 @@
 
 In the order of the data: `index` finds the files, `split` sets some aside, `sampler` puts them in
 order, `dataset` reads one (`decode`, `scans`, `transforms`), `image_folder` is the data module.
-For segmentation: `pairs` finds the masks, `legend` reads them, `joint` transforms both, and
-`segmentation` is the data module.
+Other tasks' stand beside it: `classification`; `segmentation`, for which `pairs` finds the masks,
+`legend` reads them and `joint` transforms both; `detection` (`annotations`, `annotated`, `boxes`).
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-_HOME = {  # they import Lightning, which takes seconds
+_HOME = {  # imported when first used: Lightning takes seconds
+    "DetectionData": "simmim.data.detection",
     "ImageFolderData": "simmim.data.image_folder",
     "SegmentationData": "simmim.data.segmentation",
 }
 __all__ = list(_HOME)
 
 if TYPE_CHECKING:
+    from simmim.data.detection import DetectionData as DetectionData
     from simmim.data.image_folder import ImageFolderData as ImageFolderData
     from simmim.data.segmentation import SegmentationData as SegmentationData
 

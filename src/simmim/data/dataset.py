@@ -15,7 +15,7 @@ from simmim.data.index import FileIndex
 from simmim.data.scans import Intensity
 
 T = TypeVar("T")
-Transform = Callable[[Any, Iterator[float]], dict[str, Any]]  # of what `_open` gives
+Transform = Callable[[Any, Iterator[float]], dict[str, Any]]  # of what `read` gives
 Key = int | tuple[int, int]  # a sample's index, or (epoch, index)
 
 TRIES = 32  # files in a row; were half of all files bad, one sample in four billion would fail
@@ -76,6 +76,14 @@ class ImageData(Dataset[dict[str, Any]]):
             sample["label"] = int(self.labels[index])
         return sample
 
+    def read(self, index: int) -> Any:
+        """Read what a sample is made of, as it is: the image, (C, H, W).
+
+        Raises:
+            UnreadableImage: With the file's name and the reason.
+        """
+        return read_image(self.path(index), self.in_chans, self.intensity)
+
     def path(self, index: int) -> str:
         """Path of a sample's file."""
         return self.files.path(self._place(index))
@@ -103,14 +111,10 @@ class ImageData(Dataset[dict[str, Any]]):
     def why_unreadable(self, index: int) -> str:
         """Read a file once more, and say what is wrong with it."""
         try:
-            self._open(index)
+            self.read(index)
         except UnreadableImage as error:
             return str(error).partition(" cannot be read: ")[2]
         return "it could be read the second time"
-
-    def _open(self, index: int) -> Any:
-        """Read what a sample is made of: the image, (C, H, W)."""
-        return read_image(self.path(index), self.in_chans, self.intensity)
 
     def _place(self, index: int) -> int:
         return index if self.places is None else int(self.places[index])
@@ -120,7 +124,7 @@ class ImageData(Dataset[dict[str, Any]]):
         others = uniforms(self.seed, epoch, index, 1)
         for _ in range(TRIES):
             try:
-                return self._open(index), index
+                return self.read(index), index
             except UnreadableImage as error:
                 if self.on_bad == "raise":
                     raise

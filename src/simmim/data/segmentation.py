@@ -289,8 +289,9 @@ class MaskedImages(ImageData):
         """Path of the mask of a sample."""
         return self.pairs.masks.path(int(self.pairs.partners[self._place(index)]))
 
-    def _open(self, index: int) -> tuple[Tensor, Tensor]:
-        image, path = super()._open(index), self.mask_path(index)
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        """Read an image, (C, H, W), and its mask, (H, W)."""
+        image, path = super().read(index), self.mask_path(index)
         mask = self.legend.read(path)
         if mask.shape != image.shape[1:]:
             (height, width), (rows, columns) = image.shape[1:], mask.shape

@@ -1,0 +1,129 @@
+"""Draw boxes, masks, names and scores on pictures: pure functions."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torchvision.utils import draw_segmentation_masks
+
+from simmim.callbacks.pictures import BACKGROUND, CAPTION, GAP, INK, cell_origin, to_rgb
+
+SIDE = 512  # px that the longer side of a picture should have at least, so that names fit
+COLOURS = (  # of the classes: Tableau's ten, and their lighter halves
+    *((31, 119, 180), (214, 39, 40), (44, 160, 44), (255, 127, 14), (148, 103, 189)),
+    *((23, 190, 207), (227, 119, 194), (188, 189, 34), (140, 86, 75), (127, 127, 127)),
+    *((174, 199, 232), (255, 152, 150), (152, 223, 138), (255, 187, 120), (197, 176, 213)),
+    *((158, 218, 229), (247, 182, 210), (219, 219, 141), (196, 156, 148), (199, 199, 199)),
+)
+
+
+def draw_boxes(
+    picture: Tensor, found: Mapping[str, Tensor], names: Sequence[str], original: tuple[int, int]
+) -> Image.Image:
+    """Draw what was found, or is to be found, in an image.
+
+    Args:
+        picture: Of the image, at any size, uint8 or 0..1, (C, h, w); a small one is enlarged.
+        found: boxes (n, 4) and masks (n, H, W) in pixels of the original, labels, and scores where
+            it is a prediction.
+        names: Of the classes.
+        original: Height and width.
+
+    Returns:
+        The picture, RGB.
+    """
+    canvas = enlarge(picture)
+    if len(found["boxes"]) and "masks" in found:
+        canvas = _draw_masks(canvas, found)
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=13)
+    scale = np.array([canvas.width / original[1], canvas.height / original[0]] * 2)
+    scores = found["scores"].tolist() if "scores" in found else None
+    boxes = found["boxes"].float().cpu().numpy() * scale
+    labels = found["labels"].tolist()
+    for box, label in zip(boxes, labels, strict=True):
+        draw.rectangle([*box], outline=COLOURS[label % len(COLOURS)], width=2)
+    for i, (box, label) in enumerate(zip(boxes, labels, strict=True)):  # above all lines
+        text = names[label] if scores is None else f"{names[label]} {scores[i]:.2f}"
+        _draw_name(draw, text, box, COLOURS[label % len(COLOURS)], font)
+    return canvas
+
+
+def draw_pairs(rows: Sequence[Mapping[str, Image.Image]]) -> Image.Image:
+    """Put pictures into a table: a row for each image, a captioned column for each name."""
+    names = list(rows[0])
+    width = max(picture.width for row in rows for picture in row.values())
+    heights = [max(picture.height for picture in row.values()) for row in rows]
+    right, _ = cell_origin(0, len(names), (0, width))
+    panel = Image.new("RGB", (right, GAP + CAPTION + sum(heights) + GAP * len(rows)), BACKGROUND)
+    draw, font = ImageDraw.Draw(panel), ImageFont.load_default(size=13)
+    top = GAP + CAPTION
+    for column, name in enumerate(names):
+        left, _ = cell_origin(0, column, (0, width))
+        draw.text((left + width // 2, top - CAPTION // 2), name, INK, font, anchor="mm")
+    for row, height in zip(rows, heights, strict=True):
+        for column, picture in enumerate(row.values()):
+            left, _ = cell_origin(0, column, (height, width))
+            panel.paste(picture, (left, top))
+        top += height + GAP
+    return panel
+
+
+def enlarge(picture: Tensor) -> Image.Image:
+    """Turn (C, h, w), uint8 or 0..1, into a picture that names can be written on."""
+    unit = picture.float() / 255 if picture.dtype == torch.uint8 else picture
+    image = Image.fromarray(to_rgb(unit[None])[0])
+    scale = SIDE / max(image.size)
+    if scale <= 1:
+        return image
+    size = round(image.width * scale), round(image.height * scale)
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def select(found: Mapping[str, Tensor], min_score: float) -> dict[str, Tensor]:
+    """Keep what has at least this score."""
+    kept = found["scores"] >= min_score
+    return {name: tensor[kept] for name, tensor in found.items()}
+
+
+def board_boxes(found: Mapping[str, Tensor], names: Sequence[str], scale: float) -> dict[str, Any]:
+    """Say boxes as W&B's `Image(boxes={name: ...})` takes them.
+
+    Args:
+        found: As in `draw_boxes`.
+        names: Of the classes.
+        scale: Pixels of the board's picture in one of the original.
+    """
+    data = []
+    scores = found["scores"].tolist() if "scores" in found else [None] * len(found["boxes"])
+    labels = found["labels"].tolist()
+    for box, label, score in zip(found["boxes"].tolist(), labels, scores, strict=True):
+        left, top, right, bottom = (value * scale for value in box)
+        position = {"minX": left, "minY": top, "maxX": right, "maxY": bottom}
+        caption = names[label] if score is None else f"{names[label]} {score:.2f}"
+        entry = {"position": position, "class_id": label, "domain": "pixel", "box_caption": caption}
+        data.append(entry if score is None else {**entry, "scores": {"score": score}})
+    return {"box_data": data, "class_labels": dict(enumerate(names))}
+
+
+def _draw_masks(canvas: Image.Image, found: Mapping[str, Tensor]) -> Image.Image:
+    masks = found["masks"].cpu()[:, None].float()
+    size = (canvas.height, canvas.width)
+    masks = torch.nn.functional.interpolate(masks, size, mode="nearest-exact")[:, 0] > 0.5
+    colours = [COLOURS[label % len(COLOURS)] for label in found["labels"].tolist()]
+    pixels = torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
+    drawn = draw_segmentation_masks(pixels, masks, alpha=0.5, colors=colours)
+    return Image.fromarray(drawn.permute(1, 2, 0).numpy())
+
+
+def _draw_name(draw: Any, text: str, box: Any, colour: tuple[int, int, int], font: Any) -> None:
+    """Write above a box, or inside where it touches the upper edge, on its colour."""
+    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+    width, height = right - left + 4, bottom - top + 4
+    x = min(max(box[0], 0), max(draw.im.size[0] - width, 0))
+    y = box[1] - height if box[1] >= height else box[1]
+    draw.rectangle([x, y, x + width, y + height], fill=colour)
+    light = sum(w * c for w, c in zip((0.299, 0.587, 0.114), colour, strict=True)) > 150
+    draw.text((x + 2 - left, y + 2 - top), text, fill=INK if light else BACKGROUND, font=font)

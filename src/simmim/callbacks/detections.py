@@ -1,0 +1,227 @@
+"""What a person sees of a detector: boxes beside the truth, and on the images of a folder."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+from faster_coco_eval.core import mask as coco_mask
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from simmim.callbacks.boxes import board_boxes, draw_boxes, draw_pairs, enlarge, select
+from simmim.callbacks.look import call, datamodule, undisturbed
+from simmim.callbacks.pictures import PictureNames
+from simmim.callbacks.reconstructions import save_png
+
+RESULTS = "predictions.json"
+
+
+class Detections(L.Callback):
+    """Draw what is found in the same few validation images, beside what is there.
+
+    `detections/epoch_0007.png` in the run's folder is the model after seven epochs; TensorBoard
+    gets the same picture, and W&B the images with their boxes.
+
+    Args:
+        every_n_epochs: Epochs between two pictures; the last epoch always has one. 0 draws none.
+        num_images: Validation images to draw, spread evenly over the data set.
+        min_score: Score from which a box is drawn.
+    """
+
+    def __init__(
+        self, every_n_epochs: int = 10, num_images: int = 4, min_score: float = 0.3
+    ) -> None:
+        if every_n_epochs < 0:
+            raise ValueError(f"every_n_epochs {every_n_epochs} is negative: use 0 to draw nothing")
+        if num_images < 1:
+            raise ValueError(f"num_images {num_images} is too few: use at least 1")
+        self.every_n_epochs, self.num_images = every_n_epochs, num_images
+        self.min_score = min_score
+        self.folder: Path | None = None
+        self._batch: Any = None
+        self._drawn_at: int | None = None  # optimiser steps at the last picture
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Find the run's folder, which every process must ask for."""
+        self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "detections"
+        self._batch = self._drawn_at = None
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw every few epochs."""
+        epochs = trainer.current_epoch + 1
+        if self.every_n_epochs and epochs % self.every_n_epochs == 0:
+            self._draw(trainer, pl_module, epochs)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw the last state, however the run came to its end."""
+        if self._drawn_at != trainer.global_step:
+            self._draw(trainer, pl_module, epochs=trainer.current_epoch)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say where the pictures are."""
+        if trainer.is_global_zero and self.folder is not None and self.folder.is_dir():
+            print(f"Pictures of what it finds: {self.folder}")
+
+    def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule, epochs: int) -> None:
+        samples_to_draw = getattr(datamodule(trainer), "samples_to_draw", None)
+        if not self.every_n_epochs or samples_to_draw is None:
+            return
+        module: Any = pl_module
+        with undisturbed(pl_module):
+            if self._batch is None:
+                self._batch = samples_to_draw(self.num_images)
+            batch = trainer.strategy.batch_to_device(self._batch, dataloader_idx=0)
+            images = module.inputs(batch)
+            found = call(trainer, module.find, images, batch["size"], batch["original"])
+        self._drawn_at = trainer.global_step
+        if trainer.is_global_zero:
+            shown = [select(_on_cpu(one), self.min_score) for one in found]
+            self._keep(trainer, shown, module.class_names, epochs)
+
+    def _keep(
+        self, trainer: L.Trainer, found: list[dict[str, Tensor]], names: list[str], epochs: int
+    ) -> None:
+        batch = self._batch
+        rows = []
+        for picture, truth, one, size in zip(
+            batch["picture"], batch["truth"], found, batch["original"].tolist(), strict=True
+        ):
+            drawn = {"truth": truth, "prediction": one}
+            rows.append({k: draw_boxes(picture, v, names, tuple(size)) for k, v in drawn.items()})
+        panel = draw_pairs(rows)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                self._keep_on_board(logger, found, names, trainer.global_step)
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(
+                    "detections", np.asarray(panel), trainer.global_step, dataformats="HWC"
+                )
+        if self.folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        try:
+            save_png(panel, self.folder / f"epoch_{epochs:04d}.png")
+        except OSError as error:  # a full disk costs the picture, not the run
+            rank_zero_warn(f"no picture: {error}")
+
+    def _keep_on_board(
+        self, logger: WandbLogger, found: list[dict[str, Tensor]], names: list[str], step: int
+    ) -> None:
+        pictures = [enlarge(picture) for picture in self._batch["picture"]]
+        boxes = []
+        for picture, one, truth, size in zip(
+            pictures, found, self._batch["truth"], self._batch["original"].tolist(), strict=True
+        ):
+            scale = picture.width / size[1]
+            boxes.append(
+                {
+                    "prediction": board_boxes(one, names, scale),
+                    "truth": board_boxes(truth, names, scale),
+                }
+            )
+        logger.log_image("detections", pictures, step, boxes=boxes)
+
+
+class DetectionWriter(L.Callback):
+    """Write what `predict` finds: a picture for each image, and `predictions.json` for programs.
+
+    `predictions/cats/1.jpg.png` is named after its image; `predictions.json` in the run's folder
+    holds all of them in COCO's results format, with the image's path as `file_name`. Image ids are
+    those of data.annotations, or else count from 1 in the order of the paths.
+
+    Args:
+        min_score: Score from which a box is drawn; the json has all that the model reports.
+    """
+
+    def __init__(self, min_score: float = 0.3) -> None:
+        self.min_score = min_score
+        self.run: Path | None = None
+        self._names = PictureNames()
+        self._part: Any = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Find the run's folder, which every process must ask for."""
+        self.run = Path(trainer.log_dir or trainer.default_root_dir)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep Lightning from collecting what is written."""
+        assert self.run is not None
+        trainer.predict_loop.return_predictions = False
+        self._names = PictureNames(getattr(datamodule(trainer), "root", None))
+        self.run.mkdir(parents=True, exist_ok=True)
+        self._part = _part(self.run, trainer.global_rank).open("w", encoding="utf-8")
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write a picture and the results of each image of the batch."""
+        assert self.run is not None
+        module: Any = pl_module
+        image_id = getattr(datamodule(trainer), "image_id", lambda index: index + 1)
+        sizes, places = batch["original"].tolist(), batch["index"].tolist()
+        for i, (found, place) in enumerate(zip(outputs, places, strict=True)):
+            found = _on_cpu(found)
+            path = str(batch["path"][i])
+            shown = select(found, self.min_score)
+            picture = draw_boxes(batch["picture"][i], shown, module.class_names, tuple(sizes[i]))
+            save_png(picture, self.run / "predictions" / self._names(path))
+            about = {"image_id": image_id(place), "file_name": self._names.relative(path)}
+            results = [{**about, **one} for one in coco_results(found, module.category_ids)]
+            self._part.write(json.dumps([place, results]) + "\n")
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the results of all processes together, and say where they are."""
+        assert self.run is not None
+        self._part.close()
+        trainer.strategy.barrier()
+        if not trainer.is_global_zero:
+            return
+        parts = [_part(self.run, rank) for rank in range(trainer.world_size)]
+        lines = [line for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
+        by_place = dict(json.loads(line) for line in lines)
+        results = [one for place in sorted(by_place) for one in by_place[place]]
+        (self.run / RESULTS).write_text(json.dumps(results), encoding="utf-8")
+        for part in parts:
+            part.unlink()
+        print(f"Pictures of what it finds: {self.run / 'predictions'}")
+        print(f"The same for programs (COCO): {self.run / RESULTS}")
+
+
+def coco_results(found: Mapping[str, Tensor], category_ids: list[int]) -> list[dict[str, Any]]:
+    """Say what was found in an image in COCO's results format, without the image's id.
+
+    Args:
+        found: boxes, labels, scores and masks in pixels of the image.
+        category_ids: Number of each class; empty: they count from 1.
+    """
+    results = []
+    for i, box in enumerate(found["boxes"].tolist()):
+        left, top, right, bottom = box
+        label = int(found["labels"][i])
+        result: dict[str, Any] = {
+            "category_id": category_ids[label] if category_ids else label + 1,
+            "bbox": [round(value, 2) for value in (left, top, right - left, bottom - top)],
+            "score": round(float(found["scores"][i]), 5),
+        }
+        if "masks" in found:
+            runs = coco_mask.encode(np.asfortranarray(found["masks"][i].numpy().astype(np.uint8)))
+            result["segmentation"] = {"size": runs["size"], "counts": runs["counts"].decode()}
+        results.append(result)
+    return results
+
+
+def _on_cpu(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.cpu() for name, tensor in found.items()}
+
+
+def _part(folder: Path, rank: int) -> Path:
+    return folder / f".{RESULTS}.{rank}"

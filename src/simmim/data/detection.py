@@ -1,0 +1,377 @@
+"""Images with boxes: COCO's and Pascal VOC's annotations, and what a detector trains on."""
+
+import os
+from collections.abc import Iterator
+from math import inf
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from faster_coco_eval.core import mask as coco_mask
+from torch import Tensor
+
+from simmim.data.annotated import (
+    AnnotatedPart,
+    Annotations,
+    Objects,
+    file_finder,
+    read_annotated_parts,
+)
+from simmim.data.annotations import read_coco
+from simmim.data.boxes import Fit, Jitter
+from simmim.data.checks import check_choice, check_image_size, check_number, check_range, find_root
+from simmim.data.dataset import ImageData, Key, WholeFolder, collate
+from simmim.data.decode import UnreadableImage
+from simmim.data.draws import uniforms
+from simmim.data.layout import read_folder
+from simmim.data.loaders import LoaderModule
+from simmim.data.scans import Intensity
+from simmim.data.split import check_group_pattern
+from simmim.data.statistics import (
+    Statistics,
+    given_statistics,
+    imagenet_statistics,
+    measured_statistics,
+)
+from simmim.data.transforms import Box, CenterCrop, crop_and_resize
+
+LISTS = ("target", "truth", "picture")  # of a batch: what differs in size from image to image
+LEAST = 1.0  # px on the canvas, below which an object is no longer shown
+PICTURE = 1024  # px of the longer side of what is drawn on
+
+
+class DetectionData(LoaderModule):
+    """Images of a folder with the boxes of objects in them, and their outlines where there are any.
+
+    `train/` and `val/` (and `test/`) are taken where they exist; otherwise a part of the images,
+    chosen by a hash of their names, validates. Annotations are found beside the images: COCO's
+    `annotations.json` in train/ and val/, `instances_train.json` beside the folders or in
+    annotations/, or Pascal VOC's xml (beside the images, or in Annotations/ or annotations_voc/).
+
+    A batch is a dict: `image`, uint8 (B, C, H, W), at the top left of a canvas that is empty (0)
+    around it; `size`, its height and width there; `index`; `target`, a list of {boxes, labels,
+    masks} on the canvas. For evaluation also `original`, height and width of the file, and `truth`,
+    in its pixels; for predict `picture`, the image at up to 1024 px, and `path`.
+
+    Args:
+        root: Folder of images, at any depth.
+        annotations: One COCO file for all images (its paths count from root, or end as those of the
+            images do), or a folder of Pascal VOC xml. None: each part's own, beside its images.
+        img_size: Height and width of the canvas in pixels: one number, or [height, width]. For a
+            model it is said there (`--model.img_size`).
+        in_chans: Channels: gray images become three equal ones, colour its luminance.
+        masks: Whether to read outlines; on the command line it is the model's. None: where all
+            objects have one.
+        batch_size: Images in a batch, of each process.
+        num_workers: Processes that read images, of each process that trains; by default as many as
+            there are CPU cores less one, up to 16, and none for less than 32 MB of images.
+        val_fraction: Share of the images that validates where there is no val/; 0 = none.
+        split_seed: Which share: of its own, so that all runs and tasks split alike.
+        group_pattern: Regular expression, searched in each path; its first group names the patient
+            or scene, whose images all go to one side of the split: '(patient[0-9]+)_'.
+        scale_jitter: Size of a training image, as a share of the one that fits the canvas, from and
+            to; what is larger than the canvas is cut at random. 0.1 to 2 is ViTDet's; few images
+            and small ones take less.
+        hflip: Probability that a training image is mirrored.
+        statistics: Mean and standard deviation of the pixels: imagenet, measured (from the training
+            images), or your own [[means], [stds]] on a scale of 0 to 1. Those of the model's
+            weights come first.
+        percentiles: Deeper scans: the percentiles of each image that become 0 and 1.
+        window: Deeper scans: the values that become 0 and 1 for all images, instead of percentiles.
+        bad_files: What a file that cannot be read does: skip (another image takes its place; it is
+            listed in bad_files.txt in the run's folder) or raise (the run stops and names it).
+        max_bad_share: Share of unreadable files above which skip stops the run all the same.
+        seed: Seed of order and transforms. On the command line it is `--seed_everything`.
+
+    Attributes:
+        classes: Names of the classes. After setup, like all below.
+        category_ids: Their numbers in the annotations.
+        has_masks: Whether the batches have masks.
+        mean: Of the pixels' channels, on a scale of 0 to 1; None but for training.
+        std: Their standard deviation, likewise.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        annotations: str | None = None,
+        img_size: int | list[int] = 224,
+        in_chans: int = 3,
+        masks: bool | None = None,
+        batch_size: int = 16,
+        num_workers: int | None = None,
+        val_fraction: float = 0.1,
+        split_seed: int = 0,
+        group_pattern: str | None = None,
+        scale_jitter: tuple[float, float] = (0.8, 1.25),
+        hflip: float = 0.5,
+        statistics: Literal["imagenet", "measured"] | list[list[float]] = "imagenet",
+        percentiles: tuple[float, float] = (0.5, 99.5),
+        window: tuple[float, float] | None = None,
+        bad_files: Literal["skip", "raise"] = "skip",
+        max_bad_share: float = 0.5,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed, bad_files, max_bad_share)
+        if root is None:
+            raise ValueError("no data: give data.root, a folder of images with annotations")
+        self.root = find_root(root, None, "", ())
+        self.annotations = annotations
+        self.img_size, self.in_chans = check_image_size(img_size), in_chans
+        self.masks, self.statistics = masks, statistics
+        self.val_fraction, self.split_seed = val_fraction, split_seed
+        self.group_pattern = group_pattern
+        check_number("in_chans", in_chans, 1)
+        check_number("val_fraction", val_fraction, 0, 0.99)
+        check_number("split_seed", split_seed, 0, inf)
+        check_number("hflip", hflip, 0, 1)
+        check_group_pattern(group_pattern)
+        if isinstance(statistics, str):
+            check_choice("statistics", statistics, ("imagenet", "measured"))
+        else:
+            given_statistics(statistics, in_chans)
+        self.intensity = Intensity(
+            check_range("percentiles", percentiles, 0, 100),
+            None if window is None else check_range("window", window),
+        )
+        jitter = check_range("scale_jitter", scale_jitter, 0.01, 100)
+        self.train_transform = Jitter(self.img_size, jitter, hflip)
+        self.val_transform = Fit(self.img_size)
+        self.collate = collate_boxes
+        self.classes: list[str] = []
+        self.category_ids: list[int] = []
+        self.has_masks = False
+        self.mean: tuple[float, ...] | None = None
+        self.std: tuple[float, ...] | None = None
+        self._parts: dict[str, AnnotatedPart] = {}
+        self._ids: dict[int, Any] | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Find the images and their annotations, and split them where they are not split.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict"; None: all of them.
+
+        Raises:
+            ValueError: If there is no image, no annotation, or nothing to validate with.
+        """
+        if stage != "predict":
+            if not self._parts:
+                self._setup_parts()
+            self._check_evaluated(stage)
+        if stage in ("fit", None):
+            self._resumed_step = 0
+            self.mean, self.std = self._statistics()
+        if stage in ("predict", None) and "predict" not in self.sets:
+            files = read_folder(self.root)
+            self.sets["predict"] = WholeFolder(files, Shown(self.img_size), **self._reading())
+        self._add_report()
+
+    def samples_to_draw(self, n: int) -> Any:
+        """A batch of a few validation images, spread evenly, with pictures to draw on.
+
+        Without validation images, training images are taken.
+        """
+        data = self.sets.get("validation") or self._make("train", self.val_transform, Evaluated)
+        assert isinstance(data, Evaluated)
+        n = min(n, len(data))
+        chosen = [i * (len(data) - 1) // max(n - 1, 1) for i in range(n)]
+        return self.collate([data.to_draw(i) for i in chosen])
+
+    def image_id(self, index: int) -> Any:
+        """The id of a `predict` image in data.annotations, or else its number from 1."""
+        if self.annotations is None:
+            return index + 1
+        if self._ids is None:
+            table = read_coco(os.path.expanduser(self.annotations))
+            find = file_finder([self.sets["predict"].files])
+            places = [find(name) for name in table.names]
+            known = zip(places, table.ids, strict=True)
+            self._ids = {place[1]: identity for place, identity in known if place is not None}
+        return self._ids.get(index, index + 1)
+
+    def _setup_parts(self) -> None:
+        options = self.val_fraction, self.split_seed, self.group_pattern
+        parts, classes = read_annotated_parts(self.root, self.annotations, *options)
+        self.classes, self.category_ids = classes
+        outlined = [name for name, part in parts.items() if part.has_outlines]
+        if self.masks and len(outlined) < len(parts):
+            without = next(name for name in parts if name not in outlined)
+            raise ValueError(
+                f"masks are asked for, but objects of {without} have no segmentation: leave "
+                "model.masks out, or complete the annotations"
+            )
+        self.has_masks = len(outlined) == len(parts) if self.masks is None else self.masks
+        self._parts = parts
+        self.sets["training"] = self._make("train", self.train_transform, Annotated)
+        for part, name in {"val": "validation", "test": "test"}.items():
+            if part in parts:
+                self.sets[name] = self._make(part, self.val_transform, Evaluated)
+
+    def _make(self, name: str, transform: Fit, kind: "type[Annotated]") -> "Annotated":
+        part = self._parts[name]
+        seed = self.seed if transform is self.train_transform else 0
+        data = kind(part.files, transform, part.places, **self._reading(), seed=seed)
+        data.annotations, data.has_masks = part.annotations, self.has_masks
+        return data
+
+    def _reading(self) -> dict[str, Any]:
+        return {
+            "in_chans": self.in_chans,
+            "intensity": self.intensity,
+            "on_bad": self.bad_files,
+            "labelled": False,
+        }
+
+    def _check_evaluated(self, stage: str | None) -> None:
+        """Refuse to validate, or to test, without images; train without them if so wanted."""
+        if "validation" in self.sets or (stage == "test" and "test" in self.sets):
+            return
+        if self.val_fraction:
+            raise ValueError(
+                f"{self.root!r} has no image to validate with, which takes two images (or groups): "
+                "add some, or set data.val_fraction to 0"
+            )
+        if stage in ("validate", "test"):
+            raise ValueError(
+                f"{self.root!r} has no val/, and data.val_fraction is 0: make one, or use 0.1"
+            )
+        if self.trainer is not None:
+            self.trainer.limit_val_batches = 0  # else Lightning warns of an empty loader
+
+    def _statistics(self) -> Statistics:
+        if not isinstance(self.statistics, str):
+            return given_statistics(self.statistics, self.in_chans)
+        if self.statistics == "imagenet":
+            return imagenet_statistics(self.in_chans)
+        part = self._parts["train"]
+        middle = CenterCrop(self.img_size)  # what is empty of a canvas would count as black
+        data = ImageData(part.files, middle, part.places, **self._reading())
+        return measured_statistics(data, self._workers(data))
+
+
+class Annotated(ImageData):
+    """Training images on a canvas, with the objects that are to be found.
+
+    Attributes:
+        annotations: Of all files of the index.
+        has_masks: Whether objects have masks.
+    """
+
+    annotations: Annotations
+    has_masks: bool
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} of {len(self)} images")
+        image, index = self._read(epoch, index % len(self))
+        return {**self._sample(image, index, epoch), "index": index}
+
+    def read(self, index: int) -> Tensor:
+        """Read an image, and refuse it if it is not the one that was annotated.
+
+        Raises:
+            UnreadableImage: Also where its size is another than the annotations say: then nobody
+                knows where its boxes are.
+        """
+        image = super().read(index)
+        height, width = self.annotations.sizes[self._place(index)].tolist()
+        if height and (height, width) != tuple(image.shape[1:]):
+            raise UnreadableImage(
+                f"{self.path(index)!r} cannot be read: it has {image.shape[2]} x {image.shape[1]} "
+                f"px, but its annotations are for {width} x {height}"
+            )
+        return image
+
+    def _sample(self, image: Tensor, index: int, epoch: int) -> dict[str, Any]:
+        """Place the image, and the objects that are left of it, on the canvas."""
+        assert isinstance(self.transform, Fit)
+        height, width = image.shape[1:]
+        draws = uniforms(self.seed, epoch, index)
+        placement = self.transform.place(height, width, draws)
+        objects = self.annotations.of(self._place(index))
+        boxes, counts = placement.boxes(objects.boxes), ~objects.ignored
+        sides = boxes[:, 2:] - boxes[:, :2]
+        kept = counts & (sides >= LEAST).all(1)
+        masks = None
+        if self.has_masks:
+            masks = placement.masks(draw_masks(objects, height, width))
+            kept &= (masks > 0).flatten(1).any(1)
+        target = {"boxes": boxes[kept], "labels": objects.labels[kept]}
+        return {
+            "image": placement.image(image, self.transform.canvas),
+            "size": torch.tensor(placement.size),
+            "target": target if masks is None else {**target, "masks": masks[kept]},
+        }
+
+
+class Evaluated(Annotated):
+    """Images to evaluate on: whole, with the truth in their own pixels."""
+
+    def to_draw(self, index: int) -> dict[str, Any]:
+        """A sample with a picture to draw on."""
+        image, found = self._read(0, index)
+        return {**self._sample(image, found, 0), "index": found, "picture": _picture(image)}
+
+    def _sample(self, image: Tensor, index: int, epoch: int) -> dict[str, Any]:
+        height, width = image.shape[1:]
+        objects = self.annotations.of(self._place(index))
+        whole = Fit((height, width)).place(height, width, iter(())).boxes(objects.boxes)
+        truth = {
+            "boxes": whole,
+            "labels": objects.labels,
+            "iscrowd": objects.ignored.long(),
+            "area": objects.area,
+        }
+        if self.has_masks:
+            truth["masks"] = draw_masks(objects, height, width).bool()
+        sample = super()._sample(image, index, epoch)
+        return {**sample, "original": torch.tensor((height, width)), "truth": truth}
+
+
+class Shown(Fit):
+    """An image to predict on, with a picture to draw on."""
+
+    def __call__(self, image: Tensor, draws: Iterator[float]) -> dict[str, Any]:
+        """Put (C, H, W) on the canvas."""
+        return {**super().__call__(image, draws), "picture": _picture(image)}
+
+
+def draw_masks(objects: Objects, height: int, width: int) -> Tensor:
+    """Draw outlines, polygons or run lengths, as masks of their image: uint8, (n, H, W).
+
+    Objects without an outline (a crowd, at most) have an empty mask.
+    """
+    masks = np.zeros((len(objects.outlines), height, width), np.uint8)
+    for mask, outline in zip(masks, objects.outlines, strict=True):
+        if outline is None:
+            continue
+        if isinstance(outline, dict) and not isinstance(outline["counts"], list):
+            runs = outline  # compressed
+        else:
+            runs = coco_mask.frPyObjects(outline, height, width)
+            runs = coco_mask.merge(runs) if isinstance(runs, list) else runs
+        drawn = coco_mask.decode(runs)
+        if drawn.shape != (height, width):
+            raise ValueError(
+                f"an outline in the annotations is for {drawn.shape[1]} x {drawn.shape[0]} px, its "
+                f"image has {width} x {height}"
+            )
+        mask[:] = drawn
+    return torch.from_numpy(masks)
+
+
+def collate_boxes(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack samples to a batch; what differs in size from image to image stays a list."""
+    lists = {name: [s[name] for s in samples] for name in LISTS if name in samples[0]}
+    rest = [{k: v for k, v in sample.items() if k not in LISTS} for sample in samples]
+    return {**collate(rest), **lists}
+
+
+def _picture(image: Tensor) -> Tensor:
+    """An image, (C, H, W), reduced to at most 1024 px."""
+    height, width = image.shape[1:]
+    scale = min(1.0, PICTURE / max(height, width))
+    size = max(round(height * scale), 1), max(round(width * scale), 1)
+    return crop_and_resize(image, Box(0, 0, height, width), size)

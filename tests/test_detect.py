@@ -1,0 +1,513 @@
+"""The detector: shapes, losses, learning rates by hand, metrics, masks, and checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.image_list import ImageList
+
+import simmim
+from simmim.average_precision import AveragePrecision
+from simmim.data.boxes import Fit
+from simmim.data.detection import DetectionData, collate_boxes
+from simmim.detect import Detector, _to_original
+from simmim.pretrain import SimMIM
+from simmim.pyramid import Pyramid
+from simmim.rcnn import Anchors, Neck, build_heads, default_anchor_sizes
+from test_detect_data import coco
+
+SMALL: dict[str, Any] = {"fpn_channels": 16, "proposals": 50, "rois_per_image": 16}
+VIT: dict[str, Any] = {
+    **SMALL,
+    "encoder": "vit_tiny_patch16_224",
+    "img_size": [48, 64],
+    "encoder_kwargs": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
+}
+SWIN: dict[str, Any] = {
+    **SMALL,
+    "encoder": "swin_tiny_patch4_window7_224",
+    "img_size": 64,
+    "encoder_kwargs": {
+        "embed_dim": 16,
+        "depths": [2, 1, 1, 1],
+        "num_heads": [1, 1, 2, 2],
+        "window_size": 2,
+    },
+}
+
+
+def blocks(folder: Path, n: int = 8, size: tuple[int, int] = (64, 48)) -> None:
+    """Images (width, height) with a bright square (class 0) and a dark one, and outlines."""
+    generator = np.random.default_rng(3)
+    folder.mkdir(parents=True, exist_ok=True)
+    names, boxes = [], []
+    for i in range(n):
+        pixels = generator.integers(100, 150, (size[1], size[0], 3)).astype(np.uint8)
+        for label, shade in ((3, 250), (7, 5)):
+            x = int(generator.integers(0, size[0] // 2 - 20)) + (label == 7) * size[0] // 2
+            y, side = int(generator.integers(0, size[1] - 20)), int(generator.integers(12, 20))
+            pixels[y : y + side, x : x + side] = shade
+            boxes.append((i, label, [x, y, side, side]))
+        Image.fromarray(pixels).save(folder / f"{i:03d}.png")
+        names.append((i, f"{i:03d}.png"))
+    coco(folder / "annotations.json", names, boxes, size)  # type: ignore[arg-type]
+
+
+def outlined(folder: Path) -> None:
+    """Add outlines to the annotations of a folder."""
+    import json
+
+    content = json.loads((folder / "annotations.json").read_text())
+    for entry in content["annotations"]:
+        x, y, w, h = entry["bbox"]
+        entry["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    (folder / "annotations.json").write_text(json.dumps(content))
+
+
+def trainer(folder: Path, **kwargs: Any) -> L.Trainer:
+    defaults: dict[str, Any] = {
+        "default_root_dir": folder,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "max_epochs": 1,
+    }
+    return L.Trainer(**{**defaults, **kwargs})
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("blocks")
+    blocks(folder / "train")
+    blocks(folder / "val", 4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def masked_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("masked")
+    for part in ("train", "val"):
+        blocks(folder / part, 4)
+        outlined(folder / part)
+    return folder
+
+
+def data(root: Path, **kwargs: Any) -> DetectionData:
+    options = {"img_size": [48, 64], "batch_size": 4, "num_workers": 0, **kwargs}
+    return DetectionData(root=str(root), **options)
+
+
+def batch(n: int = 2, boxes: int = 2, masks: bool = False) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    targets = []
+    for i in range(n):
+        count = boxes if i else 0  # the first image has none
+        corners = torch.rand(count, 2, generator=generator) * 20
+        target = {
+            "boxes": torch.cat([corners, corners + 12], 1),
+            "labels": torch.arange(count) % 2,
+        }
+        if masks:
+            target["masks"] = torch.ones(count, 48, 64, dtype=torch.uint8)
+        targets.append(target)
+    images = torch.randint(0, 256, (n, 3, 48, 64), generator=generator).byte()
+    return {"image": images, "size": torch.tensor([[48, 64]] * n), "target": targets}
+
+
+def losses(model: Detector, given: dict[str, Any]) -> dict[str, Tensor]:
+    images = model.inputs(given)
+    sizes = [tuple(size) for size in given["size"].tolist()]
+    return model.losses(model.features(images), sizes, images, given["target"])  # type: ignore[arg-type]
+
+
+# The model -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [VIT, SWIN])
+@pytest.mark.parametrize("head", ["mlp", "conv"])
+@pytest.mark.parametrize("masks", [False, True])
+def test_every_trained_parameter_gets_a_gradient(
+    options: dict[str, Any], head: str, masks: bool
+) -> None:
+    size = [48, 64] if options is VIT else [64, 64]
+    model = Detector(**{**options, "num_classes": 2, "masks": masks, "head": head})
+    given = batch(masks=masks)
+    if options is SWIN:
+        given["image"] = torch.nn.functional.pad(given["image"], (0, 0, 0, 16))
+    parts = losses(model, given)
+    names = {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
+    assert set(parts) == names | ({"loss_mask"} if masks else set())
+    assert all(part.dtype == torch.float32 for part in parts.values())
+    torch.stack(list(parts.values())).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    found = model(torch.randn(2, 3, *size))
+    assert len(found) == 2
+    assert ("masks" in found[0]) == masks
+    for one in found:
+        assert one["boxes"].shape[1] == 4
+        assert set(one["labels"].tolist()) <= {0, 1}
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_a_batch_without_any_box_trains(masks: bool) -> None:
+    model = Detector(**VIT, num_classes=2, masks=masks)
+    parts = losses(model, batch(boxes=0, masks=masks))
+    total = torch.stack(list(parts.values())).sum()
+    assert total.isfinite()
+    assert parts["loss_box_reg"] == 0
+    total.backward()
+    assert all(
+        p.grad is not None and bool(p.grad.isfinite().all())
+        for p in model.parameters()
+        if p.requires_grad
+    )
+
+
+def test_it_is_torchvisions_faster_rcnn() -> None:
+    model = Detector(**{**SWIN, "anchor_sizes": [8, 16, 32, 64, 128]}, num_classes=2).eval()
+
+    class Backbone(torch.nn.Module):
+        out_channels = 16
+
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            return model.features(images)
+
+    theirs = FasterRCNN(
+        Backbone(),
+        3,
+        min_size=64,
+        image_mean=[0, 0, 0],
+        image_std=[1, 1, 1],
+        rpn_anchor_generator=Anchors([8, 16, 32, 64, 128], (0.5, 1, 2), [4, 8, 16, 32, 64]),
+        rpn_pre_nms_top_n_test=50,
+        rpn_post_nms_top_n_test=50,
+    ).eval()
+    theirs.rpn.load_state_dict(model.rpn.state_dict())
+    theirs.roi_heads.load_state_dict(model.roi_heads.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        for mine, other in zip(model(images), theirs(list(images)), strict=True):
+            assert len(mine["boxes"])
+            torch.testing.assert_close(mine["boxes"], other["boxes"])
+            torch.testing.assert_close(mine["scores"], other["scores"])
+            assert torch.equal(mine["labels"] + 1, other["labels"])
+
+
+def test_the_mode_stays_and_losses_need_no_training_mode() -> None:
+    model = Detector(**VIT, num_classes=2).eval()
+    given = batch()
+    torch.manual_seed(1)
+    evaluated = losses(model, given)
+    assert not model.rpn.training
+    model.train()
+    torch.manual_seed(1)
+    trained = losses(model, given)
+    for name, part in evaluated.items():
+        torch.testing.assert_close(part, trained[name])
+    assert model(model.inputs(given))[0]["boxes"].ndim == 2  # boxes in training mode, too
+    assert model.rpn.training
+
+
+def test_what_is_empty_of_the_canvas_has_the_mean_colour_and_no_boxes() -> None:
+    model = Detector(**VIT, num_classes=2, score_threshold=0.0).eval()
+    given = batch()
+    given["size"] = torch.tensor([[48, 64], [20, 30]])
+    images = model.inputs(given)
+    assert (images[1, :, 20:] == 0).all()
+    assert (images[1, :, :, 30:] == 0).all()
+    assert torch.equal(images[0], model.normalize(given["image"])[0])
+    found = model(images, [(48, 64), (20, 30)])
+    assert found[1]["boxes"][:, 2].max() <= 30
+    assert found[1]["boxes"][:, 3].max() <= 20
+
+
+def test_boxes_are_brought_back_to_the_pixels_of_the_file() -> None:
+    placement = Fit((48, 64)).place(300, 200, iter(()))  # to 48 x 32
+    boxes = torch.tensor([[20.0, 30.0, 120.0, 250.0]])
+    found = {"boxes": placement.boxes(boxes), "masks": torch.ones(1, 1, 28, 28)}
+    moved = _to_original(found, torch.tensor(placement.size), torch.tensor((300, 200)))
+    torch.testing.assert_close(moved["boxes"], boxes)
+    assert moved["masks"].shape == (1, 300, 200)
+    rows, columns = moved["masks"][0].any(1).nonzero(), moved["masks"][0].any(0).nonzero()
+    assert abs(int(rows[0]) - 30) <= 6
+    assert abs(int(columns[-1]) - 120) <= 6
+
+
+def test_anchors_follow_strides_that_are_no_whole_numbers() -> None:
+    anchors = Anchors([10], (1.0,), [3.5])
+    maps = [torch.zeros(1, 8, 16, 16, dtype=torch.bfloat16)]
+    found = anchors(ImageList(torch.zeros(1, 3, 56, 56), [(56, 56)]), maps)[0]
+    assert found.dtype == torch.float32
+    assert found[:2].tolist() == [[-5, -5, 5, 5], [-1.5, -5, 8.5, 5]]
+    assert found[-1].tolist() == [47.5, 47.5, 57.5, 57.5]
+
+
+def test_default_anchors_are_the_published_ones_where_the_canvas_is_large() -> None:
+    strides = [4.0, 8.0, 16.0, 32.0, 64.0]
+    assert default_anchor_sizes(strides, (1024, 1024)) == [32, 64, 128, 256, 512]
+    assert default_anchor_sizes(strides, (160, 208)) == [13, 26, 52, 104, 208]
+
+
+def test_regions_are_read_where_they_are_whatever_the_first_batch_holds() -> None:
+    model = Detector(**VIT, num_classes=2)
+    align = model.roi_heads.box_roi_pool
+    column = torch.arange(32.0).expand(1, 16, 24, 32)  # of the finest map, stride 2
+    maps = {str(i): torch.nn.functional.avg_pool2d(column, 2**i) for i in range(4)}
+    pooled = align(maps, [torch.tensor([[10.0, 10.0, 24.0, 24.0]])], [(20, 30)])
+    means = pooled[0, 0].mean(0)
+    # Seven bins of 2 px, so one feature wide: the first is around x = 11 px = feature 5.5.
+    torch.testing.assert_close(means, torch.arange(7) + 5.5)
+
+
+def test_options_are_checked() -> None:
+    for options, words in (
+        ({"anchor_sizes": [8.0, 16.0]}, "2, not 5"),
+        ({"anchor_ratios": (0.0, 1.0)}, "above 0"),
+        ({"layer_decay": 0.5, "frozen": True}, "frozen"),
+        ({"layer_decay": 1.5}, "layer_decay"),
+        ({"proposals": 0}, "proposals 0"),
+        ({"score_threshold": 2.0}, "score_threshold"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Detector(**{**VIT, **options}, num_classes=2)  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="num_classes is not known"):
+        Detector(**VIT)(torch.randn(1, 3, 48, 64))
+
+
+def test_a_frozen_encoder_stays(root: Path, tmp_path: Path) -> None:
+    model = Detector(**VIT, frozen=True, warmup_epochs=0)
+    before = {name: tensor.clone() for name, tensor in model.encoder.state_dict().items()}
+    neck = {name: tensor.clone() for name, tensor in model.neck.state_dict().items()}
+    trainer(tmp_path, max_steps=1).fit(model, datamodule=data(root))
+    assert all(torch.equal(before[k], v) for k, v in model.encoder.state_dict().items())
+    assert not all(torch.equal(neck[k], v) for k, v in model.neck.state_dict().items())
+    assert not model.model.training
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_bf16_gives_finite_losses_and_exact_boxes(masks: bool) -> None:
+    model = Detector(**VIT, num_classes=2, masks=masks)
+    given = batch(masks=masks)
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = losses(model, given)
+        found = model(model.inputs(given))
+    assert all(part.dtype == torch.float32 and bool(part.isfinite()) for part in parts.values())
+    assert found[0]["boxes"].dtype == torch.float32
+
+
+# Learning rates ------------------------------------------------------------------------------
+
+
+def test_the_layer_decay_of_a_two_block_vit_by_hand(root: Path, tmp_path: Path) -> None:
+    model = Detector(**VIT, layer_decay=0.5, base_lr=10.24, warmup_epochs=0, weight_decay=0.1)
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(model, datamodule=data(root))
+    # Embedding, two blocks, the rest: levels 0 to 3. lr 10.24 x 4 images / 512 = 0.08 at the top.
+    lr = {0: 0.01, 1: 0.02, 2: 0.04, 3: 0.08}
+    groups = {group["name"]: group for group in run.optimizers[0].param_groups}
+    for level, rate in lr.items():
+        assert groups[f"layer_{level}_decay"]["initial_lr"] == pytest.approx(rate)
+        assert groups[f"layer_{level}_decay"]["weight_decay"] == 0.1
+        assert groups[f"layer_{level}_no_decay"]["weight_decay"] == 0
+    assert sum(p.numel() for p in groups["layer_1_decay"]["params"]) == 12 * 32**2
+    top = {id(p) for kind in ("decay", "no_decay") for p in groups[f"layer_3_{kind}"]["params"]}
+    for part in (model.neck, model.rpn, model.roi_heads):
+        assert all(id(p) in top for p in part.parameters())
+    assert all(id(p) not in top for p in model.model.blocks.parameters())
+
+
+# Training ------------------------------------------------------------------------------------
+
+
+def test_it_learns_to_find_squares(root: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Detector(**VIT, base_lr=0.25, warmup_epochs=2, weight_decay=0.01)
+    run = trainer(tmp_path, max_epochs=40, gradient_clip_val=5.0, check_val_every_n_epoch=40)
+    run.fit(model, datamodule=data(root, scale_jitter=(1.0, 1.0)))
+    scores = {name: float(value) for name, value in run.callback_metrics.items()}
+    assert scores["val/map_50"] > 0.5
+    assert scores["val/map_class/cat"] == pytest.approx(
+        2 * scores["val/map"] - scores["val/map_class/dog"], abs=1e-5
+    )
+    assert scores["val/loss"] < 1.0
+
+
+def test_masks_are_trained_where_the_data_have_them(masked_root: Path, tmp_path: Path) -> None:
+    model = Detector(**VIT)
+    run = trainer(tmp_path)
+    run.fit(model, datamodule=data(masked_root))
+    assert model.has_masks
+    assert {"train/loss_mask", "val/mask_map", "val/map"} <= set(run.callback_metrics)
+    boxes_only = Detector(**VIT, masks=False)
+    trainer(tmp_path).fit(boxes_only, datamodule=data(masked_root, masks=False))
+    assert not boxes_only.has_masks
+
+
+def test_images_without_any_object_are_no_accident(tmp_path: Path) -> None:
+    blocks(tmp_path / "train", 4)
+    blocks(tmp_path / "val", 2)
+    for part in ("train", "val"):
+        names = [(i, f"{i:03d}.png") for i in range(2)]
+        coco(tmp_path / part / "annotations.json", names, [], (64, 48))  # type: ignore[arg-type]
+    model = Detector(**VIT)
+    run = trainer(tmp_path)
+    run.fit(model, datamodule=data(tmp_path, batch_size=2))
+    assert run.callback_metrics["train/loss"].isfinite()
+    assert run.callback_metrics["val/map"].isnan()  # there is nothing to be found
+
+
+# Scores --------------------------------------------------------------------------------------
+
+
+def test_average_precision_of_boxes_by_hand() -> None:
+    scores = AveragePrecision(["cat", "dog", "emu"], masks=False)
+    box = torch.tensor([[10.0, 10.0, 50.0, 50.0]])
+    shifted = box + torch.tensor([0, 0, 0, 9.0])  # IoU 0.816: right at 7 of 10 thresholds
+    label, none = torch.tensor([0]), torch.zeros(0, dtype=torch.int64)
+    truth = {"iscrowd": torch.tensor([0]), "area": torch.tensor([1600.0])}
+    empty = {"boxes": torch.zeros(0, 4), "labels": none}
+    scores.update(
+        [
+            {"boxes": shifted, "labels": label, "scores": torch.tensor([0.9])},
+            {"boxes": box, "labels": label + 1, "scores": torch.tensor([0.8])},
+            {**empty, "scores": torch.zeros(0)},
+        ],
+        [
+            {"boxes": box, "labels": label, **truth},
+            {"boxes": box, "labels": label + 1, **truth},
+            {**empty, "iscrowd": none, "area": torch.zeros(0)},
+        ],
+    )
+    found = scores.compute()
+    assert found["map_class/cat"] == pytest.approx(0.7, abs=1e-3)
+    assert found["map_class/dog"] == pytest.approx(1.0)
+    assert found["map"] == pytest.approx(0.85, abs=1e-3)
+    assert (found["map_50"], found["map_75"]) == (1, 1)
+    assert found["map_medium"] == found["map"]
+    assert "map_small" not in found
+    assert "map_class/emu" not in found
+    assert np.isnan(scores.compute()["map"])  # begun anew
+
+
+# Checkpoints ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    torch.manual_seed(1)
+    run = trainer(folder, max_steps=1)
+    run.fit(Detector(**VIT), datamodule=data(root))
+    run.save_checkpoint(folder / "detector.ckpt")
+    return folder / "detector.ckpt"
+
+
+def test_a_checkpoint_opens_alone_and_gives_the_same(trained: Path) -> None:
+    model = Detector.load_from_checkpoint(trained, map_location="cpu").eval()
+    assert (model.classes, model.category_ids) == (["cat", "dog"], [3, 7])
+    again = Detector(weights=str(trained), proposals=50).eval()  # heads included
+    images = torch.randn(1, 3, 48, 64)
+    with torch.no_grad():
+        first, second = model(images)[0], again(images)[0]
+    for name in ("boxes", "scores", "labels"):
+        torch.testing.assert_close(first[name], second[name])
+    assert again.head_is_trained
+    assert again.hparams["img_size"] == [48, 64]
+
+
+def test_load_encoder_reads_a_detector(trained: Path) -> None:
+    encoder = simmim.load_encoder(trained).eval()
+    model = Detector.load_from_checkpoint(trained, map_location="cpu").eval()
+    images = torch.randn(1, 3, 48, 64)
+    with torch.no_grad():
+        expected = model.model.forward_features(images)
+        torch.testing.assert_close(encoder.forward_features(images), expected)
+
+
+def test_a_pretrained_encoder_comes_in_whole(tmp_path: Path) -> None:
+    encoder = {k: VIT[k] for k in ("encoder", "encoder_kwargs")}
+    pretrained = SimMIM(**encoder, img_size=64, mask_patch_size=8)
+    pretrained.set_statistics([0.4, 0.5, 0.6], [0.2, 0.3, 0.25])
+    run = trainer(tmp_path)
+    run.fit(pretrained, DataLoader(torch.randn(4, 3, 64, 64), 2))
+    run.save_checkpoint(tmp_path / "pre.ckpt")
+    model = Detector(weights=str(tmp_path / "pre.ckpt"), **SMALL, img_size=[48, 64])
+    kept = dict(pretrained.encoder.model.named_parameters())
+    for name, parameter in model.model.named_parameters():
+        assert torch.equal(parameter, kept[name]) or "pos_embed" in name
+    assert model.mean.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
+    assert model.rpn is None  # until the data say which classes there are
+
+
+def test_other_classes_renew_what_names_them_alone(trained: Path, tmp_path: Path) -> None:
+    blocks(tmp_path / "train", 4)
+    file = tmp_path / "train" / "annotations.json"
+    file.write_text(file.read_text().replace('"dog"', '"wolf"'))
+    model = Detector(weights=str(trained))
+    proposing = model.rpn.head.cls_logits.weight.clone()
+    naming = model.roi_heads.box_predictor.cls_score.weight.clone()
+    trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(
+        model, datamodule=data(tmp_path, val_fraction=0)
+    )
+    assert model.classes == ["cat", "wolf"]
+    # The one step is the first of the warm-up, with a learning rate of 0.
+    assert torch.equal(proposing, model.rpn.head.cls_logits.weight)
+    assert not torch.equal(naming, model.roi_heads.box_predictor.cls_score.weight)
+    with pytest.raises(ValueError, match="this detector knows cat, dog"):
+        trainer(tmp_path).validate(
+            Detector(weights=str(trained)), datamodule=data(tmp_path, val_fraction=0.5)
+        )
+
+
+def test_an_untrained_detector_is_not_scored(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not trained yet"):
+        trainer(tmp_path).validate(Detector(**VIT), datamodule=data(root))
+
+
+def test_going_on_is_the_same_as_not_stopping(root: Path, tmp_path: Path) -> None:
+    def fit(epochs: int, ckpt_path: Path | None = None) -> Detector:
+        torch.manual_seed(0)
+        model = Detector(**VIT, drop_path_rate=0.2, schedule="multistep")
+        run = trainer(tmp_path, max_epochs=epochs, limit_val_batches=0)
+        run.fit(model, datamodule=data(root), ckpt_path=ckpt_path)
+        run.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return model
+
+    fit(1)
+    whole, resumed = fit(2), fit(2, tmp_path / "1.ckpt")
+    for (name, one), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_the_neck_has_a_map_more_than_the_pyramid() -> None:
+    import timm
+
+    model = timm.create_model("resnet10t", num_classes=0)
+    neck = Neck(Pyramid(model, "resnet10t", 3, (64, 64)), 16, norm=True)
+    maps = neck(neck.pyramid.read(model, torch.randn(1, 3, 64, 64)))
+    assert list(maps) == ["0", "1", "2", "3", "pool"]
+    assert [64 / m.shape[-1] for m in maps.values()] == neck.strides
+    heads = build_heads(neck, 2, (64, 64), masks=False)
+    assert heads.roi_heads.box_predictor.cls_score.out_features == 3
+
+
+def test_collate_keeps_what_differs_in_a_list() -> None:
+    image = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    samples = [
+        {"image": image, "index": 0, "target": {"boxes": torch.zeros(i, 4)}} for i in range(2)
+    ]
+    made = collate_boxes(samples)
+    assert made["image"].shape == (2, 3, 4, 4)
+    assert [len(t["boxes"]) for t in made["target"]] == [0, 1]

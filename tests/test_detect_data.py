@@ -1,0 +1,496 @@
+"""Images with boxes: what is read from COCO and VOC, what is left out aloud, and where boxes go."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from faster_coco_eval.core import mask as coco_mask
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from simmim.data import DetectionData, ImageFolderData
+from simmim.data.annotations import read_coco, read_voc
+from simmim.data.boxes import Fit, Jitter, Placement
+from simmim.data.draws import uniforms
+
+Make = Callable[..., Path]
+BLOOD = Path(__file__).parents[2] / "shared" / "data" / "detection"
+
+
+def coco(
+    path: Path,
+    images: list[tuple[Any, str]],
+    objects: list[tuple[Any, int, list[float]]],
+    size: tuple[int, int] = (40, 40),
+    **more: Any,
+) -> Path:
+    """Write annotations: images as (id, name), objects as (image id, category id, box)."""
+    content = {
+        "images": [
+            {"id": i, "file_name": name, "width": size[0], "height": size[1]} for i, name in images
+        ],
+        "annotations": [
+            {"id": n, "image_id": i, "category_id": c, "bbox": box, "area": 7.0, "iscrowd": 0}
+            for n, (i, c, box) in enumerate(objects)
+        ],
+        "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}],
+        **more,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def voc(path: Path, objects: list[tuple[str, tuple[float, ...], int]], size: int = 40) -> None:
+    """Write an xml: objects as (name, edges, difficult)."""
+    entries = "".join(
+        f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>"
+        f"<xmin>{box[0]}</xmin><ymin>{box[1]}</ymin><xmax>{box[2]}</xmax><ymax>{box[3]}</ymax>"
+        "</bndbox></object>"
+        for name, box, difficult in objects
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        f"<annotation><size><width>{size}</width><height>{size}</height></size>{entries}"
+        "</annotation>"
+    )
+
+
+def data(root: Path, stage: str = "fit", **kwargs: Any) -> DetectionData:
+    options = {"img_size": 40, "batch_size": 2, "num_workers": 0, **kwargs}
+    made = DetectionData(root=str(root), **options)
+    made.setup(stage)
+    return made
+
+
+def truth(made: DetectionData, part: str = "validation") -> dict[str, tuple[list[Any], list[int]]]:
+    """Boxes and labels by the names of the images."""
+    images = made.sets[part]
+    found = {}
+    for i in range(len(images)):
+        objects = images[i]["truth" if part != "training" else "target"]
+        found[images.name(i)] = (objects["boxes"].tolist(), objects["labels"].tolist())
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_images: Make) -> Path:
+    """A data set of 40 x 40 px: train/ with 4 images, val/ with 2, and boxes."""
+    root = tmp_path / "set"
+    for part, n in (("train", 4), ("val", 2)):
+        make_images(root / part, n, size=40)
+        names = [(10 * i, f"{i:03d}.png") for i in range(n)]
+        boxes = [(0, 7, [1, 2, 10, 20]), (0, 3, [5.5, 6, 8, 8]), (10, 3, [0, 0, 40, 40])]
+        coco(root / part / "annotations.json", names, boxes)
+    return root
+
+
+# COCO --------------------------------------------------------------------------------------------
+
+
+def test_coco_is_read_as_it_is_written(folder: Path) -> None:
+    made = data(folder)
+    assert (made.classes, made.category_ids) == (["cat", "dog"], [3, 7])
+    assert truth(made) == {
+        "000.png": ([[1, 2, 11, 22], [5.5, 6, 13.5, 14]], [1, 0]),
+        "001.png": ([[0, 0, 40, 40]], [0]),
+    }
+    assert made.num_train == 4  # two of which have no object
+    sample = made.sets["training"][2]
+    assert sample["target"]["boxes"].shape == (0, 4)
+    assert made.sets["validation"][0]["truth"]["area"].tolist() == [7, 7]
+    assert not made.has_masks
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("train/annotations.json", "{}"),
+        ("train/_annotations.coco.json", "images/{}"),
+        ("instances_train.json", "{}"),
+        ("annotations/instances_train.json", "train/images/{}"),
+        ("train/labels.json", "C:\\data\\train\\{}"),
+    ],
+)
+def test_annotations_are_found_where_people_keep_them(
+    tmp_path: Path, make_images: Make, place: str, name: str
+) -> None:
+    make_images(tmp_path / "train" / "images", 2, size=40)
+    names = [(i, name.format(f"{i:03d}.png")) for i in range(2)]
+    coco(tmp_path / place, names, [(1, 3, [1, 2, 3, 4])])
+    made = data(tmp_path, val_fraction=0, scale_jitter=(1, 1), hflip=0)
+    assert truth(made, "training")["images/001.png"] == ([[1, 2, 4, 6]], [0])
+
+
+def test_coco_s_own_folders_are_found(tmp_path: Path, make_images: Make) -> None:
+    for part in ("train2017", "val2017"):
+        make_images(tmp_path / part, 2, size=40)
+        file = tmp_path / "annotations" / f"instances_{part}.json"
+        coco(file, [(0, "000.png"), (1, "001.png")], [(0, 3, [1, 2, 3, 4])])
+    made = data(tmp_path)
+    assert (made.num_train, len(made.sets["validation"])) == (2, 2)
+
+
+def test_one_file_for_a_folder_is_split_as_every_task_splits(
+    tmp_path: Path, make_images: Make
+) -> None:
+    for part in ("a", "b"):
+        make_images(tmp_path / "all" / part, 10, size=40)
+    names = [f"{part}/{i:03d}.png" for part in ("a", "b") for i in range(10)]
+    boxes = [(i, 3, [i, i, 2, 2]) for i in range(20)]
+    file = coco(tmp_path / "elsewhere.json", list(enumerate(names)), boxes)  # type: ignore[arg-type]
+    made = data(tmp_path / "all", annotations=str(file), val_fraction=0.2)
+    pretraining = ImageFolderData(root=str(tmp_path / "all"), val_fraction=0.2, num_workers=0)
+    pretraining.setup("fit")
+    for part in ("training", "validation"):
+        mine, theirs = made.sets[part], pretraining.sets[part]
+        assert {mine.name(i) for i in range(len(mine))} == {
+            theirs.name(i) for i in range(len(theirs))
+        }
+    for name, (boxes_found, _) in truth(made).items():
+        corner = names.index(name)
+        assert boxes_found == [[corner, corner, corner + 2, corner + 2]]
+
+
+def test_one_file_for_train_and_val(folder: Path, tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        (folder / part / "annotations.json").unlink()
+    names = [(i, f"{part}/{i % 4:03d}.png") for i, part in enumerate(["train"] * 4 + ["val"])]
+    file = coco(tmp_path / "all.json", names, [(4, 3, [1, 1, 2, 2])])
+    made = data(folder, annotations=str(file))
+    assert truth(made) == {"000.png": ([[1, 1, 3, 3]], [0])}
+    assert made.num_train == 4
+
+
+def test_what_is_wrong_is_left_out_and_told_in_one_line(
+    tmp_path: Path, make_images: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_images(tmp_path / "train", 4, size=40)
+    images = [(0, "000.png"), (1, "001.png"), (1, "other.png"), (2, "gone.png"), (3, "000.png")]
+    boxes: list[Any] = [
+        (0, 3, [5, 5, 0, 10]),
+        (0, 3, [50, 5, 10, 10]),
+        (0, 3, [30, 30, 20, 20]),
+        (0, 9, [1, 1, 2, 2]),
+        (8, 3, [1, 1, 2, 2]),
+        (1, 3, ["x", 1, 2, 2]),
+        (3, 7, [1, 1, 2, 2]),  # a second entry of the first file
+        (0, 3, [1, 1, float("nan"), 2]),
+    ]
+    coco(tmp_path / "train" / "annotations.json", images, boxes)
+    with caplog.at_level(logging.INFO):
+        made = data(tmp_path, val_fraction=0, scale_jitter=(1, 1), hflip=0)
+    assert truth(made, "training") == {
+        "000.png": ([[30, 30, 40, 40], [1, 1, 3, 3]], [0, 1]),
+        "001.png": ([], []),
+    }
+    said = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert len(said) == 1
+    for words in (
+        "1 boxes without any area were left out (first: 000.png)",
+        "1 boxes outside of their image",
+        "1 boxes reached out of their image and were clipped",
+        "1 objects of no known category",
+        "1 objects of images that are not listed",
+        "2 objects without a box",
+        "1 images with an id that another has",
+        "1 of 3 listed images are not on the disk and were left out (first: gone.png)",
+    ):
+        assert words in said[0]
+    unlisted = [r.getMessage() for r in caplog.records if "2 of 4 images" in r.getMessage()]
+    assert len(unlisted) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "no valid json"),
+        ("[1, 2]", "hold a list"),
+        ('{"images": []}', "no list 'annotations'"),
+        ('{"images": [], "annotations": []}', "lists no image"),
+        ('{"images": [{"id": 1, "file_name": "no.png"}], "annotations": []}', "names 'no.png'"),
+    ],
+)
+def test_annotations_that_are_none_are_refused(folder: Path, text: str, words: str) -> None:
+    (folder / "train" / "annotations.json").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        data(folder)
+
+
+def test_missing_annotations_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no\.json cannot be read"):
+        data(folder, annotations=str(tmp_path / "no.json"))
+    (folder / "val" / "annotations.json").unlink()
+    with pytest.raises(ValueError, match=r"'.*val' has images, but no annotations"):
+        data(folder)
+
+
+def test_an_image_of_another_size_than_was_annotated_is_a_bad_file(folder: Path) -> None:
+    Image.new("RGB", (30, 40)).save(folder / "train" / "001.png")
+    made = data(folder, bad_files="raise")
+    with pytest.raises(ValueError, match="has 30 x 40 px, but its annotations are for 40 x 40"):
+        made.sets["training"][1]
+    made = data(folder)
+    assert made.sets["training"][1]["index"] != 1  # another stands in for it, with its own boxes
+    assert made.sets["training"].unreadable.tolist() == [0, 1, 0, 0]
+
+
+def test_crowds_are_ignored(folder: Path) -> None:
+    file = folder / "val" / "annotations.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["iscrowd"] = 1
+    file.write_text(json.dumps(content))
+    sample = data(folder).sets["validation"][0]
+    assert sample["target"]["labels"].tolist() == [0]
+    assert sample["truth"]["iscrowd"].tolist() == [1, 0]
+
+
+# Masks -------------------------------------------------------------------------------------------
+
+
+def with_outlines(folder: Path, compressed: bool = False) -> None:
+    """Give each object an outline: a polygon in train/, run lengths in val/."""
+    for part in ("train", "val"):
+        file = folder / part / "annotations.json"
+        content = json.loads(file.read_text())
+        for entry in content["annotations"]:
+            x, y, w, h = entry["bbox"]
+            entry["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            if part == "val":
+                mask = np.zeros((40, 40), np.uint8, order="F")
+                mask[int(y) : int(y + h), int(x) : int(x + w)] = 1
+                runs = np.flatnonzero(np.diff(np.r_[0, mask.T.ravel(), 0]))
+                counts = np.diff(np.r_[0, runs, mask.size]).tolist()
+                entry["segmentation"] = {"size": [40, 40], "counts": counts}
+                if compressed:
+                    packed = coco_mask.encode(mask)
+                    entry["segmentation"] = {"size": [40, 40], "counts": packed["counts"].decode()}
+        file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_outlines_become_masks(folder: Path, compressed: bool) -> None:
+    with_outlines(folder, compressed)
+    made = data(folder)
+    assert made.has_masks
+    masks = made.sets["validation"][0]["truth"]["masks"]
+    assert masks.shape == (2, 40, 40)
+    assert masks[0, 2:22, 1:11].all()
+    assert masks[0].sum() == 200
+    plain = data(folder, scale_jitter=(1, 1), hflip=0).sets["training"][0]["target"]["masks"]
+    assert plain[0, 2:22, 1:11].all()
+    assert plain[0].sum() == 200
+    assert made.sets["training"][2]["target"]["masks"].shape[0] == 0
+    assert "masks" not in data(folder, masks=False).sets["training"][0]["target"]
+
+
+def test_masks_that_are_not_there_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="no segmentation"):
+        data(folder, masks=True)
+
+
+# Pascal VOC --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "place", ["{}", "annotations_voc/{}", "Annotations/{}", "../Annotations/{}"]
+)
+def test_voc_is_found_and_read(tmp_path: Path, make_images: Make, place: str) -> None:
+    images = "images" if "/" in place else "."
+    make_images(tmp_path / "train" / images, 9, size=40)
+    for i in range(8):
+        objects = [("wbc", (1, 2, 11, 22), 0), ("rbc", (3, 3, 9, 9), 1), ("rbc", (4, 4, 4, 9), 0)]
+        voc(tmp_path / "train" / place.format(f"{i:03d}.xml"), objects)
+    made = data(tmp_path, val_fraction=0.5)
+    assert made.classes == ["rbc", "wbc"]
+    sample = made.sets["validation"][0]
+    assert sample["truth"]["boxes"].tolist() == [[0, 1, 11, 22], [2, 2, 9, 9]]  # counted from 1
+    assert sample["truth"]["iscrowd"].tolist() == [0, 1]  # difficult
+    assert sample["target"]["labels"].tolist() == [1]
+    assert len(made.sets["training"]) + len(made.sets["validation"]) == 8
+
+
+def test_a_folder_of_xml_can_be_named(tmp_path: Path, make_images: Make) -> None:
+    make_images(tmp_path / "pictures", 4, size=40)
+    for i in range(4):
+        voc(tmp_path / "labels" / f"{i:03d}.xml", [("cat", (i, 1, 20, 30), 0)])
+    made = data(tmp_path / "pictures", annotations=str(tmp_path / "labels"))
+    for name, (boxes, _) in truth(made).items():
+        assert boxes == [[max(int(name[:3]) - 1, 0), 0, 20, 30]]
+
+
+def test_broken_xml_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "1.xml").write_text("<annotation>")
+    with pytest.raises(ValueError, match=r"1\.xml are no valid xml"):
+        read_voc("labels", {"1.png": str(tmp_path / "1.xml")})
+
+
+@pytest.mark.skipif(not BLOOD.is_dir(), reason="the shared data are not there")
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_blood_cells_are_the_same_in_both_formats(part: str) -> None:
+    as_coco = read_coco(str(BLOOD / f"instances_{part}.json"))
+    xml = {p.stem + ".jpg": str(p) for p in (BLOOD / part / "annotations_voc").glob("*.xml")}
+    as_voc = read_voc("xml", xml)
+    assert sum(map(len, as_coco.objects)) == {"train": 771, "val": 253}[part]
+    rows = {name: row for row, name in enumerate(as_voc.names)}
+    for name, objects in zip(as_coco.names, as_coco.objects, strict=True):
+        mine = {(as_coco.classes[o.label], o.box) for o in objects}
+        assert mine == {(as_voc.classes[o.label], o.box) for o in as_voc.objects[rows[name]]}
+    assert as_voc.faults.counts.total() == (part == "train")
+
+
+# Transforms --------------------------------------------------------------------------------------
+
+
+def painted(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """An image with each box in a colour of its own."""
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    for i, (left, top, right, bottom) in enumerate(boxes.round().int().tolist()):
+        image[i, top:bottom, left:right] = 255
+    return image
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_boxes_and_masks_stay_on_their_objects(seed: int) -> None:
+    draws = uniforms(seed)
+    height, width = 50 + int(next(draws) * 100), 50 + int(next(draws) * 100)
+    corners = torch.tensor([[next(draws) for _ in range(4)] for _ in range(3)])
+    boxes = torch.cat([corners.view(3, 2, 2).amin(1), corners.view(3, 2, 2).amax(1)], 1)
+    boxes = (boxes * torch.tensor([width, height] * 2)).round()
+    boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2] + 4)
+    boxes = boxes.clamp(max=torch.tensor([width, height] * 2))
+    image = painted(boxes, height, width)
+    for transform in (Fit((96, 64)), Jitter((96, 64), (0.3, 3.0), 0.5)):
+        placement = transform.place(height, width, draws)
+        shown = placement.image(image, (96, 64))
+        masks = placement.masks((image > 127).to(torch.uint8))
+        h, w = placement.size
+        assert shown.shape == (3, 96, 64)
+        assert masks.shape == (3, h, w)
+        assert not shown[:, h:].any()
+        assert not shown[:, :, w:].any()
+        for i, (left, top, right, bottom) in enumerate(placement.boxes(boxes).tolist()):
+            assert 0 <= left <= right <= w
+            assert 0 <= top <= bottom <= h
+            for pixels in (shown[i, :h, :w] > 127, masks[i] > 0):
+                rows, columns = pixels.any(1).nonzero()[:, 0], pixels.any(0).nonzero()[:, 0]
+                if len(rows) == 0:
+                    assert min(right - left, bottom - top) < 2.5
+                    continue
+                tight = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+                for edge, expected in zip((left, top, right, bottom), tight, strict=True):
+                    assert abs(edge - float(expected)) < 1.6  # of pixels that are up to 3 wide
+
+
+def test_an_image_fits_with_its_aspect_ratio() -> None:
+    placement = Fit((100, 200)).place(400, 400, iter(()))
+    assert placement == Placement((0, 0, 400, 400), (100, 100))  # type: ignore[arg-type]
+    assert Fit((100, 200)).place(50, 10, iter(())).size == (100, 20)
+    assert Fit((100, 200)).place(1, 1000, iter(())).size == (1, 200)
+
+
+def test_jitter_keeps_its_range_and_mirrors_half() -> None:
+    transform = Jitter((64, 64), (0.5, 2.0), 0.5)
+    found = [transform.place(64, 64, uniforms(0, 0, i)) for i in range(400)]
+    scales = [max(p.size) / max(p.part[2:]) for p in found]
+    assert min(scales) == pytest.approx(0.5, abs=0.02)
+    assert max(scales) == pytest.approx(2.0, abs=0.05)
+    assert np.mean(scales) == pytest.approx(1.25, abs=0.05)
+    assert sum(p.flip for p in found) == pytest.approx(200, abs=40)
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return all(same(one[k], other[k]) for k in one)
+    return one == other
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_alone(folder: Path) -> None:
+    with_outlines(folder)
+    wide = {"scale_jitter": (0.3, 2.0)}
+    first, again = data(folder, **wide), data(folder, **wide)
+    other = data(folder, seed=1, **wide)
+    for index in (3, 0, 2, 1):
+        assert same(first.sets["training"][2, index], again.sets["training"][2, index])
+    assert not same(first.sets["training"][2, 0], first.sets["training"][3, 0])
+    assert not same(first.sets["training"][2, 0], other.sets["training"][2, 0])
+    assert same(first.sets["validation"][0], other.sets["validation"][0])
+
+
+def test_workers_change_nothing(folder: Path) -> None:
+    def batches(workers: int) -> Iterator[dict[str, Any]]:
+        made = data(folder, num_workers=workers, scale_jitter=(0.3, 2.0))
+        loader = made.train_dataloader()
+        assert isinstance(loader, DataLoader)
+        return iter(loader)
+
+    for alone, helped in zip(batches(0), batches(2), strict=True):
+        assert torch.equal(alone["image"], helped["image"])
+        for one, other in zip(alone["target"], helped["target"], strict=True):
+            assert same(one, other)
+
+
+# Batches -----------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_what_it_says(folder: Path) -> None:
+    made = data(folder, img_size=[32, 48])
+    batch = next(iter(made.train_dataloader()))
+    assert batch["image"].shape == (2, 3, 32, 48)
+    assert batch["image"].dtype == torch.uint8
+    assert batch["size"].shape == (2, 2)
+    assert [set(target) for target in batch["target"]] == [{"boxes", "labels"}] * 2
+    shown = made.samples_to_draw(5)
+    assert shown["index"].tolist() == [0, 1]
+    assert shown["picture"][0].shape == (3, 40, 40)
+    assert shown["original"].tolist() == [[40, 40], [40, 40]]
+
+
+def test_predict_reads_any_folder_and_knows_ids(folder: Path, tmp_path: Path) -> None:
+    made = data(folder / "val", "predict")
+    batch = next(iter(made.predict_dataloader()))
+    assert [Path(path).name for path in batch["path"]] == ["000.png", "001.png"]
+    assert [made.image_id(i) for i in (0, 1)] == [1, 2]
+    named = data(folder / "val", "predict", annotations=str(folder / "val" / "annotations.json"))
+    assert [named.image_id(i) for i in (0, 1)] == [0, 10]
+
+
+def test_deep_and_gray_images_are_taken(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    Image.fromarray(np.full((40, 40), 5, np.uint8)).save(tmp_path / "train" / "a.png")
+    deep = (np.arange(1600).reshape(40, 40) * 40).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "train" / "b.png")
+    coco(tmp_path / "train" / "annotations.json", [(1, "a.png"), (2, "b.png")], [])
+    made = data(tmp_path, val_fraction=0, in_chans=1, statistics="measured")
+    batch = next(iter(made.train_dataloader()))
+    assert batch["image"].dtype == torch.float32
+    assert batch["image"].shape == (2, 1, 40, 40)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"scale_jitter": (2.0, 1.0)}, "scale_jitter"),
+        ({"hflip": 2.0}, "hflip"),
+        ({"img_size": [1, 2, 3]}, "img_size"),
+        ({"val_fraction": 1.0}, "val_fraction"),
+    ],
+)
+def test_options_are_checked(folder: Path, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        data(folder, **options)
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        data(tmp_path / "no")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no images"):
+        data(tmp_path / "empty")
