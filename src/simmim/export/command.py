@@ -92,7 +92,9 @@ def export(
         for check in checks:
             if not check.passed:
                 raise ValueError(f"the export gives other numbers and was not kept: {check}")
-        card = model_card(source, folder.name, graph, FILES[format], checks, notes, push_to_hub)
+        card = model_card(
+            source, folder.absolute().name, graph, FILES[format], checks, notes, push_to_hub
+        )
         (part / "README.md").write_text(card, encoding="utf-8")
         files = sorted(path.name for path in part.iterdir())
         _put_in_place(part, folder)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -73,6 +74,7 @@ def write_onnx(graph: Graph, source: Source, folder: Path) -> Check:
 
     From 2 GB on its weights lie beside it, in model.onnx.data.
     """
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # tells what it does not optimise
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its steps
         program = torch.onnx.export(
             _program(graph, source),

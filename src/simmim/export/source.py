@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import yaml
 from torch import Tensor, nn
 
@@ -108,7 +109,7 @@ def open_source(weights: str) -> Source:
         model=model,
         probe=probe,
         architecture=opened.architecture,
-        statistics=statistics,
+        statistics=(_decimals(statistics[0]), _decimals(statistics[1])),
         crop=_crop(weights, ours, model),
         classes=classes,
         multi_label=bool(hparams.get("multi_label")),
@@ -129,7 +130,7 @@ def _probe(ours: Mapping[str, Any], model: Any) -> Probed | None:
     classes, width = tensors["linear.weight"].shape
     probe = Probe(width, classes, hparams["pooling"], hparams["batch_norm"])
     probe.load_state_dict(tensors)
-    return cast(Probed, Probed(model, probe, layers).eval())
+    return Probed(model, probe, layers).eval()
 
 
 def _crop(weights: str, ours: Mapping[str, Any] | None, model: Any) -> dict[str, Any]:
@@ -149,6 +150,11 @@ def _crop(weights: str, ours: Mapping[str, Any] | None, model: Any) -> dict[str,
         "crop_mode": "center",
         "interpolation": "bicubic" if "frozen" in ours["hyper_parameters"] else "bilinear",
     }
+
+
+def _decimals(values: list[float]) -> list[float]:
+    """The shortest decimals of the same float32 numbers: 0.4, not 0.4000000059604645."""
+    return [float(str(np.float32(value))) for value in values]
 
 
 def _history(weights: str, ours: Mapping[str, Any] | None, encoder: str) -> str:

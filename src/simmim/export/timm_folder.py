@@ -54,11 +54,10 @@ def write_timm_folder(source: Source, folder: Path) -> tuple[list[Check], list[s
         safe_serialization=True,
     )
     _amend(folder / "config.json", source)
-    notes = _notes(source, folder)
-    checks = [
-        *_checks_of_timm(model, folder, source),
-        *_checks_of_transformers(model, folder, source),
-    ]
+    built: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    notes = _notes(source, built)
+    checks = _checks_of_timm(model, built, folder, source)
+    checks += _checks_of_transformers(model, folder, source)
     failed = next((check for check in checks if not check.passed), None)
     if notes and failed:
         raise ValueError(
@@ -106,11 +105,9 @@ def _amend(path: Path, source: Source) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _notes(source: Source, folder: Path) -> list[str]:
+def _notes(source: Source, built: nn.Module) -> list[str]:
     """Say what timm builds otherwise than the weights were made with."""
     ours = source.architecture.norm_eps
-    with torch.device("meta"):
-        built = timm.create_model(f"local-dir:{folder}")
     theirs = {m.eps for m in built.modules() if isinstance(m, nn.LayerNorm)}
     if ours is None or theirs <= {ours}:
         return []
@@ -193,8 +190,7 @@ def _linear(probe: Probe) -> tuple[Tensor, Tensor]:
 # Reading it back ---------------------------------------------------------------------------------
 
 
-def _checks_of_timm(model: Any, folder: Path, source: Source) -> list[Check]:
-    timms: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+def _checks_of_timm(model: Any, timms: Any, folder: Path, source: Source) -> list[Check]:
     ours: Any = load_encoder(folder).eval()
     pairs = [
         ("timm.create_model", model, timms),
