@@ -79,6 +79,7 @@ def write_onnx(graph: Graph, source: Source, folder: Path) -> Check:
         program = torch.onnx.export(
             _program(graph, source),
             dynamo=True,
+            dynamic_shapes={"images": {0: "batch"}},  # its name in the file
             input_names=["images"],
             output_names=[output_name(graph, source)],
         )
