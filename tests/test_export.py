@@ -9,6 +9,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForImageClassification
 
@@ -20,6 +21,7 @@ from simmim.export import export
 from simmim.pretrain import SimMIM
 from simmim.transfer import open_backbone
 from simmim.weights import load_encoder
+from test_classify import Data, trainer
 
 PLAIN: dict[str, Any] = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 VIT: dict[str, Any] = {"encoder": "vit_tiny_patch16_224", "img_size": 32, "encoder_kwargs": PLAIN}
@@ -209,6 +211,19 @@ def test_a_probe_that_timm_has_no_head_for_is_refused(
     with pytest.raises(ValueError, match=rf"{words}.*--format onnx or --format torch"):
         export(str(path), str(tmp_path / "out"))
     assert [p.name for p in tmp_path.iterdir()] == ["x.ckpt"]
+
+
+def test_the_moving_average_is_exported_as_it_is_validated(tmp_path: Path) -> None:
+    model = Classifier(**VIT, ema_decay=0.9, base_lr=5.0, warmup_epochs=0)
+    keep = ModelCheckpoint(tmp_path, save_last=True)
+    run = trainer(tmp_path, enable_checkpointing=True, callbacks=[keep])
+    run.fit(model, datamodule=Data())
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    export(str(tmp_path / "last.ckpt"), str(tmp_path / "out"))
+    found = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).head.weight
+    name = "encoder.model.head.weight"
+    assert torch.equal(found, content["state_dict"][name])
+    assert not torch.equal(found, content["current_model_state"][name])
 
 
 def test_an_epsilon_that_timms_config_cannot_say(tmp_path: Path) -> None:
@@ -417,6 +432,22 @@ def test_what_onnx_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     words = r"needs onnxscript and onnxruntime: pip install 'simmim\[onnx\]'"
     with pytest.raises(ValueError, match=words):
         export(str(path), str(tmp_path / "out"), "onnx")
+
+
+def test_what_torch_cannot_trace_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def specialise(self: graph.Graph, images: Tensor) -> Tensor:
+        return self.model(images[: len(images)] if len(images) == 2 else images)
+
+    path = pretrained(tmp_path, **VIT)
+    monkeypatch.setattr(graph.Graph, "forward", specialise)
+    with pytest.raises(
+        ValueError, match=r"torch cannot make a graph of vit_tiny.*--format timm"
+    ) as e:
+        export(str(path), str(tmp_path / "out"), "torch")
+    assert "\n" not in str(e.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_weights_without_statistics_are_refused(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -75,9 +75,10 @@ def write_onnx(graph: Graph, source: Source, folder: Path) -> Check:
     From 2 GB on its weights lie beside it, in model.onnx.data.
     """
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # tells what it does not optimise
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its steps
+    exported = _program(graph, source)
+    with contextlib.redirect_stdout(io.StringIO()), _refusing(source):  # it prints its steps
         program = torch.onnx.export(
-            _program(graph, source),
+            exported,
             dynamo=True,
             dynamic_shapes={"images": {0: "batch"}},  # its name in the file
             input_names=["images"],
@@ -126,8 +127,21 @@ def output_name(graph: Graph, source: Source) -> str:
 def _program(graph: Graph, source: Source) -> torch.export.ExportedProgram:
     images = torch.zeros(2, *source.shape)  # of one image torch would make a constant
     shapes = {"images": {0: torch.export.Dim("batch")}}
-    with torch.no_grad():
+    with torch.no_grad(), _refusing(source):
         return torch.export.export(graph, (images,), dynamic_shapes=shapes)
+
+
+@contextlib.contextmanager
+def _refusing(source: Source) -> Iterator[None]:
+    """Word what torch cannot do with an architecture, which it says in pages."""
+    try:
+        yield
+    except Exception as error:  # of a dozen kinds
+        name, said = source.architecture.encoder, str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"torch cannot make a graph of {name} for batches of any size ({said}): use --format "
+            "timm"
+        ) from error
 
 
 def _onnx_runner(path: Path) -> Callable[[Tensor], Tensor]:

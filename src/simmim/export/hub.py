@@ -46,7 +46,7 @@ def push(folder: Path, names: Sequence[str], repo: str, private: bool) -> str:
                 commit_message="Export by simmim",
             )
     except Exception as error:  # whatever a network, a missing login or the Hub can do
-        said = " ".join(str(error).split())
+        said = " ".join(str(error).split()).rstrip(".")
         raise ValueError(
             f"{folder} is written, but could not be pushed to {repo}: {said}. Log in with `hf auth "
             f"login`, then `hf upload {repo} {folder}`"
