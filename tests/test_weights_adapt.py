@@ -177,16 +177,6 @@ def test_a_classifier_gives_its_encoder_and_learns_other_classes(
     assert torch.equal(other.model.eval().forward_features(images), first.forward_features(images))
 
 
-def test_a_norm_behind_the_mean_does_not_serve_before_it(tmp_path: Path) -> None:
-    kwargs = {**VIT, "num_classes": 5, "global_pool": "avg"}
-    path, first = checkpoint(tmp_path, "vit_tiny_patch16_224", **kwargs)
-    assert torch.equal(load_encoder(path, num_classes=0).fc_norm.bias, first.fc_norm.bias)
-    words = "its last norm behind mean pooling.*or give the weights from before the fine-tuning"
-    with pytest.raises(ValueError, match=words):
-        Classifier(str(path), frozen=True, num_classes=2)
-    assert Classifier(str(path), num_classes=2).model.fc_norm.bias is not None
-
-
 def test_timms_own_weights_know_no_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     original = timm.create_model
 

@@ -7,7 +7,7 @@ from pathlib import Path
 def check_repo(repo: str) -> None:
     """Refuse what is no USER/NAME before anything is written."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(repo)

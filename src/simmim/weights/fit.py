@@ -139,12 +139,6 @@ def fit(
     missing = {name: _may_miss(name, model) for name in places if name not in weights.tensors}
     incomplete = [name for name, why in missing.items() if not why]
     if incomplete:
-        if _normalises_the_mean(weights, incomplete):
-            raise ValueError(
-                f"{weights.source} was fine-tuned with its last norm behind mean pooling, here it "
-                "would stand before: fine-tune with pooling mean (global_pool avg), or give the "
-                "weights from before the fine-tuning"
-            )
         raise ValueError(
             f"{weights.source} is not complete: it lacks {_listed(incomplete)} of the encoder. It "
             f"holds {_described(weights.architecture)}"
@@ -157,12 +151,6 @@ def fit(
             if isinstance(module, nn.LayerNorm):
                 module.eps = weights.architecture.norm_eps
     return Report(weights.source, dict(weights.used), dict(weights.dropped), missing)
-
-
-def _normalises_the_mean(weights: Weights, lacking: list[str]) -> bool:
-    """Whether all that is lacking is the norm of the tokens, as fine-tuning has one of the mean."""
-    has_other = "the norm of a classifier" in weights.dropped.values()
-    return has_other and all(name.startswith(f"{MODEL}norm.") for name in lacking)
 
 
 def _share_table(weights: Weights, places: Mapping[str, Tensor]) -> None:
