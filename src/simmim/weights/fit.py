@@ -259,7 +259,7 @@ def _takes_images(kernel: Tensor, weights: Weights) -> bool:
 
 
 def _adapted(kernel: Tensor, chans: int, source: str) -> Tensor:
-    """A kernel for another number of channels, that gives the same on equal ones."""
+    """A kernel for other channels; from or to gray it gives the same where all are equal."""
     old = kernel.shape[1]
     if chans == old:
         return kernel
@@ -267,7 +267,7 @@ def _adapted(kernel: Tensor, chans: int, source: str) -> Tensor:
         return kernel.sum(1, keepdim=True)
     if old == 1:
         return kernel.expand(-1, chans, -1, -1) / chans
-    if old == 3:  # colours in turn, scaled
+    if old == 3:  # timm's rule: colours in turn, scaled by 3 / chans
         return cast(Tensor, adapt_input_conv(chans, kernel))
     raise ValueError(
         f"{source} has weights for {old} channels, and nothing says which of them belong to which "
