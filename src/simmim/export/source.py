@@ -122,7 +122,7 @@ def _probe(ours: Mapping[str, Any], model: Any) -> Probed | None:
     """The head that a Classifier has beside its encoder; of a sweep the last, which predicts."""
     state, hparams = ours["state_dict"], ours["hyper_parameters"]
     heads = sorted({name.split(".")[1] for name in state if name.startswith("heads.")})
-    if not heads or "pooling" not in hparams:
+    if not heads or not _is_classifier(hparams):
         return None
     layers = choose_layers(hparams["layer"], model, hparams["encoder"])
     prefix = f"heads.{heads[-1]}."
@@ -131,6 +131,11 @@ def _probe(ours: Mapping[str, Any], model: Any) -> Probed | None:
     probe = Probe(width, classes, hparams["pooling"], hparams["batch_norm"])
     probe.load_state_dict(tensors)
     return Probed(model, probe, layers).eval()
+
+
+def _is_classifier(hparams: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is a Classifier's: no other task pools."""
+    return "pooling" in hparams
 
 
 def _crop(weights: str, ours: Mapping[str, Any] | None, model: Any) -> dict[str, Any]:
@@ -148,7 +153,7 @@ def _crop(weights: str, ours: Mapping[str, Any] | None, model: Any) -> dict[str,
     return {
         "crop_pct": data.get("val_crop", 1.0),
         "crop_mode": "center",
-        "interpolation": "bicubic" if "frozen" in ours["hyper_parameters"] else "bilinear",
+        "interpolation": "bicubic" if _is_classifier(ours["hyper_parameters"]) else "bilinear",
     }
 
 
@@ -172,7 +177,7 @@ def _history(weights: str, ours: Mapping[str, Any] | None, encoder: str) -> str:
         )
     origin = _last_part(str(ours.get("origin", "")).partition(": ")[0])
     began = f", on weights of {origin}" if origin and origin != "from scratch" else ""
-    if "frozen" not in hp:
+    if not _is_classifier(hp):
         return f"It was trained as a part of another model{began}, {steps:,} steps."
     layer = "" if hp["layer"] is None else f", layer {hp['layer']},"
     frozen = f"A linear probe of the frozen encoder{layer} was trained"
