@@ -68,6 +68,10 @@ COMMANDS = {
         "say whether pretraining was worth it: against scratch, with few labels and with all",
         "simmim.commands:compare",
     ),
+    "export": Command(
+        "write an encoder or a classifier for timm, Hugging Face, ONNX or torch.export",
+        "simmim.commands:export",
+    ),
 }
 
 EXAMPLES = {

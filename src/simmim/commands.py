@@ -34,6 +34,13 @@ def compare(args: list[str]) -> None:
     print(call("compare", compare, long))
 
 
+def export(args: list[str]) -> None:
+    """`simmim export --weights CKPT --out DIR [--format timm|onnx|torch]`."""
+    from simmim.export import export
+
+    print(call("export", export, args))
+
+
 def call(name: str, function: Callable[..., Any], args: list[str]) -> Any:
     """Call a function with its arguments from the command line.
 

@@ -148,7 +148,7 @@ class Probe(nn.Module):
     def forward(self, tokens: Tensor, class_token: Tensor | None = None) -> Tensor:
         """Classify patch tokens, (B, L, D), or the class token, (B, D) -> logits, (B, K)."""
         if self.pooling == "attention":
-            query = self.query.expand(len(tokens), -1, -1)
+            query = self.query.expand(tokens.shape[0], -1, -1)  # len() would fix it in an export
             embedding = self.attention(query, tokens, tokens, need_weights=False)[0][:, 0]
         else:
             embedding = pool(tokens, self.pooling, class_token)

@@ -31,7 +31,7 @@ class Backbone:
         in_chans: Channels.
         options: Its other options, plain values: together with the name they build it again.
         num_classes: Classes of timm's classifier; 0 = none.
-        classes: Their names, where the weights are a classifier of ours.
+        classes: Their names, where the weights are a classifier of ours or a folder of timm's.
         report: What became of each tensor of the file; None without a file.
         statistics: Mean and standard deviation of each channel (pixels in 0..1) that the weights
             were made with, where they are known.
@@ -114,7 +114,7 @@ def open_backbone(
         backbone.report = fit(found, places, model)
         eps = found.architecture.norm_eps if eps is None else eps
         backbone.statistics = _statistics(str(weights), backbone.in_chans)
-        backbone.classes = list((_our_checkpoint(str(weights)) or {}).get("classes") or [])
+        backbone.classes = _class_names(str(weights))
     if eps is not None:  # not an option of timm's
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
@@ -181,9 +181,18 @@ def _statistics(weights: str, in_chans: int) -> tuple[list[float], list[float]] 
     return (list(mean), list(std)) if len(mean) == in_chans else None
 
 
+def _class_names(weights: str) -> list[str]:
+    """Names of the classes that a classifier was trained for; none where they are not known."""
+    config = Path(weights).expanduser() / "config.json"
+    if config.is_file():
+        names = json.loads(config.read_text()).get("label_names") or []
+        return [str(name) for name in (names.values() if isinstance(names, dict) else names)]
+    return list((_our_checkpoint(weights) or {}).get("classes") or [])
+
+
 def _our_checkpoint(weights: str) -> dict[str, Any] | None:
     """A checkpoint of ours, its tensors left on the disk; None if it is anything else."""
-    if (Path(weights).expanduser() / "config.json").is_file():
+    if weights.startswith(TIMM) or (Path(weights).expanduser() / "config.json").is_file():
         return None
     try:
         path = find_checkpoint(weights)

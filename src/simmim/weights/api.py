@@ -43,7 +43,11 @@ def load_encoder(path: str | Path, *, resize: Resize = "official", **timm_kwargs
         ValueError: If the encoder in the file is not complete or does not fit, or if the file is
             of no kind that is known, or asks for code to be run.
     """
-    weights = open_weights(path, timm_kwargs)
+    return encoder_of(open_weights(path, timm_kwargs), resize, **timm_kwargs)
+
+
+def encoder_of(weights: Weights, resize: Resize = "official", **timm_kwargs: Any) -> nn.Module:
+    """Build the timm model of a file that is open, as `load_encoder` does."""
     given = {"num_classes": _classes(weights), **weights.architecture.options, **timm_kwargs}
     model = build_encoder(weights.architecture, given)
     for ours in [name for name in weights.tensors if not name.startswith(MODEL)]:

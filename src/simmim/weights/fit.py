@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.models import adapt_input_conv
@@ -220,19 +220,19 @@ def _resized(
 ) -> Tensor:
     """The tensor at the size of its place."""
     name = ours.removeprefix(MODEL)
-    if name.endswith(".relative_position_bias_table"):
+    if name.endswith(".relative_position_bias_table") and tensor.ndim == 2:
         new = tuple(model.get_submodule(name.rpartition(".")[0]).window_size)
         # A ViT's window is the image; Swin's are smaller, and square.
         old = None if name.startswith("layers.") else weights.grid
         if tensor.shape != place.shape or old not in (None, new):
             tensor = resize_table(tensor, new, old, resize)
-    elif name == "pos_embed" and tensor.ndim == 3:
-        new = tuple(model.patch_embed.grid_size)
+    elif name == "pos_embed" and tensor.ndim == 3 and (grid := _grid_size(model)):
+        new = grid
         if tensor.shape != place.shape or weights.grid not in (None, new):
             prefix = place.shape[1] - new[0] * new[1]
             tensor = resize_positions(tensor, new, prefix, weights.grid, resize)
-    elif name == "patch_embed.proj.weight" and tensor.shape[1] != place.shape[1]:
-        tensor = adapt_input_conv(place.shape[1], tensor)
+    elif name in _first_convs(model) and _takes_images(tensor, weights):
+        tensor = _adapted(tensor, place.shape[1], weights.source)
     if tensor.shape != place.shape:
         raise ValueError(
             f"{weights.source} has {name} of shape {tuple(tensor.shape)}, the encoder of "
@@ -241,9 +241,46 @@ def _resized(
     return tensor
 
 
+def _grid_size(model: Any) -> tuple[int, int] | None:
+    """Rows and columns of a model's patches, where timm says them."""
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    return None if grid is None else (grid[0], grid[1])
+
+
+def _first_convs(model: nn.Module) -> list[str]:
+    """The kernels that see the image, by timm's account."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv") or ()
+    return [f"{name}.weight" for name in ([names] if isinstance(names, str) else names)]
+
+
+def _takes_images(kernel: Tensor, weights: Weights) -> bool:
+    """Whether the channels of a kernel are the image's, and not its rearranged pixels."""
+    return kernel.ndim == 4 and kernel.shape[1] == weights.architecture.in_chans
+
+
+def _adapted(kernel: Tensor, chans: int, source: str) -> Tensor:
+    """A kernel for other channels; from or to gray it gives the same where all are equal."""
+    old = kernel.shape[1]
+    if chans == old:
+        return kernel
+    if chans == 1:
+        return kernel.sum(1, keepdim=True)
+    if old == 1:
+        return kernel.expand(-1, chans, -1, -1) / chans
+    if old == 3:  # timm's rule: colours in turn, scaled by 3 / chans
+        return cast(Tensor, adapt_input_conv(chans, kernel))
+    raise ValueError(
+        f"{source} has weights for {old} channels, and nothing says which of them belong to which "
+        f"of {chans}: use in_chans {old}, or 1 for their sum"
+    )
+
+
 def _described(architecture: Architecture) -> str:
-    size = architecture.img_size
-    return f"{architecture.encoder} of img_size {size} with encoder_kwargs {architecture.options}"
+    size, chans = architecture.img_size, architecture.in_chans
+    return (
+        f"{architecture.encoder} of img_size {size} and in_chans {chans} with encoder_kwargs "
+        f"{architecture.options}"
+    )
 
 
 def _listed(names: list[str]) -> str:

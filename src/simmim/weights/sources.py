@@ -105,10 +105,17 @@ def _timm_folder(folder: Path, config: Mapping[str, Any]) -> Weights:
     """A folder of timm's save_for_hf, which `simmim export --format timm` writes as well."""
     if "architecture" not in config:
         raise ValueError(f"{folder}/config.json names no model of timm or Hugging Face")
-    made = config.get("pretrained_cfg", {}).get("input_size", (3, 224, 224))
+    chans, *sides = config.get("pretrained_cfg", {}).get("input_size", (3, 224, 224))
     options = dict(config.get("model_args") or {})
-    size, chans = options.pop("img_size", made[-1]), options.pop("in_chans", made[0])
-    weights = Weights(str(folder), Architecture(config["architecture"], size, chans, options))
+    size = options.pop("img_size", sides)
+    architecture = Architecture(
+        config["architecture"],
+        size if isinstance(size, int) or size[0] != size[1] else size[0],
+        options.pop("in_chans", chans),
+        options,
+        norm_eps=config.get("simmim", {}).get("norm_eps"),  # timm's config has no place for it
+    )
+    weights = Weights(str(folder), architecture)
     for name, tensor in read_folder(folder).items():
         weights.add(name, f"{MODEL}{name}", tensor)
     weights.grid = _patches(weights)

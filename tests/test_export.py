@@ -1,0 +1,529 @@
+"""Exports: what reads them gives what the model gives, and nothing half-made or untrue stays."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForImageClassification
+
+import simmim.export.check as check
+import simmim.export.graph as graph
+from simmim.classify import Classifier
+from simmim.cli import main
+from simmim.export import export
+from simmim.pretrain import SimMIM
+from simmim.transfer import open_backbone
+from simmim.weights import load_encoder
+from test_classify import Data, trainer
+
+PLAIN: dict[str, Any] = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+VIT: dict[str, Any] = {"encoder": "vit_tiny_patch16_224", "img_size": 32, "encoder_kwargs": PLAIN}
+BEIT: dict[str, Any] = {
+    "encoder": "beit_base_patch16_224",
+    "img_size": 32,
+    "encoder_kwargs": {
+        **PLAIN,
+        "use_rel_pos_bias": False,
+        "use_shared_rel_pos_bias": True,
+        "init_values": 0.1,
+        "global_pool": "",
+    },
+}
+WINDOWS: dict[str, Any] = {"embed_dim": 12, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4}
+SWIN: dict[str, Any] = {
+    "encoder": "swin_tiny_patch4_window7_224",
+    "img_size": 32,
+    "encoder_kwargs": WINDOWS,
+}
+CONVNEXT: dict[str, Any] = {
+    "encoder": "convnext_atto",
+    "img_size": 64,
+    "encoder_kwargs": {"dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
+}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "vit": VIT,
+    "gray rectangles": {**VIT, "img_size": [32, 48], "in_chans": 1},
+    "the paper's vit": BEIT,
+    "swin": SWIN,
+    "swinv2": {**SWIN, "encoder": "swinv2_tiny_window8_256"},
+    "convnext of four channels": {**CONVNEXT, "img_size": [64, 96], "in_chans": 4},
+    "resnet": {"encoder": "resnet10t", "img_size": 64},
+}
+STRIDE_32 = ("convnext_atto", "resnet10t")
+NAMES = ["cat", "dog", "a bird"]
+
+
+def pretrained(folder: Path, **kwargs: Any) -> Path:
+    """The checkpoint of a pretraining run, with weights that tell every part apart."""
+    options = {"mask_patch_size": 32 if kwargs["encoder"] in STRIDE_32 else 8, **kwargs}
+    model = _shaken(SimMIM(**options))
+    chans = options.get("in_chans", 3)
+    model.set_statistics(
+        [0.4 + 0.05 * i for i in range(chans)], [0.2 + 0.01 * i for i in range(chans)]
+    )
+    return _save(model, folder, {"global_step": 1234})
+
+
+def classifier(folder: Path, names: list[str] = NAMES, **kwargs: Any) -> tuple[Path, Classifier]:
+    """The checkpoint of a classifier, and the classifier."""
+    model = Classifier(**kwargs, num_classes=len(names))
+    model.set_classes(names)
+    model.set_statistics([0.4, 0.5, 0.6], [0.2, 0.25, 0.3])
+    _shaken(model)
+    origin = "/home/somebody/runs/animals/version_2: 150 tensors used"
+    return _save(model, folder, {"classes": names, "origin": origin}), model.eval()
+
+
+def _shaken(model: Any) -> Any:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                module.running_mean += 0.3 * torch.randn_like(module.running_mean)
+                module.running_var *= 0.5 + torch.rand_like(module.running_var)
+    return model
+
+
+def _save(model: Any, folder: Path, more: dict[str, Any]) -> Path:
+    folder.mkdir(exist_ok=True)
+    hparams = {name: value for name, value in model.hparams.items() if name != "optimizer"}
+    content = {"state_dict": model.state_dict(), "hyper_parameters": hparams, **more}
+    torch.save(content, folder / "x.ckpt")
+    return folder / "x.ckpt"
+
+
+def noise(shape: Any, batch: int = 2) -> Tensor:
+    """Images that no check of the export has seen."""
+    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(99))
+
+
+@torch.no_grad()
+def far(a: Any, b: Any) -> float:
+    """The largest difference, as a share of the largest value."""
+    assert a.shape == b.shape
+    return float((a - b).abs().max() / a.abs().max())
+
+
+def config_of(folder: Path) -> Any:
+    return json.loads((folder / "config.json").read_text())
+
+
+# A folder for timm and Hugging Face --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_timm_and_transformers_open_an_encoder(kind: str, tmp_path: Path) -> None:
+    spec = ENCODERS[kind]
+    path = pretrained(tmp_path, **spec)
+    done = export(str(path), str(tmp_path / "out"))
+    assert done.files == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == done.files
+    assert [c.reader for c in done.checks] == [
+        "timm.create_model",
+        "timm.create_model, forward_features",
+        "simmim.load_encoder",
+        "transformers.AutoModel",
+    ]
+    chans, size = spec.get("in_chans", 3), spec["img_size"]
+    shape = (chans, size, size) if isinstance(size, int) else (chans, *size)
+    images = noise(shape)
+    original: Any = load_encoder(path).eval()
+    expected = original.forward_features(images)
+    assert expected.std() > 0.1
+    model: Any = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    assert torch.equal(model.forward_features(images), expected)
+    assert torch.equal(model(images), original(images))
+    theirs: Any = AutoModel.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(theirs(images).last_hidden_state, expected)
+    config = config_of(tmp_path / "out")["pretrained_cfg"]
+    assert config["input_size"] == list(shape)
+    assert config["mean"] == pytest.approx([0.4 + 0.05 * i for i in range(chans)])
+    assert not {"license", "tag", "origin_url", "test_input_size"} & set(config)
+
+
+def test_a_classifier_keeps_its_names_and_goes_on_in_classify(tmp_path: Path) -> None:
+    path, original = classifier(tmp_path, **VIT)
+    export(str(path), str(tmp_path / "out"))
+    images = noise((3, 32, 32))
+    theirs: Any = AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
+    assert theirs.config.id2label == dict(enumerate(NAMES))
+    assert torch.equal(theirs(images).logits, original(images))
+    again = Classifier(weights=str(tmp_path / "out")).eval()
+    assert again.classes == NAMES
+    assert torch.equal(again(images), original(images))
+    assert torch.equal(again.mean, original.mean)
+    assert torch.equal(again.std, original.std)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "0 cat, 1 dog, 2 a bird" in card
+    assert "on weights of animals/version_2" in card
+    assert "somebody" not in card
+
+
+def test_several_labels_are_said(tmp_path: Path) -> None:
+    path, _ = classifier(tmp_path, **VIT, multi_label=True)
+    export(str(path), str(tmp_path / "out"))
+    assert config_of(tmp_path / "out")["problem_type"] == "multi_label_classification"
+    assert "sigmoid" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("spec", "options"),
+    [
+        (VIT, {}),
+        (VIT, {"batch_norm": True}),
+        (VIT, {"pooling": "token"}),
+        (BEIT, {"pooling": "token", "batch_norm": True}),
+        (SWIN, {"batch_norm": True}),
+        ({"encoder": "resnet10t", "img_size": 64}, {}),
+    ],
+)
+def test_a_probe_becomes_timms_head(
+    spec: dict[str, Any], options: dict[str, Any], tmp_path: Path
+) -> None:
+    path, original = classifier(tmp_path, **spec, frozen=True, **options)
+    export(str(path), str(tmp_path / "out"))
+    model: Any = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    images = noise((3, spec["img_size"], spec["img_size"]))
+    assert far(original(images), model(images)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "words"),
+    [
+        (VIT, {"frozen": True, "layer": 1}, "reads layer 1 of vit_tiny_patch16_224"),
+        (VIT, {"pooling": "attention"}, "does not pool by this attention"),
+        (BEIT, {"frozen": True}, "is not a linear layer on the mean of its features"),
+        (CONVNEXT, {"frozen": True}, "is not a linear layer on the mean of its features"),
+    ],
+)
+def test_a_probe_that_timm_has_no_head_for_is_refused(
+    spec: dict[str, Any], options: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    path, _ = classifier(tmp_path, **spec, **options)
+    with pytest.raises(ValueError, match=rf"{words}.*--format onnx or --format torch"):
+        export(str(path), str(tmp_path / "out"))
+    assert [p.name for p in tmp_path.iterdir()] == ["x.ckpt"]
+
+
+def test_the_moving_average_is_exported_as_it_is_validated(tmp_path: Path) -> None:
+    model = Classifier(**VIT, ema_decay=0.9, base_lr=5.0, warmup_epochs=0)
+    keep = ModelCheckpoint(tmp_path, save_last=True)
+    run = trainer(tmp_path, enable_checkpointing=True, callbacks=[keep])
+    run.fit(model, datamodule=Data())
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    export(str(tmp_path / "last.ckpt"), str(tmp_path / "out"))
+    found = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).head.weight
+    name = "encoder.model.head.weight"
+    assert torch.equal(found, content["state_dict"][name])
+    assert not torch.equal(found, content["current_model_state"][name])
+
+
+def test_an_epsilon_that_timms_config_cannot_say(tmp_path: Path) -> None:
+    kwargs = {**PLAIN, "norm_eps": 1e-5}
+    path = pretrained(tmp_path, **{**VIT, "encoder_kwargs": kwargs})
+    done = export(str(path), str(tmp_path / "out"))
+    assert "epsilon 1e-05" in done.notes[0]
+    assert "epsilon 1e-05" in (tmp_path / "out" / "README.md").read_text()
+    assert max(c.difference for c in done.checks) > 0
+    again = load_encoder(tmp_path / "out")
+    assert {m.eps for m in again.modules() if isinstance(m, nn.LayerNorm)} == {1e-5}
+    path = pretrained(tmp_path / "2", **{**VIT, "encoder_kwargs": {**PLAIN, "norm_eps": 0.1}})
+    with pytest.raises(ValueError, match=r"epsilon 0.1, which timm's config cannot say"):
+        export(str(path), str(tmp_path / "2" / "out"))
+    assert not (tmp_path / "2" / "out").exists()
+    assert export(str(path), str(tmp_path / "2" / "out"), "torch").checks[0].passed
+
+
+def test_another_tasks_checkpoint_gives_its_encoder(tmp_path: Path) -> None:
+    original = load_encoder(pretrained(tmp_path, **VIT)).eval()
+    state = {f"encoder.model.{name}": t for name, t in original.state_dict().items()}
+    state |= {"decoder.weight": torch.ones(4, 24), "head.bias": torch.ones(4)}
+    state |= {"mean": torch.full((1, 3, 1, 1), 0.5), "std": torch.full((1, 3, 1, 1), 0.25)}
+    hparams = {**VIT, "in_chans": 3, "num_classes": 4, "frozen": True}
+    content = {"state_dict": state, "hyper_parameters": hparams, "classes": list("abcd")}
+    torch.save(content, tmp_path / "segmenter.ckpt")
+    done = export(str(tmp_path / "segmenter.ckpt"), str(tmp_path / "out"))
+    assert config_of(done.folder)["num_classes"] == 0
+    assert "label_names" not in config_of(done.folder)
+    model: Any = timm.create_model(f"local-dir:{done.folder}", pretrained=True).eval()
+    images = noise((3, 32, 32))
+    assert torch.equal(model(images), original(images))  # type: ignore[operator]
+
+
+def test_an_export_can_be_exported_again(tmp_path: Path) -> None:
+    path, original = classifier(tmp_path, **VIT)
+    first = export(str(path), str(tmp_path / "out")).folder
+    second = export(str(first), str(tmp_path / "again")).folder
+    assert config_of(first) == config_of(second)
+    backbone = open_backbone(str(second), classifier=None, global_pool="avg")
+    assert backbone.classes == NAMES
+    assert torch.equal(backbone.model.eval()(noise((3, 32, 32))), original(noise((3, 32, 32))))
+
+
+def test_the_crop_is_the_runs(tmp_path: Path) -> None:
+    run = tmp_path / "version_0"
+    (run / "checkpoints").mkdir(parents=True)
+    path, _ = classifier(tmp_path, **VIT)
+    path.rename(run / "checkpoints" / "last.ckpt")
+    (run / "config.yaml").write_text("data:\n  val_crop: 0.875\n")
+    config = config_of(export(str(run), str(tmp_path / "out")).folder)["pretrained_cfg"]
+    assert (config["crop_pct"], config["interpolation"]) == (0.875, "bicubic")
+
+
+# Graphs ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("vit", {"frozen": True, "layer": 1}),
+        ("vit", {"pooling": "attention"}),
+        # of several layers the last predicts
+        pytest.param("swin", {"frozen": True, "layer": "all"}, marks=pytest.mark.slow),
+        ("the paper's vit", {}),
+    ],
+)
+def test_torch_runs_any_classifier(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    path, original = classifier(tmp_path, **ENCODERS[kind], **options)
+    done = export(str(path), str(tmp_path / "out"), "torch")
+    assert done.files == ["README.md", "model.pt2"]
+    model = torch.export.load(done.folder / "model.pt2").module()
+    for batch in (1, 5):
+        images = noise((3, 32, 32), batch)
+        assert far(original(images), model(images)) < 1e-5
+
+
+def test_what_a_graph_takes_and_gives_is_said_in_the_file(tmp_path: Path) -> None:
+    path = pretrained(tmp_path, **{**VIT, "img_size": [32, 48], "mask_patch_size": 8})
+    encoder: Any = load_encoder(path).eval()
+    pixels = torch.rand(2, 3, 32, 48)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ([0.4, 0.45, 0.5], [0.2, 0.21, 0.22]))
+    tokens = encoder.forward_features((pixels - mean) / std)[:, 1:]
+    features = tokens.transpose(1, 2).unflatten(2, (4, 6))
+    for output, expected in (("embedding", tokens.mean(1)), ("features", features)):
+        folder = tmp_path / output
+        export(str(path), str(folder), "torch", output, normalize=True)  # type: ignore[arg-type]
+        extra = {graph.METADATA: ""}
+        model = torch.export.load(folder / "model.pt2", extra_files=extra).module()
+        assert far(expected, model(pixels)) < 1e-5
+        said = json.loads(extra[graph.METADATA])
+        assert said["input"] == "images, float32, (batch, 3, 32, 48), pixels in 0..1"
+        assert (said["output"], said["normalize"], said["mean"]) == (output, True, [0.4, 0.45, 0.5])
+        assert "the model normalises them itself" in (folder / "README.md").read_text()
+
+
+def run_onnx(folder: Path, images: Tensor) -> Tensor:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    assert session.get_inputs()[0].shape[0] == "batch"
+    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def test_onnx_runs_a_classifier(tmp_path: Path) -> None:
+    import onnx
+
+    path, original = classifier(tmp_path, **VIT)
+    done = export(str(path), str(tmp_path / "out"), "onnx", normalize=True)
+    assert done.files == ["README.md", "model.onnx"]
+    pixels = torch.rand(5, 3, 32, 32)
+    assert far(original(original.normalize(pixels)), run_onnx(done.folder, pixels)) < 1e-4
+    metadata = {p.key: p.value for p in onnx.load(done.folder / "model.onnx").metadata_props}
+    assert json.loads(metadata["classes"]) == NAMES
+    assert metadata["normalize"] == "true"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_onnx_and_torch_run_any_encoder(kind: str, tmp_path: Path) -> None:
+    spec = ENCODERS[kind]
+    path = pretrained(tmp_path, **spec)
+    size = spec["img_size"]
+    shape = (spec.get("in_chans", 3), *((size, size) if isinstance(size, int) else size))
+    images = noise(shape, 5)
+    expected = load_encoder(path).eval()(images)
+    done = export(str(path), str(tmp_path / "onnx"), "onnx")
+    assert far(expected, run_onnx(done.folder, images)) < 1e-4
+    done = export(str(path), str(tmp_path / "torch"), "torch")
+    assert far(expected, torch.export.load(done.folder / "model.pt2").module()(images)) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"frozen": True, "layer": 1}, {"pooling": "attention"}])
+def test_onnx_runs_probes(options: dict[str, Any], tmp_path: Path) -> None:
+    path, original = classifier(tmp_path, **SWIN, **options)
+    done = export(str(path), str(tmp_path / "out"), "onnx")
+    images = noise((3, 32, 32), 5)
+    assert far(original(images), run_onnx(done.folder, images)) < 1e-4
+
+
+# What a user can get wrong -----------------------------------------------------------------------
+
+
+def test_an_export_that_fails_its_check_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = pretrained(tmp_path, **VIT)
+    monkeypatch.setattr(check, "TOLERANCE", -1.0)
+    status = main(["export", "--weights", str(path), "--out", str(tmp_path / "out")])
+    assert status == 1
+    said = capsys.readouterr().err
+    assert "gives other numbers and was not kept: timm.create_model: largest difference" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["x.ckpt"]
+
+
+def test_nan_is_no_agreement() -> None:
+    found = check.compare("x", lambda x: x, lambda x: x * float("nan"), (1, 2, 2))
+    assert not found.passed
+    assert check.compare("x", lambda x: x, lambda x: x * 1.00009, (1, 2, 2)).passed
+    assert not check.compare("x", lambda x: x, lambda x: x * 1.00011, (1, 2, 2)).passed
+    with pytest.raises(ValueError, match=r"x gives \[1, 2, 2\] for 1 images"):
+        check.compare("x", lambda x: x, lambda x: x[:, 0], (1, 2, 2))
+
+
+def test_a_folder_that_holds_something_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = pretrained(tmp_path, **VIT)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    args = ["export", "--weights", str(path), "--out", str(out)]
+    assert main(args) == 1
+    assert "is not empty: give another --out, or --overwrite true" in capsys.readouterr().err
+    assert main([*args, "--overwrite", "true"]) == 0
+    assert (
+        "checked by transformers.AutoModel: largest difference 0.0e+00" in capsys.readouterr().out
+    )
+    assert (out / "thesis.txt").read_text() == "mine"
+    timm.create_model(f"local-dir:{out}", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"format": "tflite"}, "--format tflite is not known: use timm, onnx, torch"),
+        ({"output": "tokens"}, "--output tokens is not known"),
+        ({"normalize": True}, "--output and --normalize are for onnx and torch"),
+        ({"private": True}, "give --push_to_hub USER/NAME as well"),
+        ({"push_to_hub": "name"}, "give it as USER/NAME"),
+        ({"push_to_hub": "a b/c"}, "--push_to_hub a b/c: Repo id"),
+        ({"weights": "none.ckpt"}, "none.ckpt does not exist"),
+    ],
+)
+def test_mistakes_are_one_sentence(options: dict[str, Any], words: str, tmp_path: Path) -> None:
+    path = pretrained(tmp_path, **VIT)
+    with pytest.raises(ValueError, match=words):
+        export(**{"weights": str(path), "out": str(tmp_path / "out"), **options})
+    assert [p.name for p in tmp_path.iterdir()] == ["x.ckpt"]
+
+
+def test_what_onnx_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = pretrained(tmp_path, **VIT)
+    monkeypatch.setattr(graph, "find_spec", lambda name: None if name != "onnx" else name)
+    words = r"needs onnxscript and onnxruntime: pip install 'simmim\[onnx\]'"
+    with pytest.raises(ValueError, match=words):
+        export(str(path), str(tmp_path / "out"), "onnx")
+
+
+def test_what_torch_cannot_trace_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def specialise(self: graph.Graph, images: Tensor) -> Tensor:
+        return self.model(images[: len(images)] if len(images) == 2 else images)
+
+    path = pretrained(tmp_path, **VIT)
+    monkeypatch.setattr(graph.Graph, "forward", specialise)
+    with pytest.raises(
+        ValueError, match=r"torch cannot make a graph of vit_tiny.*--format timm"
+    ) as e:
+        export(str(path), str(tmp_path / "out"), "torch")
+    assert "\n" not in str(e.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_without_statistics_are_refused(tmp_path: Path) -> None:
+    path = pretrained(tmp_path, **{**VIT, "in_chans": 2})
+    content = torch.load(path, weights_only=True)
+    del content["state_dict"]["mean"]
+    torch.save(content, path)
+    with pytest.raises(ValueError, match="does not say the mean and standard deviation of the 2"):
+        export(str(path), str(tmp_path / "out"))
+
+
+# The card and the Hub ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", ["pretrained", "classifier", "torch"])
+def test_the_cards_lines_run(make: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = classifier(tmp_path, **VIT)[0] if make == "classifier" else pretrained(tmp_path, **VIT)
+    monkeypatch.chdir(tmp_path)
+    export(str(path), "out", "torch" if make == "torch" else "timm")
+    card = Path("out/README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(blocks) == (1 if make == "torch" else 3)
+    for block in blocks:
+        found: dict[str, Any] = {}
+        exec(block, found)
+        if "output" in found:
+            assert found["output"].shape[0] == 1
+        else:
+            assert isinstance(found["encoder"], nn.Module)
+
+
+class Hub:
+    """What the Hub would be told."""
+
+    public = False
+    told: list[dict[str, Any]] = []  # noqa: RUF012
+
+    def __init__(self, **kwargs: Any) -> None:
+        pass
+
+    def create_repo(self, repo: str, **kwargs: Any) -> Any:
+        self.told.append(kwargs)
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo}")
+
+    def repo_info(self, repo: str) -> Any:
+        return type("Info", (), {"private": not self.public})
+
+    def upload_folder(self, **kwargs: Any) -> None:
+        self.told.append(kwargs)
+
+
+def test_pushing_uploads_what_was_written_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = pretrained(tmp_path, **VIT)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "told", [])
+    out = tmp_path / "out"
+    done = export(str(path), str(out), push_to_hub="me/animals", private=True)
+    made, sent = Hub.told
+    assert made["private"] is True
+    assert sent["repo_id"] == "me/animals"
+    assert sent["allow_patterns"] == ["README.md", "config.json", "model.safetensors"]
+    assert done.url == "https://huggingface.co/me/animals"
+    assert "hf-hub:me/animals" in (out / "README.md").read_text()
+    monkeypatch.setattr(Hub, "public", True)
+    with pytest.raises(ValueError, match=r"not pushed: me/animals exists already and is public"):
+        export(str(path), str(out), overwrite=True, push_to_hub="me/animals", private=True)
+    assert len(Hub.told) == 3  # made again, not sent
+
+
+def test_without_a_network_the_folder_stays(tmp_path: Path) -> None:
+    path = pretrained(tmp_path, **VIT)  # HF_HUB_OFFLINE is set for all tests
+    with pytest.raises(
+        ValueError, match=r"is written, but could not be pushed to me/animals: .*"
+    ) as e:
+        export(str(path), str(tmp_path / "out"), push_to_hub="me/animals")
+    assert "\n" not in str(e.value)
+    assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -1,0 +1,189 @@
+"""Encoders for another size, other channels or classes: adapted by rule, or refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from simmim.classify import Classifier
+from simmim.pretrain import SimMIM
+from simmim.transfer import open_backbone
+from simmim.weights import load_encoder
+from simmim.weights.fit import Architecture
+from simmim.weights.resize import resize_positions, resize_table
+from simmim.weights.sources import build_encoder
+
+VIT: dict[str, Any] = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
+SHARED = {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True, "global_pool": ""}
+SWIN: dict[str, Any] = {"embed_dim": 12, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4}
+CONVNEXT: dict[str, Any] = {"dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+STEMS: dict[str, tuple[str, dict[str, Any], int]] = {  # where the image goes in
+    "patch_embed.proj": ("vit_tiny_patch16_224", VIT, 32),
+    "stem.0": ("convnext_atto", CONVNEXT, 32),
+    "conv1.0": ("resnet10t", {}, 32),
+    "conv_stem": ("mobilenetv3_small_050", {}, 32),
+}
+
+
+def checkpoint(
+    folder: Path, encoder: str, chans: int = 3, size: int = 32, **kwargs: Any
+) -> tuple[Path, Any]:
+    """A checkpoint that names an encoder as ours do, and the model in it."""
+    model: Any = build_encoder(Architecture(encoder, size, chans), {"num_classes": 0, **kwargs})
+    state = {f"encoder.model.{name}": tensor for name, tensor in model.state_dict().items()}
+    hparams = {
+        "encoder": encoder,
+        "img_size": size,
+        "in_chans": chans,
+        "encoder_kwargs": kwargs,
+        "num_classes": kwargs.get("num_classes"),
+    }
+    path = folder / "x.ckpt"
+    torch.save({"state_dict": state, "hyper_parameters": hparams}, path)
+    return path, model.eval()
+
+
+# Channels ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_gray_weights_see_gray_in_three_channels_and_the_reverse(stem: str, tmp_path: Path) -> None:
+    encoder, kwargs, size = STEMS[stem]
+    gray = torch.randn(2, 1, size, size)
+    equal = gray.expand(-1, 3, -1, -1)
+    path, one = checkpoint(tmp_path, encoder, 1, size, **kwargs)
+    three: Any = load_encoder(path, in_chans=3).eval()
+    assert three.get_submodule(stem).weight.shape[1] == 3
+    torch.testing.assert_close(three(equal), one(gray))
+    path, three = checkpoint(tmp_path, encoder, 3, size, **kwargs)
+    one = load_encoder(path, in_chans=1).eval()
+    torch.testing.assert_close(one(gray), three(equal))
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_a_fourth_channel_takes_the_first_ones_weights(stem: str, tmp_path: Path) -> None:
+    encoder, kwargs, size = STEMS[stem]
+    path, three = checkpoint(tmp_path, encoder, 3, size, **kwargs)
+    four: Any = load_encoder(path, in_chans=4)
+    colour = three.get_submodule(stem).weight
+    expected = torch.cat([colour, colour[:, :1]], 1) * 3 / 4
+    assert torch.equal(four.get_submodule(stem).weight, expected)
+    report: Any = four.report
+    assert not report.missing
+
+
+def test_channels_without_a_rule_are_refused(tmp_path: Path) -> None:
+    path, four = checkpoint(tmp_path, "convnext_atto", 4, **CONVNEXT)
+    words = r"has weights for 4 channels.*of 6: use in_chans 4, or 1 for their sum"
+    with pytest.raises(ValueError, match=words) as error:
+        load_encoder(path, in_chans=6)
+    assert "\n" not in str(error.value)
+    one: Any = load_encoder(path, in_chans=1)
+    assert torch.equal(one.stem[0].weight, four.stem[0].weight.sum(1, keepdim=True))
+
+
+def test_a_task_on_other_channels_takes_other_statistics(tmp_path: Path) -> None:
+    model = SimMIM("vit_tiny_patch16_224", 32, encoder_kwargs=VIT, mask_patch_size=8)
+    model.set_statistics([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    path = tmp_path / "x.ckpt"
+    torch.save({"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}, path)
+    assert open_backbone(str(path)).statistics == (
+        pytest.approx([0.1, 0.2, 0.3]),
+        pytest.approx([0.4, 0.5, 0.6]),
+    )
+    assert open_backbone(str(path), in_chans=4).statistics is None  # the data's
+
+
+# Sizes -------------------------------------------------------------------------------------------
+
+
+def test_positions_of_a_vit_take_another_size(tmp_path: Path) -> None:
+    path, first = checkpoint(tmp_path, "vit_tiny_patch16_224", **VIT)
+    second = open_backbone(str(path), img_size=[40, 48]).model
+    assert torch.equal(second.pos_embed, resize_positions(first.pos_embed, (10, 12), 1))
+
+
+def test_the_table_of_a_beit_takes_another_size(tmp_path: Path) -> None:
+    path, first = checkpoint(tmp_path, "beit_base_patch16_224", **VIT, **SHARED)
+    second: Any = load_encoder(path, img_size=48)
+    table = first.rel_pos_bias.relative_position_bias_table
+    assert torch.equal(
+        second.rel_pos_bias.relative_position_bias_table, resize_table(table, (12, 12))
+    )
+
+
+def test_swin_keeps_its_window_in_a_larger_image(tmp_path: Path) -> None:
+    path, first = checkpoint(tmp_path, "swin_tiny_patch4_window7_224", **SWIN)
+    second: Any = load_encoder(path, img_size=64)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(second.state_dict()[name], tensor), name
+    assert second(torch.randn(1, 3, 64, 64)).shape == (1, 24)
+
+
+def test_convnext_takes_any_size_with_the_same_weights(tmp_path: Path) -> None:
+    path, first = checkpoint(tmp_path, "convnext_atto", **CONVNEXT)
+    images = torch.randn(1, 3, 64, 96)
+    second: Any = load_encoder(path, img_size=[64, 96]).eval()
+    assert torch.equal(second(images), first(images))
+
+
+@pytest.mark.parametrize(
+    ("encoder", "kwargs", "name"),
+    [
+        ("mixer_s32_224", {}, "mlp_tokens"),
+        ("hiera_tiny_224", {"embed_dim": 24, "stages": [1, 1, 1, 1]}, "pos_embed"),
+    ],
+)
+def test_sizes_without_a_rule_are_refused(
+    encoder: str, kwargs: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    path, first = checkpoint(tmp_path, encoder, size=64, **kwargs)
+    again: Any = load_encoder(path).eval()
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(again(images), first(images))
+    with pytest.raises(
+        ValueError, match=rf"{name}.* of shape .*build it as {encoder} of img_size 64"
+    ):
+        load_encoder(path, img_size=96)
+
+
+# Classes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("encoder", "kwargs"),
+    [
+        ("vit_tiny_patch16_224", VIT),
+        ("swin_tiny_patch4_window7_224", SWIN),
+        ("convnext_atto", CONVNEXT),
+    ],
+)
+def test_a_classifier_gives_its_encoder_and_learns_other_classes(
+    encoder: str, kwargs: dict[str, Any], tmp_path: Path
+) -> None:
+    path, first = checkpoint(tmp_path, encoder, **kwargs, num_classes=5)
+    images = torch.randn(2, 3, 32, 32)
+    whole: Any = load_encoder(path).eval()
+    assert torch.equal(whole(images), first(images))
+    bare: Any = load_encoder(path, num_classes=0).eval()
+    assert torch.equal(bare.forward_features(images), first.forward_features(images))
+    assert set(bare.report.dropped.values()) == {"the classifier of other classes"}
+    other = open_backbone(str(path), classifier=3)
+    assert other.model(images).shape == (2, 3)
+    assert set(other.report.missing.values()) == {"the head begins anew"}  # type: ignore[union-attr]
+    assert torch.equal(other.model.eval().forward_features(images), first.forward_features(images))
+
+
+def test_timms_own_weights_know_no_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = timm.create_model
+
+    def create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return original(name, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", create)
+    model = Classifier("timm:vit_tiny_patch16_224", img_size=32, encoder_kwargs=VIT, num_classes=3)
+    assert model.classes == []
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
