@@ -1,5 +1,6 @@
 """More than one process: the same training as one process with the same global batch."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,12 +19,15 @@ def _run(processes: int, out: Path) -> dict[str, object]:
 
 def _start(name: str, *args: str) -> None:
     script = Path(__file__).with_name(name)
+    # A seed that an earlier test left there would be set again in several processes, not in one.
+    env = {key: value for key, value in os.environ.items() if key != "PL_GLOBAL_SEED"}
     done = subprocess.run(
         [sys.executable, str(script), *args],
         capture_output=True,
         text=True,
         timeout=300,
         cwd=script.parent,
+        env=env,
     )
     assert done.returncode == 0, done.stderr[-2000:]
 
