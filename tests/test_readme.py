@@ -1,11 +1,14 @@
 """What the README shows works as it is written there."""
 
+import json
 import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from simmim.cli import main
 from simmim.configuration import packaged_configs
@@ -21,6 +24,14 @@ SMALL = {
     "--data.num_workers": "0",
     "--trainer.accelerator": "cpu",
     "--trainer.max_epochs": "1",
+}
+SHORT = {  # of the commands that go on from such a run
+    "classify": "--data.batch_size 4 --data.num_workers 0 --trainer.max_epochs 1",
+    "segment": "--data.batch_size 2 --data.num_workers 0 --trainer.max_epochs 1",
+    "detect": "--data.batch_size 2 --data.num_workers 0 --trainer.max_epochs 1",
+    "embed": "--num_workers 0 --accelerator cpu",
+    "compare": "--budgets [2] --seeds 2 --epochs 1 --min_steps 1 --accelerator cpu",
+    "export": "",
 }
 
 
@@ -42,6 +53,23 @@ def folders(
     monkeypatch.chdir(tmp_path)
     for name in ("path/to/images/a", "path/to/images/b", "path/to/other/images"):
         make_images(tmp_path / name, 12)
+    for part in ("train", "val"):
+        make_images(tmp_path / "path/to/scenes" / part / "images", 4)
+        make_images(tmp_path / "path/to/boxes" / part, 4)
+        masks = tmp_path / "path/to/scenes" / part / "masks"
+        masks.mkdir()
+        for i in range(4):
+            Image.fromarray(np.indices((32, 32))[1].astype(np.uint8) // 16).save(
+                masks / f"{i:03d}.png"
+            )
+        boxes = {
+            "images": [{"id": i, "file_name": f"{i:03d}.png"} for i in range(4)],
+            "categories": [{"id": 1, "name": "thing"}],
+            "annotations": [
+                {"id": i, "image_id": i, "category_id": 1, "bbox": [4, 6, 12, 14]} for i in range(4)
+            ],
+        }
+        (tmp_path / "path/to/boxes" / part / "annotations.json").write_text(json.dumps(boxes))
 
 
 @pytest.mark.usefixtures("folders")
@@ -65,6 +93,27 @@ def test_the_commands_of_the_readme_one_after_the_other() -> None:
         assert main([*words, *extra]) == 0, words
     run = Path("runs/image_folder/version_0")
     assert len(list((run / "predictions").rglob("*.png"))) == 12
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("folders")
+@pytest.mark.filterwarnings("ignore")
+def test_every_command_that_goes_on_from_a_run() -> None:
+    small = [word for option in SMALL.items() for word in option]
+    fit = ["pretrain", "fit", "-c", "image_folder", "--data.root", "path/to/images"]
+    assert main([*fit, *small]) == 0
+    commands = [shlex.split(line)[1:] for line in _commands() if line.startswith("simmim ")]
+    commands = [words for words in commands if words[0] != "pretrain"]
+    assert {words[0] for words in commands} >= set(SHORT)
+    for words in commands:
+        task = "fit" in words or "predict" in words
+        extra = SHORT[words[0]].split() + (["--trainer.accelerator", "cpu"] if task else [])
+        if "predict" in words:  # its model is what the checkpoint says
+            extra = [word for word in extra if word not in ("--trainer.max_epochs", "1")]
+        assert main([*words, *extra]) == 0, words
+    assert Path("features.map.png").is_file()
+    assert Path("encoder/model.safetensors").is_file()
+    assert Path("runs/finetune_small/version_0/predictions.csv").is_file()
 
 
 def test_every_make_target_of_the_readme_exists() -> None:

@@ -156,7 +156,7 @@ def test_what_users_get_wrong_is_one_sentence(
         return refused(capsys, "segment", "fit", *tiny, *args)
 
     assert "data.root" in fit()
-    assert "use -c linear" in fit("--data.root=d", "-c=finetune_small", "--model.frozen=true")
+    assert "use -c linear" in fit("--data.root=d", "-c=upernet_small", "--model.frozen=true")
     assert "does not exist" in fit("--data.root=nowhere")
     assert "is missing: segmentation needs images/ and masks/" in fit("--data.root=d/train/images")
     assert "cannot be read" in fit("--data.root=d", "--data.classes=none.json")
@@ -211,7 +211,7 @@ def test_a_config_says_how_where_and_what_to_expect(name: str) -> None:
     text = (config_folder() / "segment" / f"{name}.yaml").read_text()
     assert len(text.splitlines()) <= 60
     head = text[: text.index("\nmodel:")]
-    chosen = "" if name == "finetune_small" else f" -c {name}"
+    chosen = "" if name == "upernet_small" else f" -c {name}"
     assert f"#   simmim segment fit{chosen} --model.weights CKPT --data.root" in head
     assert "Hardware: " in head
     assert "Hours: " in head or "Time " in head

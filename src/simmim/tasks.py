@@ -89,7 +89,7 @@ def segment(args: list[str]) -> None:
             name="segment",
             model=Segmenter,
             data=SegmentationData,
-            default="segment/linear" if _is_frozen(args) else "segment/finetune_small",
+            default="segment/linear" if _is_frozen(args) else "segment/upernet_small",
             callbacks={
                 "segmentations": Segmentations,
                 "non_finite": callbacks.StopOnNonFinite,
@@ -119,7 +119,7 @@ def detect(args: list[str]) -> None:
             name="detect",
             model=Detector,
             data=DetectionData,
-            default="detect/finetune_small",
+            default="detect/rcnn_small",
             callbacks={
                 "detections": Detections,
                 "predictions": DetectionWriter,
