@@ -398,6 +398,25 @@ def test_the_fine_tuned_vit_of_the_paper(tmp_path: Path) -> None:
     assert "norm behind it" in model.origin
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_encoder_without_a_class_token(tmp_path: Path, frozen: bool) -> None:
+    """timm's default would pool the class token; the mean of the patch tokens needs none."""
+    bare = {**VIT, "encoder_kwargs": {**VIT["encoder_kwargs"], "class_token": False}}
+    path = _pretrain(
+        tmp_path, {**bare, "encoder_kwargs": {**bare["encoder_kwargs"], "global_pool": ""}}
+    )
+    images = torch.randn(2, 3, 32, 32)
+    for begin in (bare, {"weights": str(path)}):
+        model = Classifier(**begin, frozen=frozen, num_classes=3).eval()
+        assert model(images).shape == (2, 3)
+        assert model.model.num_prefix_tokens == 0
+    if frozen:  # a fine-tuned ViT that pools the mean has its norm behind the pooling
+        source = SimMIM.load_from_checkpoint(path).eval()
+        torch.testing.assert_close(
+            model.model.forward_features(images), source.encoder.model.forward_features(images)
+        )
+
+
 def test_it_learns_and_opens_safely(tmp_path: Path, pretrained: Path) -> None:
     model = Classifier(
         weights=str(pretrained), base_lr=0.128, warmup_epochs=1, drop_path_rate=0.1, layer_decay=0.8

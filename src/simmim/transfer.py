@@ -87,6 +87,8 @@ def open_backbone(
     options = {**described.options, **given}
     for name in ("num_classes", "global_pool", "pretrained", "img_size", "in_chans"):
         options.pop(name, None)
+    if options.get("class_token") is False:  # timm would pool the token that is not there
+        options["global_pool"] = "avg"
     built: dict[str, Any] = {**options, **sizes}
     plan = _plan(described, built)
     if class_token and not getattr(plan, "num_prefix_tokens", 0):
