@@ -16,8 +16,9 @@ import torch
 import wandb
 
 from simmim import loggers, run
+from simmim.checkpoints import DurableCheckpointIO
 from simmim.loggers import MetricsFile, board, finish_board, is_logged_in
-from simmim.run import DurableCheckpointIO, find_start, leave_run, new_run, newest_run, run_of
+from simmim.run import find_start, leave_run, new_run, newest_run, run_of
 
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
 
@@ -196,7 +197,8 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no kill -9")
 def test_kill_9_during_a_save_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     code = (
-        "import sys, torch; from pathlib import Path; from simmim.run import DurableCheckpointIO\n"
+        "import sys, torch; from pathlib import Path\n"
+        "from simmim.checkpoints import DurableCheckpointIO\n"
         "io, path = DurableCheckpointIO(), Path(sys.argv[1]) / 'checkpoints' / 'last.ckpt'\n"
         "weights = torch.zeros(4_000_000)\n"
         "for i in range(10_000): io.save_checkpoint({'i': i, 'weights': weights}, path)"

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
+from simmim.checkpoints import CHECKPOINTS, DurableCheckpointIO, KeepLast, best_checkpoint
 from simmim.configuration import (
     Request,
     differences,
@@ -25,15 +26,12 @@ from simmim.configuration import (
 from simmim.loggers import board, run_loggers
 from simmim.mistakes import word_usage_error
 from simmim.run import (
-    CHECKPOINTS,
     CONFIG,
-    DurableCheckpointIO,
     KeepConfig,
     LogEachEpoch,
-    SaveWhenTerminated,
     Start,
-    checkpoint_callbacks,
     clean_up,
+    is_first_process,
     new_run,
 )
 from simmim.task import Begun, Task
@@ -109,7 +107,7 @@ class TaskCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add our callbacks, and tie what must agree."""
-        for name, callback in self.task.callbacks.items():
+        for name, callback in {**self.task.callbacks, "checkpoint": KeepLast}.items():
             parser.add_lightning_class_args(callback, name)
         for target, link in self.task.all_links().items():
             compute = self.is_trusted if target == "model.trust" else link.compute
@@ -217,21 +215,23 @@ class TaskCLI(LightningCLI):
         callbacks = options.callbacks or []
         callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
         callbacks += [writer() for writer in self.task.writers]
-        if options.enable_progress_bar is False and "progress_bar" in self.options.callback_keys:
-            self.options.callback_keys.remove("progress_bar")
+        for name, enabled in {
+            "progress_bar": options.enable_progress_bar,
+            "checkpoint": options.enable_checkpointing,
+        }.items():
+            if enabled is False and name in self.options.callback_keys:
+                self.options.callback_keys.remove(name)
         if not options.fast_dev_run and (folder := self._folder()):
             self.run.folder = folder
-            clean_up(folder)
+            if is_first_process():
+                clean_up(folder)
             self.run.loggers = self._loggers(folder, options.logger)
             kwargs |= {"default_root_dir": folder, "logger": self.run.loggers or False}
             if self.request.subcommand == "fit":
-                callbacks += [
-                    KeepConfig(folder, self._config_to_keep()),
-                    LogEachEpoch(),
-                    SaveWhenTerminated(folder),
-                ]
+                config = self._config_to_keep()
+                callbacks += [KeepConfig(folder, config, self.run.job), LogEachEpoch()]
             if options.enable_checkpointing is not False:
-                callbacks += checkpoint_callbacks(folder, *self.task.best_by(self.model))
+                callbacks.append(best_checkpoint(folder, *self.task.best_by(self.model)))
         trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own stays
             trainer.strategy.checkpoint_io = DurableCheckpointIO()

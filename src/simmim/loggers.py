@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from simmim.checkpoints import UNFINISHED
 from simmim.mistakes import one_line
 
 PROJECT = "simmim"  # on the board, where WANDB_PROJECT says no other
@@ -119,7 +120,7 @@ class _Table:
             return list(csv.DictReader(file))
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
-        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}{UNFINISHED}")
         with beside.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
@@ -130,7 +131,11 @@ class _Table:
 def _is_before(row: Mapping[str, str | None], step: int | None) -> bool:
     """Whether a row is whole, and of an earlier step than this."""
     text = row.get("step") or ""
-    return text.isdigit() and int(text) < (math.inf if step is None else step)
+    return (
+        None not in row.values()
+        and text.isdigit()
+        and int(text) < (math.inf if step is None else step)
+    )
 
 
 # Weights & Biases --------------------------------------------------------------------------------

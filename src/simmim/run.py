@@ -1,8 +1,8 @@
-"""Where a run lives, `runs/<name>/version_<n>`, how it is written there, and how it goes on."""
+"""Where a run lives, `runs/<name>/version_<n>`, what is kept there, and how it goes on."""
 
-import errno
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -12,19 +12,14 @@ from typing import Any
 
 import torch
 import yaml
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from simmim.checkpoints import CHECKPOINTS, LAST, UNFINISHED
 from simmim.configuration import read_config
-from simmim.mistakes import FULL
 
 CONFIG = "config.yaml"
-CHECKPOINTS = "checkpoints"
-LAST = "last.ckpt"
-UNFINISHED = ".unfinished"  # what a checkpoint's file ends with while it is being written
+SLURM_JOB = ".slurm_job"  # the job that works on a run
 FOLDER_VARIABLE = "SIMMIM_RUN_FOLDER"  # tells the processes that we start where we write
 
 
@@ -79,6 +74,11 @@ def is_first_process() -> bool:
     return all(env.get(key, "0") == "0" for key in ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK"))
 
 
+def is_launched() -> bool:
+    """Whether Lightning started this process; it kills the run when one of those fails."""
+    return os.environ.get("LOCAL_RANK", "0") != "0" and "RANK" not in os.environ
+
+
 def run_of(checkpoint: Path) -> Path | None:
     """The folder of the run that a checkpoint lies in, if it does."""
     folder = checkpoint.absolute().parent.parent
@@ -102,6 +102,31 @@ def newest_run(run_dir: Path, name: str) -> Path:
     others = sorted({path.parents[2].name for path in run_dir.glob(f"*/*/{CHECKPOINTS}/{LAST}")})
     remedy = f"--name {' or --name '.join(others)}" if others else "leave --ckpt_path out to begin"
     raise ValueError(f"no run {run_dir / name}/version_* with a checkpoint to go on from: {remedy}")
+
+
+def slurm_job(args: list[str]) -> str | None:
+    """Tell this command, of a SLURM job, from all others: it is the same when the job starts again.
+
+    Args:
+        args: Of the command.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    return f"{job}.{os.environ.get('SLURM_STEP_ID', '')} {shlex.join(args)}" if job else None
+
+
+def requeued_run(run_dir: Path, job: str | None) -> Path | None:
+    """The run, with a checkpoint, that this command began before SLURM started its job again."""
+    if job is None or os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+        return None
+    marks = [mark for mark in run_dir.glob(f"*/version_*/{SLURM_JOB}") if mark.read_text() == job]
+    runs = [mark for mark in marks if (mark.parent / CHECKPOINTS / LAST).exists()]
+    return max(runs, key=lambda mark: mark.stat().st_mtime).parent if runs else None
+
+
+def clean_up(folder: Path) -> None:
+    """Remove what a process that was killed left unfinished."""
+    for path in (*folder.glob(f".*{UNFINISHED}"), *(folder / CHECKPOINTS).glob(f".*{UNFINISHED}")):
+        path.unlink(missing_ok=True)
 
 
 def _versions(folder: Path) -> list[int]:
@@ -171,37 +196,23 @@ def find_start(ckpt_path: str, run_dir: Path, name: str) -> Start:
     )
 
 
-# Checkpoints -------------------------------------------------------------------------------------
-
-
-def checkpoint_callbacks(folder: Path, monitor: str, mode: str) -> list[ModelCheckpoint]:
-    """Keep the last state of each epoch, and the best.
-
-    Args:
-        folder: Of the run.
-        monitor: The metric that tells the best.
-        mode: Whether its least is best, or its greatest: min or max.
-    """
-    place: dict[str, Any] = {"dirpath": folder / CHECKPOINTS, "enable_version_counter": False}
-    last = ModelCheckpoint(filename=Path(LAST).stem, save_on_train_epoch_end=True, **place)
-    best = ModelCheckpoint(
-        filename="best", monitor=monitor, mode=mode, save_on_train_epoch_end=False, **place
-    )
-    return [best, last]
+# What is kept, and logged -------------------------------------------------------------------------
 
 
 class KeepConfig(Callback):
     """Write the resolved config into the run's folder and to every logger, when the run begins."""
 
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        self.folder, self.config = folder, config
+    def __init__(self, folder: Path, config: dict[str, Any], job: str | None = None) -> None:
+        self.folder, self.config, self.job = folder, config, job
 
     @rank_zero_only
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write it once the data are known to be there."""
-        beside = self.folder / f".{CONFIG}"
+        beside = self.folder / f".{CONFIG}{UNFINISHED}"
         beside.write_text(yaml.safe_dump(self.config, sort_keys=False), encoding="utf-8")
         beside.replace(self.folder / CONFIG)
+        if self.job:
+            (self.folder / SLURM_JOB).write_text(self.job, encoding="utf-8")
         for logger in trainer.loggers:
             logger.log_hyperparams(self.config)
 
@@ -215,73 +226,6 @@ class LogEachEpoch(Callback):
         interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
         trainer.log_every_n_steps = min(interval, max(1, steps))  # type: ignore[attr-defined]
 
-
-class SaveWhenTerminated(Callback):
-    """Save where the run stands when SIGTERM ends it, as a scheduler does with a job.
-
-    Lightning raises it between two batches, on all processes at once.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / CHECKPOINTS / LAST
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Overwrite the last checkpoint, if training was under way."""
-        if isinstance(exception, SIGTERMException) and trainer.training:
-            trainer.save_checkpoint(self.path, weights_only=False)
-
-
-class DurableCheckpointIO(TorchCheckpointIO):
-    """Write a checkpoint beside its place, and put it there when it is safely on the disk.
-
-    Whatever happens meanwhile (kill -9, a full disk, a power cut), the file under the final name
-    is whole: the earlier one or the new one.
-    """
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
-    ) -> None:
-        """Save a checkpoint.
-
-        Raises:
-            OSError: If the disk is full; nothing is left behind then.
-        """
-        if "://" in str(path):  # a remote store has no rename
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
-        try:
-            with beside.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        except BaseException as error:
-            beside.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.errno in FULL:
-                raise OSError(error.errno, "no room for a checkpoint", str(path)) from error
-            raise
-        _sync_folder(path.parent)
-
-
-def clean_up(folder: Path) -> None:
-    """Remove what a process that was killed left unfinished."""
-    for path in (folder / CHECKPOINTS).glob(f".*{UNFINISHED}"):
-        path.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut (Windows cannot open folders, and need not)."""
-    with suppress(PermissionError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems
-                raise
-        finally:
-            os.close(descriptor)
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        """Number the rows by optimiser steps: Lightning's own count can be off after a resume."""
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step

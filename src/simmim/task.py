@@ -78,6 +78,7 @@ class Task:
 class Begun:
     """What a command has begun, for whoever ends it."""
 
+    job: str | None = None  # SLURM's, and which of its commands this is
     folder: Path | None = None
     loggers: list[Logger] = field(default_factory=list)
     failed: bool = True

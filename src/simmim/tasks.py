@@ -9,10 +9,11 @@ from itertools import pairwise
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from simmim.checkpoints import CHECKPOINTS, LAST, signals_put_back
 from simmim.configuration import Request, read_request
 from simmim.lightning_cli import TaskCLI
 from simmim.loggers import finish_board
-from simmim.run import CHECKPOINTS, LAST, find_start, leave_run
+from simmim.run import find_start, is_launched, leave_run, requeued_run, slurm_job
 from simmim.task import Begun, Link, Task
 
 TERMINATED = 128 + 15  # as a shell says of a process that SIGTERM has ended
@@ -164,6 +165,10 @@ def run_task(task: Task, args: list[str]) -> None:
         for target, link in task.all_links().items()
     }
     request = read_request(task.name, task.default, args, follows)
+    job = slurm_job([task.name, *args]) if request.subcommand == "fit" else None
+    if run_before := requeued_run(request.run_dir, job):
+        rank_zero_info(f"SLURM has started this job again: it goes on with {run_before}")
+        request = replace(request, ckpt_path=str(run_before))
     start = None
     if request.ckpt_path:
         start = find_start(request.ckpt_path, request.run_dir, request.name)
@@ -175,13 +180,14 @@ def run_task(task: Task, args: list[str]) -> None:
         if start.run is not None and (start.goes_on or not request.named):
             name, run_dir = start.run.parent.name, start.run.parent.parent
             request = replace(request, name=name, run_dir=run_dir)
-    run = Begun()
+    run = Begun(job)
     try:
-        TaskCLI(task, request, start, run)
+        with signals_put_back():
+            TaskCLI(task, request, start, run)
         run.failed = False
     except SIGTERMException:
         rank_zero_info(f"terminated; {_how_to_go_on(request, run)}")
-        raise SystemExit(TERMINATED) from None
+        raise SystemExit(0 if is_launched() else TERMINATED) from None
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
             raise

@@ -135,17 +135,25 @@ class CollapseAlarm(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Keep what the run is compared with."""
-        largest = float(self._largest_grad) if self._largest_grad is not None else 0.0
-        return {"start": self._start, "largest_grad": largest, "announced": self.announced}
+        return {
+            "start": self._start,
+            "grad": self._grad,
+            "largest_grad": self._largest_grad,
+            "announced": self.announced,
+            "epochs_in_a_row": self._epochs_in_a_row,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with what the run is compared with."""
         self._start, self.announced = state_dict["start"], state_dict["announced"]
-        self._largest_grad = torch.tensor(state_dict["largest_grad"])
+        self._grad, self._largest_grad = state_dict["grad"], state_dict["largest_grad"]
+        self._epochs_in_a_row = state_dict["epochs_in_a_row"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look at the encoder before the first step."""
-        self._samples, self._grad, self._epochs_in_a_row = None, None, 0
+        self._samples = None
+        if trainer.global_step == 0:
+            self._grad, self._epochs_in_a_row = None, 0
         if self.num_images and not self._start:
             self._start = self._look(trainer, pl_module)
 

@@ -114,6 +114,11 @@ def is_logging_step(trainer: L.Trainer, ahead: int = 0) -> bool:
 
 
 def log_now(trainer: L.Trainer, metrics: dict[str, float]) -> None:
-    """Write metrics where Lightning's own logging does not reach: before and after the epochs."""
+    """Write metrics where Lightning's own logging does not reach: before and after the epochs.
+
+    As in Lightning's rows the step is that of the last optimiser step, counted from 0: a run that
+    goes on drops those from where it begins.
+    """
     for logger in trainer.loggers:
-        logger.log_metrics(metrics, step=trainer.global_step)
+        logger.log_metrics(metrics, step=max(trainer.global_step - 1, 0))
+        logger.save()

@@ -12,7 +12,7 @@ from simmim.data.bad_files import BadFiles
 from simmim.data.checks import check_choice, check_number
 from simmim.data.dataset import ImageData, Key, Loader, collate
 from simmim.data.sampler import EpochSampler, EvenSampler, even_batch_size, limited, position
-from simmim.data.workers import default_workers
+from simmim.data.workers import default_workers, outlive_the_first_signal
 
 Batch = dict[str, Any]
 
@@ -137,6 +137,7 @@ class LoaderModule(L.LightningDataModule):
             drop_last=drop_last,
             collate_fn=self.collate,
             num_workers=workers,
+            worker_init_fn=outlive_the_first_signal,
             persistent_workers=workers > 0,
             pin_memory=on_gpu,
         )

@@ -1,6 +1,8 @@
-"""How many processes read images."""
+"""How many processes read images, and which signals they leave to the one that trains."""
 
 import os
+import signal
+from typing import Any
 
 from simmim.data.dataset import ImageData
 
@@ -18,6 +20,21 @@ def default_workers(data: ImageData, processes: int = 1) -> int:
     if _estimate_bytes(data) < SMALL:
         return 0
     return min(max(_cpu_count() // processes - 1, 1), MAX_WORKERS)
+
+
+def outlive_the_first_signal(worker: int) -> None:
+    """Let a worker read on when a scheduler tells all processes to stop.
+
+    The process that trains ends its step first, and its workers afterwards; a worker that died
+    before would end the run in the middle of a step.
+    """
+    for name in ("SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _once)
+
+
+def _once(number: int, frame: Any) -> None:
+    signal.signal(number, signal.SIG_DFL)
 
 
 def _estimate_bytes(data: ImageData) -> int:

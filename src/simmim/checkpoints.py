@@ -1,0 +1,234 @@
+"""When a run's state is saved, how it is written, and how a run stops where it can go on."""
+
+import errno
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from simmim.mistakes import FULL
+
+CHECKPOINTS = "checkpoints"
+LAST = "last.ckpt"
+UNFINISHED = ".unfinished"  # what a file's name ends with while it is being written
+
+NOTHING, SAVE, STOP, REQUEUE = range(4)  # what is to be done before the next step
+
+
+# When --------------------------------------------------------------------------------------------
+
+
+class KeepLast(Checkpoint):
+    """Keep the run's last state in `checkpoints/last.ckpt`: each epoch, and within long ones.
+
+    It is written between two optimiser steps, when all that belongs to the one before is done,
+    validation and logs included: what goes on from there becomes, to the bit, what it would have
+    become. There SIGTERM, and SLURM's signal before a job's time is over, end the run as well.
+
+    Args:
+        every_n_minutes: Minutes between two of them, where an epoch is longer. 0: at every step.
+    """
+
+    def __init__(self, every_n_minutes: float = 30.0) -> None:
+        if every_n_minutes < 0:
+            raise ValueError(f"every_n_minutes {every_n_minutes} is negative: use 0 for every step")
+        self.every_n_minutes = every_n_minutes
+        self._path = Path(LAST)
+        self._asked = NOTHING  # by a signal, in this process
+        self._saved_at, self._saved_step = 0.0, 0  # by time.monotonic, and in optimiser steps
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the run's folder, and listen."""
+        folder: str = trainer.strategy.broadcast(str(trainer.default_root_dir))
+        self._path, self._asked = Path(folder, CHECKPOINTS, LAST), NOTHING
+        if stage == "fit":
+            self._listen(trainer)
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen again: Lightning has put its own handlers there."""
+        self._listen(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._listen(trainer)
+        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Save or stop before an optimiser step begins, all processes at once."""
+        if batch_idx % trainer.accumulate_grad_batches or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        todo = self._agree(
+            trainer, max(self._asked, SAVE if self._is_due(trainer, batch_idx) else 0)
+        )
+        if todo >= SAVE:
+            self._save(trainer)
+        if todo == REQUEUE and trainer.is_global_zero:
+            requeue()
+        if todo >= STOP:
+            raise SIGTERMException
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the final state."""
+        if trainer.global_step != self._saved_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._save(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Make any checkpoint say that an optimiser step has just ended or is about to begin.
+
+        Gradients that are being accumulated are not kept: a checkpoint from among them goes back to
+        where they began, with the same weights (but a BatchNorm's averages, which move on).
+        """
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        current, total = progress["current"], progress["total"]
+        begun = current["ready"] > current["started"]
+        over = current["processed"] % trainer.accumulate_grad_batches
+        if begun or (over and not progress["is_last_batch"]):
+            for counts in (current, total):
+                batches = counts["processed"] - over
+                counts.update(dict.fromkeys(counts, batches))
+            progress["is_last_batch"] = False
+        epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+        if epochs["completed"] == epochs["ready"] > 0:  # the last epoch that was trained
+            checkpoint["epoch"] = epochs["completed"] - 1
+
+    def _is_due(self, trainer: Trainer, batch_idx: int) -> bool:
+        late = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
+        return (late or batch_idx == 0) and trainer.global_step != self._saved_step
+
+    def _agree(self, trainer: Trainer, todo: int) -> int:
+        """What the most demanding process wants."""
+        if trainer.world_size == 1:
+            return todo
+        wish = torch.tensor(todo, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(wish, reduce_op="max"))
+
+    def _save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self._path, weights_only=False)
+        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+
+    # Signals -------------------------------------------------------------------------------------
+
+    def _listen(self, trainer: Trainer) -> None:
+        """Only note what is asked: Lightning's handlers would save in the middle of a step."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        signal.signal(signal.SIGTERM, lambda *_: self._ask(STOP))
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            assert environment.requeue_signal is not None
+            signal.signal(environment.requeue_signal, lambda *_: self._ask(REQUEUE))
+
+    def _ask(self, todo: int) -> None:
+        self._asked = max(self._asked, todo)
+
+
+@contextmanager
+def signals_put_back() -> Iterator[None]:
+    """Put back, at the end, how this process answers the signals that a run answers."""
+    names = [name for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+    before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def requeue() -> None:
+    """Ask SLURM to start this job again."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = os.environ["SLURM_JOB_ID"]
+    if array is not None:
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+        rank_zero_info(f"SLURM starts job {job} again, which goes on with this run")
+    except (OSError, subprocess.CalledProcessError) as error:
+        rank_zero_warn(f"SLURM does not start job {job} again: {error}")
+
+
+def best_checkpoint(folder: Path, monitor: str, mode: str) -> ModelCheckpoint:
+    """Keep the best state.
+
+    Args:
+        folder: Of the run.
+        monitor: The metric that tells the best.
+        mode: Whether its least is best, or its greatest: min or max.
+    """
+    return ModelCheckpoint(
+        folder / CHECKPOINTS,
+        filename="best",
+        monitor=monitor,
+        mode=mode,
+        save_on_train_epoch_end=False,
+        enable_version_counter=False,
+    )
+
+
+# How ---------------------------------------------------------------------------------------------
+
+
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Write a checkpoint beside its place, and put it there when it is safely on the disk.
+
+    Whatever happens meanwhile (kill -9, a full disk, a power cut), the file under the final name
+    is whole: the earlier one or the new one.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Save a checkpoint.
+
+        Raises:
+            OSError: If the disk is full; nothing is left behind then.
+        """
+        if "://" in str(path):  # a remote store has no rename
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
+        try:
+            with beside.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+        except BaseException as error:
+            beside.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise OSError(error.errno, "no room for a checkpoint", str(path)) from error
+            raise
+        _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut (Windows cannot open folders, and need not)."""
+    with suppress(PermissionError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems
+                raise
+        finally:
+            os.close(descriptor)
