@@ -213,6 +213,12 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(folder: Path) -> Non
     assert not torch.equal(first, look((2, 5), seed=1))
 
 
+def test_the_strongest_augmentation_can_be_applied(folder: Path) -> None:
+    """timm's posterize would keep 0 bits there, which Pillow refuses."""
+    made = data(folder, randaugment="rand-m10-n8-inc1").sets["training"]
+    assert all(made[epoch, 0]["image"].shape == (3, 32, 32) for epoch in range(40))
+
+
 def test_the_middle_is_resized_as_published(tmp_path: Path, make_images: Make) -> None:
     """Resize to 256/224 of the size, bicubic, and cut out the middle: as Pillow does it."""
     for name in ("a", "b"):

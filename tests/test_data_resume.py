@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 
+from simmim.checkpoints import KeepLast
 from simmim.data import ImageFolderData
 
 
@@ -60,8 +61,8 @@ def fit(tmp_path: Path, make_images: Callable[..., Path]) -> Callable[..., list[
             accelerator="cpu",
             devices=1,
             logger=False,
-            callbacks=savers,
-            enable_checkpointing=folder is not None,
+            callbacks=[*savers, KeepLast()],
+            default_root_dir=tmp_path,
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
@@ -86,6 +87,7 @@ def fit(tmp_path: Path, make_images: Callable[..., Path]) -> Callable[..., list[
         (1, True, {"max_epochs": 2}),
         (0, False, {"max_epochs": -1, "max_steps": 8}),
         (0, False, {"limit_train_batches": 2, "val_check_interval": 1}),
+        (0, False, {"accumulate_grad_batches": 2, "val_check_interval": 1}),  # among two batches
     ],
 )
 def test_it_goes_on_with_the_next_batch(

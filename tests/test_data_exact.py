@@ -1,0 +1,129 @@
+"""A sample depends on (seed, epoch, index) alone: not on workers, batch size or processes."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+
+from simmim.data import ImageFolderData
+from simmim.data.classification import ClassificationData
+from simmim.pretrain import SimMIM
+
+SIZE, EPOCHS = 32, 2
+KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "pretraining": (ImageFolderData, {"val_fraction": 0.2}),
+    "classification": (
+        ClassificationData,
+        {"val_fraction": 0.2, "randaugment": "rand-m9-mstd0.5-inc1"},
+    ),
+}
+LAYOUTS = [(1, 4, 1), (2, 8, 1), (0, 4, 2), (2, 2, 4), (1, 1, 8)]  # workers, batch size, processes
+
+Seen = dict[tuple[int, int], dict[str, Tensor]]  # samples by (epoch, index)
+
+
+def read(root: Path, kind: str, workers: int, batch_size: int, processes: int) -> tuple[Seen, Any]:
+    """Read epochs as so many processes do: their samples, and the indices of each global batch."""
+    made, options = KINDS[kind]
+    seen: Seen = {}
+    steps: list[list[list[int]]] = []
+    for rank in range(processes):
+        data = made(
+            root=str(root), img_size=SIZE, batch_size=batch_size, num_workers=workers, **options
+        )
+        data._process = lambda rank=rank: (processes, rank)
+        data.setup("fit")
+        loader = data.train_dataloader()
+        batches = [(epoch, batch) for epoch in range(EPOCHS) for batch in loader]
+        for step, (epoch, batch) in enumerate(batches):
+            if rank == 0:
+                steps.append([])
+            steps[step].append(batch["index"].tolist())
+            for i, index in enumerate(batch["index"].tolist()):
+                assert (epoch, index) not in seen  # once an epoch
+                seen[epoch, index] = {name: values[i] for name, values in batch.items()}
+    return seen, [list(chain(*shares)) for shares in steps]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_do_not_depend_on_workers_batches_or_processes(
+    tmp_path: Path, make_images: Callable[..., Path], kind: str
+) -> None:
+    for name in "ab":
+        make_images(tmp_path / name, 20, size=(48, 40))
+    first, order = read(tmp_path, kind, 0, 8, 1)
+    assert len(first) == 32 * EPOCHS
+    assert any(not torch.equal(first[0, i]["image"], first[1, i]["image"]) for _, i in first)
+    assert {bool(sample["flip"]) for sample in first.values()} == {True, False}
+    for layout in LAYOUTS:
+        again, others = read(tmp_path, kind, *layout)
+        assert again.keys() == first.keys()
+        for key, sample in first.items():
+            assert again[key].keys() == sample.keys()
+            for name, value in sample.items():
+                assert torch.equal(again[key][name], value), (layout, key, name)
+        if layout[1] * layout[2] == 8:  # as many images a step: the same ones, in the same order
+            assert others == order
+
+
+def test_masks_do_not_depend_on_the_batch() -> None:
+    kwargs = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 1}
+    for masking in ("random", "block", "square"):
+        model = SimMIM(
+            encoder="vit_tiny_patch16_224", img_size=SIZE, mask_patch_size=8,
+            encoder_kwargs=kwargs, masking=masking, mask_ratio=[0.3, 0.7], mask_fill="noise",
+        )  # fmt: skip
+        raw, index = torch.zeros(8, 3, SIZE, SIZE, dtype=torch.uint8), torch.arange(100, 108)
+        for validation in (False, True):
+            masks, keys = model.draw_mask(raw, index, validation=validation)
+            for part in (slice(0, 3), slice(3, 8), [7, 0], [5]):
+                mask, key = model.draw_mask(raw[part], index[part], validation=validation)
+                assert torch.equal(mask, masks[part])
+                assert torch.equal(key, keys[part])
+
+
+class Notes(L.Callback):
+    """Note what each step is given, the mask included."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Any] = {}
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep one sample after the other, by step, epoch and index."""
+        module: Any = pl_module
+        mask, _ = module.draw_mask(batch["image"], batch["index"], validation=False)
+        raw, images, _ = module.inputs(batch, batch_idx)
+        for i, index in enumerate(batch["index"].tolist()):
+            place = f"{trainer.global_step} {trainer.current_epoch} {index}"
+            self.seen[place] = {"raw": raw[i], "images": images[i], "mask": mask[i]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_of_four_see_what_one_of_eight_sees(
+    tmp_path: Path, make_images: Callable[..., Path], kind: str
+) -> None:
+    for name in "ab":
+        make_images(tmp_path / "images" / name, 20)
+    script = Path(__file__).with_name("ddp_exact.py")
+    found = {}
+    for processes in (1, 2):
+        args = [sys.executable, str(script), kind, str(processes), str(tmp_path)]
+        done = subprocess.run(args, capture_output=True, text=True, timeout=300, cwd=script.parent)
+        assert done.returncode == 0, done.stderr[-2000:]
+        shares = [torch.load(tmp_path / f"{processes}_{r}.pt") for r in range(processes)]
+        assert sum(map(len, shares)) == 32 * EPOCHS
+        found[processes] = {key: value for share in shares for key, value in share.items()}
+    assert found[1].keys() == found[2].keys()  # each step has the same images
+    for place, sample in found[1].items():
+        for name, value in sample.items():
+            assert torch.equal(found[2][place][name], value), (place, name)
