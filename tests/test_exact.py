@@ -4,11 +4,12 @@ import csv
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -296,6 +297,44 @@ def test_slurm_starts_a_job_again_and_it_goes_on(forks: Forks, place: Path) -> N
     process.join(300)
     assert process.exitcode == 0, forks.said()[-3000:]
     (parts / ".slurm_job").unlink()
+    assert_same_run(whole, parts)
+
+
+# A disk that is full -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(place: Path) -> Iterator[Path]:
+    """A file system of its own, of two megabytes."""
+    (place / "runs" / "parts").mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", "runs/parts"]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    yield place / "runs" / "parts"
+    subprocess.run(["umount", str(place / "runs" / "parts")], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_a_run_in_a_sentence_and_it_goes_on_later(
+    forks: Forks, small_disk: Path
+) -> None:
+    options = [*OFTEN, "--trainer.max_epochs=10"]
+    forks.run(*options, "--name=whole")
+    whole, parts = Path("runs/whole/version_0"), Path("runs/parts/version_0")
+    process = forks.start(*options, "--name=parts")
+    wait_for_a_step(process, parts)
+    with (small_disk / "filler").open("wb", buffering=0) as filler, suppress(OSError):
+        while True:
+            filler.write(bytes(4096))
+    process.join(60)
+    assert process.exitcode == 1
+    said = forks.said().splitlines()[-1]
+    assert said.startswith("simmim: the disk is full: ")
+    assert "Traceback" not in forks.said()
+    assert 0 < state(parts)["global_step"] < state(whole)["global_step"]  # the last good one
+    assert not list(parts.rglob("*.unfinished"))
+    (small_disk / "filler").unlink()
+    forks.run(*options, "--name=parts", "--ckpt_path=last")
     assert_same_run(whole, parts)
 
 

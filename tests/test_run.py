@@ -34,7 +34,11 @@ def finished(run_dir: Path, name: str) -> Path:
     folder = new_run(run_dir, name)
     (folder / "checkpoints").mkdir()
     torch.save(
-        {"hyper_parameters": {"mask_ratio": 0.6}, "global_step": 7},
+        {
+            "pytorch-lightning_version": "2.6.6",
+            "hyper_parameters": {"encoder": "x"},
+            "global_step": 7,
+        },
         folder / "checkpoints/last.ckpt",
     )
     (folder / "config.yaml").write_text("model: {optimizer: {class_path: torch.optim.SGD}}\n")
@@ -130,7 +134,7 @@ def test_no_run_to_go_on_with_names_the_others(tmp_path: Path) -> None:
 
 def test_a_checkpoint_says_what_it_was_made_with(tmp_path: Path) -> None:
     folder = finished(tmp_path, "a")
-    expected = {"mask_ratio": 0.6, "optimizer": {"class_path": "torch.optim.SGD"}}
+    expected = {"encoder": "x", "optimizer": {"class_path": "torch.optim.SGD"}}
     for given in ("last", str(folder), str(folder / "checkpoints/last.ckpt")):
         start = find_start(given, tmp_path, "a")
         assert (start.run, start.step, start.model) == (folder, 7, expected)
@@ -153,16 +157,48 @@ def test_a_checkpoint_outside_of_a_run_belongs_to_none(tmp_path: Path) -> None:
     assert find_start(str(moved), tmp_path, "a").run is None
 
 
-@pytest.mark.parametrize("content", [b"", b"no checkpoint", None])
-def test_what_is_no_checkpoint_is_refused_in_a_sentence(
-    tmp_path: Path, content: bytes | None
-) -> None:
+class Code:
+    """An object whose unpickling runs code."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (exec, ("raise SystemExit('it ran')",))
+
+
+FOREIGN = [
+    (b"", "is empty"),
+    (b"no checkpoint", "another kind, or damaged"),
+    (0.5, r"is cut off, after [\d,]+ bytes"),
+    (0.999, "is cut off"),
+    ({"state_dict": {}}, "Lightning did not write it; .* --model.weights"),
+    (torch.zeros(3), "Lightning did not write it"),
+    ({"pytorch-lightning_version": "2.6.6", "state_dict": {}}, "another Lightning project"),
+    (Code(), "could run code, and is not opened"),
+]
+
+
+@pytest.mark.parametrize(("content", "words"), FOREIGN, ids=[words for _, words in FOREIGN])
+def test_what_is_no_checkpoint_is_named(tmp_path: Path, content: Any, words: str) -> None:
     path = tmp_path / "x.ckpt"
-    if content is None:
-        torch.save({"state_dict": {}}, path)
-    else:
+    if isinstance(content, bytes):
         path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"x\.ckpt is no checkpoint"):
+    elif isinstance(content, float):  # that share of a good one
+        whole = (finished(tmp_path, "a") / "checkpoints/last.ckpt").read_bytes()
+        path.write_bytes(whole[: int(len(whole) * content)])
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=rf"x\.ckpt is no checkpoint.*{words}"):
+        find_start(str(path), tmp_path, "a")
+
+
+def test_a_checkpoint_that_has_changed_on_its_way_is_named(tmp_path: Path) -> None:
+    path = finished(tmp_path, "a") / "checkpoints/last.ckpt"
+    content = torch.load(path)
+    torch.save({**content, "state_dict": {"weight": torch.zeros(1000)}}, path)
+    file = bytearray(path.read_bytes())
+    file[file.index(bytes(1000)) + 500] = 1
+    path.write_bytes(file)
+    torch.load(path)  # which says nothing
+    with pytest.raises(ValueError, match=r"last\.ckpt is damaged"):
         find_start(str(path), tmp_path, "a")
 
 
@@ -245,8 +281,9 @@ def test_metrics_go_on_after_a_resume(tmp_path: Path) -> None:
     assert [row["lr"] for row in table[3:]] == ["", "0.1", "0.1"]
 
 
-def test_a_row_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
-    (tmp_path / "metrics.csv").write_text("step,epoch,train/loss\n0,0,1.5\n1,0,1.4\n,")
+@pytest.mark.parametrize("rest", [",", "1", "1,0"])  # of "1,0,1.3" or "17,0,1.3"
+def test_a_row_that_was_cut_off_is_dropped(tmp_path: Path, rest: str) -> None:
+    (tmp_path / "metrics.csv").write_text("step,epoch,train/loss\n0,0,1.5\n1,0,1.4\n" + rest)
     again = MetricsFile(tmp_path, before_step=9)
     again.log_metrics({"train/loss": 1.3}, 2)
     again.save()

@@ -215,10 +215,17 @@ class DurableCheckpointIO(TorchCheckpointIO):
             beside.replace(path)
         except BaseException as error:
             beside.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.errno in FULL:
-                raise OSError(error.errno, "no room for a checkpoint", str(path)) from error
+            if full := _full_disk(error):
+                raise OSError(full.errno, "no room for a checkpoint", str(path)) from error
             raise
         _sync_folder(path.parent)
+
+
+def _full_disk(error: BaseException | None) -> OSError | None:
+    """The error that says so: torch raises one of its own on top of it."""
+    while error is not None and not (isinstance(error, OSError) and error.errno in FULL):
+        error = error.__context__
+    return error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import ZipFile, is_zipfile
 
 import torch
 import yaml
@@ -178,11 +180,8 @@ def find_start(ckpt_path: str, run_dir: Path, name: str) -> Start:
     # A sharded checkpoint is a folder that keeps what is no tensor in meta.pt.
     path = Path(given) if Path(given, "meta.pt").is_file() else find_checkpoint(given)
     file = path / "meta.pt" if path.is_dir() else path
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=path.is_file())
-        model = dict(content["hyper_parameters"])
-    except Exception as error:  # whatever torch makes of bytes that are something else
-        raise ValueError(f"{path} is no checkpoint of a run of simmim, or a damaged one") from error
+    content = _read(file)
+    model = dict(content["hyper_parameters"])
     model.pop("_instantiator", None)
     run = run_of(path)
     if run is not None:  # the hyperparameters leave out the optimiser, which is no plain value
@@ -194,6 +193,39 @@ def find_start(ckpt_path: str, run_dir: Path, name: str) -> Start:
         step=int(content.get("global_step", 0)),
         has_optimizer=path.is_dir() or "optimizer_states" in content,
     )
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    """Read a checkpoint of ours without running code in it, or say what the file is instead."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=file.suffix != ".pt")
+    except Exception as error:  # whatever torch makes of bytes that are something else
+        wrong = _what_is_wrong(file, error)
+        raise ValueError(f"{file} is no checkpoint of simmim: {wrong}") from error
+    if not isinstance(content, Mapping) or "pytorch-lightning_version" not in content:
+        raise ValueError(
+            f"{file} is no checkpoint of simmim: Lightning did not write it; begin a run with its "
+            f"weights: --model.weights {file}"
+        )
+    if "encoder" not in content.get("hyper_parameters", {}):
+        raise ValueError(f"{file} is no checkpoint of simmim, but of another Lightning project")
+    with ZipFile(file) as archive:  # torch does not look at the check sums
+        if archive.testzip() is not None:
+            raise ValueError(f"{file} is damaged: copy it again, or use an earlier one")
+    return content
+
+
+def _what_is_wrong(file: Path, error: Exception) -> str:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        is_archive = stream.read(4) == b"PK\3\4"  # the zip that torch writes
+    if not size:
+        return "it is empty"
+    if is_archive and not is_zipfile(file):
+        return f"it is cut off, after {size:,} bytes: copy it again, or use an earlier one"
+    if isinstance(error, UnpicklingError) and is_archive:
+        return "it holds objects that could run code, and is not opened"
+    return "it is damaged" if is_archive else "it is a file of another kind, or damaged"
 
 
 # What is kept, and logged -------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import logging
 import os
 import warnings
 from dataclasses import replace
+from inspect import signature
 from itertools import pairwise
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -13,7 +14,7 @@ from simmim.checkpoints import CHECKPOINTS, LAST, signals_put_back
 from simmim.configuration import Request, read_request
 from simmim.lightning_cli import TaskCLI
 from simmim.loggers import finish_board
-from simmim.run import find_start, is_launched, leave_run, requeued_run, slurm_job
+from simmim.run import Start, find_start, is_launched, leave_run, requeued_run, slurm_job
 from simmim.task import Begun, Link, Task
 
 TERMINATED = 128 + 15  # as a shell says of a process that SIGTERM has ended
@@ -172,6 +173,7 @@ def run_task(task: Task, args: list[str]) -> None:
     start = None
     if request.ckpt_path:
         start = find_start(request.ckpt_path, request.run_dir, request.name)
+        _check_task(task, start)
         if request.subcommand == "fit" and not start.has_optimizer:
             raise ValueError(
                 f"{start.checkpoint} holds weights, but no optimiser to go on with: "
@@ -195,6 +197,16 @@ def run_task(task: Task, args: list[str]) -> None:
     finally:
         finish_board(run.loggers, run.failed)
         leave_run(run.folder, run.failed)
+
+
+def _check_task(task: Task, start: Start) -> None:
+    """Refuse another task's checkpoint: its options are not this one's."""
+    foreign = set(start.model) - {"optimizer"} - set(signature(task.model).parameters)
+    if foreign:
+        raise ValueError(
+            f"{start.checkpoint} is no checkpoint of simmim {task.name}, which has no option "
+            f"{min(foreign)}: give it as --model.weights {start.checkpoint}"
+        )
 
 
 def _how_to_go_on(request: Request, run: Begun) -> str:

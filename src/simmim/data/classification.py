@@ -344,9 +344,9 @@ def _augmentation(
 
 
 def _keep_a_bit(level_fn: Callable[..., tuple[int]], *args: Any) -> tuple[int]:
-    """At its full magnitude timm's posterize keeps 0 bits of 8, which recent versions of Pillow refuse.
+    """At full magnitude timm's posterize keeps 0 bits of 8, which made images black.
 
-    Earlier ones made the image black.
+    Recent versions of Pillow refuse it.
     """
     return (max(level_fn(*args)[0], 1),)
 
