@@ -46,6 +46,10 @@ COMMANDS = {
         "simmim.tasks:classify",
         tuple(SUBCOMMANDS),
     ),
+    "pack": Command(
+        "turn an image folder into shards that are read several times as fast",
+        "simmim.commands:pack",
+    ),
     "convert": Command(
         "turn an official SimMIM release (.pth) into a checkpoint of ours",
         "simmim.commands:convert",

@@ -16,6 +16,13 @@ def convert(args: list[str]) -> None:
     print(call("convert", weights.convert, args))
 
 
+def pack(args: list[str]) -> None:
+    """`simmim pack --root DIR --out DIR`."""
+    from simmim.data.pack import pack
+
+    print(call("pack", pack, args))
+
+
 def call(name: str, function: Callable[..., Any], args: list[str]) -> Any:
     """Call a function with its arguments from the command line.
 

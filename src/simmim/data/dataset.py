@@ -1,6 +1,7 @@
 """One sample: file -> pixels -> transform -> a dict; and samples -> a batch."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -80,6 +81,14 @@ class ImageData(Dataset[dict[str, Any]]):
         """Path of a sample's file."""
         return self.files.path(self._place(index))
 
+    def container(self, index: int) -> str:
+        """Path of what holds a sample's file on the disk: itself, or a shard."""
+        return self.files.container(self._place(index))
+
+    def size(self, index: int) -> int:
+        """Size of a sample's file in bytes; of packed images the mean."""
+        return self.files.size(self._place(index))
+
     def name(self, index: int) -> str:
         """Path of a sample's file below the folder, with "/" between folders on every system."""
         return self.files.name(self._place(index))
@@ -103,7 +112,7 @@ class ImageData(Dataset[dict[str, Any]]):
     def why_unreadable(self, index: int) -> str:
         """Read a file once more, and say what is wrong with it."""
         try:
-            read_image(self.path(index), self.in_chans, self.intensity)
+            self._decode(index)
         except UnreadableImage as error:
             return str(error).partition(" cannot be read: ")[2]
         return "it could be read the second time"
@@ -111,12 +120,17 @@ class ImageData(Dataset[dict[str, Any]]):
     def _place(self, index: int) -> int:
         return index if self.places is None else int(self.places[index])
 
+    def _decode(self, index: int) -> Tensor:
+        place = self._place(index)
+        read = partial(self.files.read, place)
+        return read_image(self.files.path(place), self.in_chans, self.intensity, read)
+
     def _read(self, epoch: int, index: int) -> tuple[Tensor, int]:
         """Read an image, or the one that replaces it."""
         others = uniforms(self.seed, epoch, index, 1)
         for _ in range(TRIES):
             try:
-                return read_image(self.path(index), self.in_chans, self.intensity), index
+                return self._decode(index), index
             except UnreadableImage as error:
                 if self.on_bad == "raise":
                     raise
