@@ -1,7 +1,6 @@
 """One sample: file -> pixels -> transform -> a dict; and samples -> a batch."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from simmim.data.decode import UnreadableImage, read_image
+from simmim.data.decode import UnreadableImage, decode_image, unreadable
 from simmim.data.draws import uniforms
 from simmim.data.index import FileIndex
 from simmim.data.scans import Intensity
@@ -122,8 +121,13 @@ class ImageData(Dataset[dict[str, Any]]):
 
     def _decode(self, index: int) -> Tensor:
         place = self._place(index)
-        read = partial(self.files.read, place)
-        return read_image(self.files.path(place), self.in_chans, self.intensity, read)
+        data: bytes | memoryview = b""
+        try:
+            data = self.files.read(place)
+            name = self.files.name(place) if ".dcm" in self.files.suffixes else ""
+            return decode_image(data, self.in_chans, self.intensity, name)
+        except Exception as error:  # decoders raise whatever they like
+            raise unreadable(self.files.path(place), error, data) from error
 
     def _read(self, epoch: int, index: int) -> tuple[Tensor, int]:
         """Read an image, or the one that replaces it."""

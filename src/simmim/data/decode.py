@@ -6,7 +6,6 @@ compared with `MAX_PIXELS`.
 """
 
 import warnings
-from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from io import BytesIO
@@ -37,19 +36,13 @@ class UnreadableImage(ValueError):
         super().__init__(message.strip().rpartition("UnreadableImage: ")[2])
 
 
-def read_image(
-    path: str,
-    in_chans: int,
-    intensity: Intensity,
-    read: Callable[[], bytes | memoryview] | None = None,
-) -> Tensor:
+def read_image(path: str, in_chans: int, intensity: Intensity) -> Tensor:
     """Read an image file.
 
     Args:
         path: The file.
         in_chans: Channels that are wanted.
         intensity: How a scan of more than 8 bits becomes 0..1.
-        read: Gives its bytes, where they lie elsewhere: in a shard.
 
     Returns:
         uint8, or float32 in 0..1 from a deeper scan, (in_chans, H, W).
@@ -57,12 +50,17 @@ def read_image(
     Raises:
         UnreadableImage: With the file's name and the reason.
     """
+    data = b""
     try:
-        data: bytes | memoryview = b""
-        data = read() if read else read_file(path)
+        data = read_file(path)
         return decode_image(data, in_chans, intensity, path)
     except Exception as error:  # decoders raise whatever they like
-        raise UnreadableImage(f"{path!r} cannot be read: {reason_of(error, data)}") from error
+        raise unreadable(path, error, data) from error
+
+
+def unreadable(path: str, error: Exception, data: bytes | memoryview) -> UnreadableImage:
+    """Name a file that cannot be read, and the reason."""
+    return UnreadableImage(f"{path!r} cannot be read: {reason_of(error, data)}")
 
 
 def reason_of(error: Exception, data: bytes | memoryview) -> str:

@@ -12,6 +12,7 @@ from bisect import bisect_right
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -154,13 +155,13 @@ class PackedIndex(FileIndex):
 
     Attributes:
         shards: Paths of the files that hold them.
-        firsts: Place of the first image of each, and how many there are, int64.
+        firsts: Place of the first image of each, and how many there are.
         bytes_each: Their mean size.
         stamp: Tells the folder from one that is packed later in its place.
     """
 
     shards: list[str]
-    firsts: Tensor
+    firsts: list[int]
     bytes_each: int
     stamp: int
 
@@ -180,10 +181,10 @@ class PackedIndex(FileIndex):
         """
         number = self._shard(place)
         shard = _open(self.shards[number], self.stamp)
-        return shard.read(place - int(self.firsts[number]))
+        return shard.read(place - self.firsts[number])
 
     def _shard(self, place: int) -> int:
-        return int(torch.searchsorted(self.firsts, place, right=True)) - 1
+        return bisect_right(self.firsts, place) - 1
 
 
 def read_packed(root: str) -> dict[str, PackedIndex]:
@@ -228,9 +229,7 @@ def join_packed(root: str, parts: dict[str, PackedIndex]) -> PackedIndex:
         folders,
         frozenset().union(*(part.suffixes for part in ordered)),
         [shard for part in ordered for shard in part.shards],
-        torch.cat(
-            [torch.zeros(1, dtype=torch.int64), *(part.firsts.diff() for part in ordered)]
-        ).cumsum(0),
+        [0, *accumulate(b - a for part in ordered for a, b in pairwise(part.firsts))],
         sum(part.bytes_each * len(part) for part in ordered) // int(sizes.sum()),
         ordered[0].stamp,
     )
@@ -245,8 +244,8 @@ def _read_part(root: str, part: PackedPart) -> PackedIndex:
             raise ValueError(f"{path} {fault}: copy it again, or pack the images anew")
     table = _read_table(os.path.join(root, part.index_file))
     starts, names = _buffers(table.column("path").combine_chunks())
-    rows = torch.tensor([0, *(shard.rows for shard in part.shards)]).cumsum(0)
-    if rows[-1] != len(starts) - 1:
+    firsts = [0, *accumulate(shard.rows for shard in part.shards)]
+    if firsts[-1] != len(starts) - 1:
         raise ValueError(f"{root!r} has shards of another pack: pack the images anew")
     labels = table.column("label").combine_chunks() if part.classes else None
     return PackedIndex(
@@ -257,7 +256,7 @@ def _read_part(root: str, part: PackedPart) -> PackedIndex:
         part.classes,
         frozenset(part.suffixes),
         [os.path.join(root, shard.file) for shard in part.shards],
-        rows,
+        firsts,
         sum(shard.size for shard in part.shards) // max(len(starts) - 1, 1),
         os.stat(os.path.join(root, FILE)).st_mtime_ns,
     )
