@@ -392,3 +392,17 @@ def test_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert main(["pack", *arguments]) != 0
         assert sentence in capsys.readouterr().err
     assert not Path("x").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full disk to be had on Linux")
+def test_a_full_disk_leaves_what_is_whole(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda p, mode: opened(Path("/dev/full") if "00000" in p.name else p, mode)
+    )
+    monkeypatch.setattr(Path, "unlink", lambda p, **_: os.unlink(p) if p.exists() else None)
+    with pytest.raises(OSError, match="No space left on device"):
+        packed(root)
+    monkeypatch.undo()
+    assert [p.name for p in (root.parent / "packed").iterdir()] == ["packed.json"]
+    assert len(read_folder(str(packed(root)))) == 16

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -57,12 +57,13 @@ def pack(
     """Pack a folder of images into shards, which are read several times as fast.
 
     The packed folder is given to --data.root as the folder itself would be: parts, classes, names,
-    split and order are the same. A packing that was cut off goes on when it is started again.
+    split and order are the same. (Where there is a train/, only train/, val/ and test/ are packed.)
+    A packing that was cut off goes on when it is started again.
 
     Args:
         root: Folder of images, as --data.root takes it.
         out: Folder that becomes the packed one: new, empty, or begun before.
-        format: jpeg (small), raw (uint8 pixels, nothing to decode: fastest, nine times the size) or
+        format: jpeg (small), raw (uint8 pixels, nothing to decode: fastest, ten times the size) or
             original (each file as it is). Scans that are deeper than 8 bits keep their depth: jpeg
             leaves their files as they are, raw stores their own numbers; DICOM and NumPy files are
             always left as they are.
@@ -308,18 +309,18 @@ def _write(
     with Tqdm(total=total, initial=done, desc="Packing", unit=" images") as bar:
         for name, index in files.items():
             part = packed.parts[name]
-            writer = ShardWriter(folder, part, encode.format)
-            for place, item in _encoded(Images(index, encode), part.taken, workers):
-                bar.update()
-                if isinstance(item, str):
-                    part.bad[place] = item
-                    _check_bad(index, place, item, packed, max_bad_share, total)
-                else:
-                    writer.add(index, place, item)
-                if writer.size >= packed.options["shard_mb"] * 1e6 or place + 1 == len(index):
-                    writer.close()
-                    part.taken = place + 1
-                    packed.save(folder)
+            with ShardWriter(folder, part, encode.format) as writer:
+                for place, item in _encoded(Images(index, encode), part.taken, workers):
+                    bar.update()
+                    if isinstance(item, str):
+                        part.bad[place] = item
+                        _check_bad(index, place, item, packed, max_bad_share, total)
+                    else:
+                        writer.add(index, place, item)
+                    if writer.size >= packed.options["shard_mb"] * 1e6 or place + 1 == len(index):
+                        writer.finish()
+                        part.taken = place + 1
+                        packed.save(folder)
             _write_index(folder, part, index)
     lines = [
         f"{escape(index.path(place))}\t{escape(reason)}\n"
@@ -368,6 +369,8 @@ def _check_bad(
 class ShardWriter:
     """Writes one shard after the other: each beside its place, and renamed when it is whole.
 
+    What is not whole when the context ends is removed.
+
     Args:
         folder: The packed folder.
         part: Gets the shards.
@@ -398,10 +401,10 @@ class ShardWriter:
         if self._waiting >= BATCH_BYTES:
             self._flush()
 
-    def close(self) -> None:
+    def finish(self) -> None:
         """Finish the shard, unless it is empty, and enter it in the part."""
         self._flush()
-        if self._rows:
+        if self._file is not None:
             self._arrow.close()
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -412,7 +415,16 @@ class ShardWriter:
             self.part.shards.append(Shard(name, self._rows, size, self._kept))
         self._reset()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._beside.unlink()
+
     def _reset(self) -> None:
+        self._file: BinaryIO | None = None
         self._names: list[bytes] = []
         self._data: list[bytes] = []
         self._labels: list[int] = []
@@ -423,7 +435,7 @@ class ShardWriter:
 
         if not self._data:
             return
-        if not self._rows:
+        if self._file is None:
             name = self.part.shard_file(len(self.part.shards))
             self._beside = self.folder / f"{name}.{os.getpid()}.partial"
             self._file = self._beside.open("wb")

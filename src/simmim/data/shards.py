@@ -99,13 +99,17 @@ class Packed:
         write_beside(folder / FILE, text.encode())
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Packed":
+    def load(cls, folder: str | Path, file: str = FILE) -> "Packed":
         """Read it.
+
+        Args:
+            folder: The packed folder.
+            file: Its name there.
 
         Raises:
             ValueError: If it is damaged, or from a later version.
         """
-        path = Path(folder, FILE)
+        path = Path(folder, file)
         try:
             table = json.loads(path.read_bytes())
             version = table.pop("version")
