@@ -331,8 +331,8 @@ def test_a_damaged_shard_is_named(root: Path) -> None:
     files = read_folder(str(out))
     with pytest.raises(ValueError, match=r"images-00000\.arrow is damaged"):
         files.read(0)
-    (out / "images-index.arrow").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"images-index\.arrow is damaged"):
+    (out / "images.feather").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"images\.feather is damaged"):
         read_folder(str(out))
     (out / "packed.json").write_text("{")
     with pytest.raises(ValueError, match=r"packed\.json is damaged, or not of simmim pack"):

@@ -70,7 +70,7 @@ class PackedPart:
     @property
     def index_file(self) -> str:
         """Name of the table of its paths and labels."""
-        return f"{self.folder or 'images'}-index.arrow"
+        return f"{self.folder or 'images'}.feather"
 
     def shard_file(self, number: int) -> str:
         """Name of a shard."""
