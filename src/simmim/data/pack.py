@@ -19,7 +19,6 @@ import numpy.typing as npt
 import simplejpeg
 import torch
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
@@ -490,8 +489,6 @@ def _report(out: str, packed: Packed) -> str:
     if kept and packed.options["format"] != "original":
         text += f"; {kept:,} scans are in it as they were, which keeps their depth"
     if bad := sum(len(part.bad) for part in parts):
-        file = os.path.join(out, BAD_FILES)
-        rank_zero_warn(
-            f"{bad} of {count + bad} images could not be read and were left out: see {file}"
-        )
+        text += f"; {bad:,} of {count + bad:,} could not be read and were left out: see "
+        text += os.path.join(out, BAD_FILES)
     return text
