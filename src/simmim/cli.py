@@ -60,6 +60,10 @@ COMMANDS = {
         "write the features of a folder's images, score and draw them",
         "simmim.commands:embed",
     ),
+    "pack": Command(
+        "turn an image folder into shards that are read several times as fast",
+        "simmim.commands:pack",
+    ),
     "convert": Command(
         "turn an official SimMIM release (.pth) into a checkpoint of ours",
         "simmim.commands:convert",

@@ -41,6 +41,13 @@ def export(args: list[str]) -> None:
     print(call("export", export, args))
 
 
+def pack(args: list[str]) -> None:
+    """`simmim pack --root DIR --out DIR`."""
+    from simmim.data.pack import pack
+
+    print(call("pack", pack, args))
+
+
 def call(name: str, function: Callable[..., Any], args: list[str]) -> Any:
     """Call a function with its arguments from the command line.
 

@@ -93,11 +93,12 @@ def write_bad_files(data: ImageData, file: Path) -> None:
     """
     lines = set(file.read_text("utf-8").splitlines()) if file.exists() else set()
     for index in data.unreadable.nonzero()[:, 0].tolist():
-        lines.add(f"{_escape(data.path(index))}\t{_escape(data.why_unreadable(index))}")
+        lines.add(f"{escape(data.path(index))}\t{escape(data.why_unreadable(index))}")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(f"{line}\n" for line in sorted(lines)), "utf-8")
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """Write line breaks, tabs and bytes that are no text as escapes."""
     text = os.fsencode(text).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

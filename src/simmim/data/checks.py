@@ -6,16 +6,19 @@ from difflib import get_close_matches
 from math import inf
 
 from simmim.data.index import check_folder
+from simmim.data.remote import is_url, local_copy
 
 
 def find_root(root: str | None, dataset: str | None, data_dir: str, names: Collection[str]) -> str:
-    """Find the folder of images: what is given, or else a named data set's.
+    """Find the folder of images: what is given, its copy from a store, or a named data set's.
 
     Raises:
         ValueError: If there is neither, or the folder does not exist, or the name.
     """
     if root is not None:
         root = os.path.expanduser(os.fspath(root))
+        if is_url(root):
+            return local_copy(root, os.path.expanduser(data_dir))
         check_folder(root)
         return root
     if dataset is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from simmim.data.decode import UnreadableImage, read_image
+from simmim.data.decode import UnreadableImage, decode_image, unreadable
 from simmim.data.draws import uniforms
 from simmim.data.index import FileIndex
 from simmim.data.scans import Intensity
@@ -82,11 +82,26 @@ class ImageData(Dataset[dict[str, Any]]):
         Raises:
             UnreadableImage: With the file's name and the reason.
         """
-        return read_image(self.path(index), self.in_chans, self.intensity)
+        place = self._place(index)
+        data: bytes | memoryview = b""
+        try:
+            data = self.files.read(place)
+            name = self.files.name(place) if ".dcm" in self.files.suffixes else ""
+            return decode_image(data, self.in_chans, self.intensity, name)
+        except Exception as error:  # decoders raise whatever they like
+            raise unreadable(self.files.path(place), error, data) from error
 
     def path(self, index: int) -> str:
         """Path of a sample's file."""
         return self.files.path(self._place(index))
+
+    def container(self, index: int) -> str:
+        """Path of what holds a sample's file on the disk: itself, or a shard."""
+        return self.files.container(self._place(index))
+
+    def size(self, index: int) -> int:
+        """Size of a sample's file in bytes; of packed images the mean."""
+        return self.files.size(self._place(index))
 
     def name(self, index: int) -> str:
         """Path of a sample's file below the folder, with "/" between folders on every system."""

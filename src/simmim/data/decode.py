@@ -5,7 +5,6 @@ garbage), everything else through Pillow. No size that a header claims is believ
 compared with `MAX_PIXELS`.
 """
 
-import os
 import warnings
 from contextlib import suppress
 from functools import cache
@@ -18,11 +17,11 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from simmim.data.index import read_file
 from simmim.data.scans import Intensity, check_size, decode_dicom, decode_npy
 
 Pixels = npt.NDArray[np.generic]
 
-MAX_BYTES = 2**30  # of a file
 ORIENTATION = 0x0112  # EXIF's tag: how the camera was held
 # Raster images alone: Pillow would start Ghostscript for an EPS that is called .png.
 FORMATS = ("JPEG", "MPO", "PNG", "TIFF", "WEBP", "GIF", "BMP", "DIB", "PPM", "AVIF", "JPEG2000")
@@ -51,20 +50,29 @@ def read_image(path: str, in_chans: int, intensity: Intensity) -> Tensor:
     Raises:
         UnreadableImage: With the file's name and the reason.
     """
+    data = b""
     try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size > MAX_BYTES:
-                raise ValueError(f"the file has more than {MAX_BYTES:,} bytes")
-            data = file.read()
+        data = read_file(path)
         return decode_image(data, in_chans, intensity, path)
     except Exception as error:  # decoders raise whatever they like
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):
-            reason = _what_else(data)
-        raise UnreadableImage(f"{path!r} cannot be read: {reason}") from error
+        raise unreadable(path, error, data) from error
 
 
-def decode_image(data: bytes, in_chans: int, intensity: Intensity, name: str = "") -> Tensor:
+def unreadable(path: str, error: Exception, data: bytes | memoryview) -> UnreadableImage:
+    """Name a file that cannot be read, and the reason."""
+    return UnreadableImage(f"{path!r} cannot be read: {reason_of(error, data)}")
+
+
+def reason_of(error: Exception, data: bytes | memoryview) -> str:
+    """Say in one line why the bytes of a file could not be decoded."""
+    if isinstance(error, UnidentifiedImageError):
+        return _what_else(bytes(data))
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def decode_image(
+    data: bytes | memoryview, in_chans: int, intensity: Intensity, name: str = ""
+) -> Tensor:
     """Decode the bytes of an image file; what they are is told by themselves, not by the name.
 
     Rotated as EXIF says; of an animation or a stack of pages the first; transparent parts on white.
@@ -82,17 +90,33 @@ def decode_image(data: bytes, in_chans: int, intensity: Intensity, name: str = "
     Raises:
         Exception: Of many kinds, where the file is no image, or a damaged one.
     """
-    pixels = None
-    if data[:3] == b"\xff\xd8\xff":
-        pixels = _decode_jpeg(data, in_chans)
-    elif data[128:132] == b"DICM" or name.lower().endswith(".dcm"):
-        pixels = decode_dicom(data, intensity)
-    elif data[:6] == b"\x93NUMPY":
-        pixels = decode_npy(data, in_chans, intensity)
-    if pixels is None:
-        pixels = _decode_by_pillow(data, in_chans, intensity)
+    pixels = decode_pixels(data, in_chans, intensity, name)
     pixels = np.ascontiguousarray(_to_channels(pixels, in_chans))
     return torch.from_numpy(pixels).permute(2, 0, 1)  # HWC -> CHW
+
+
+def decode_pixels(
+    data: bytes | memoryview, in_chans: int, intensity: Intensity, name: str = ""
+) -> Pixels:
+    """Decode an image file as `decode_image` does, but leave it the channels that it has.
+
+    Returns:
+        uint8, or what `intensity` makes of a deeper scan, (H, W, C). Where the data is a memoryview
+        of an uncompressed array, so are they: nothing is copied.
+    """
+    if data[:6] == b"\x93NUMPY":
+        return decode_npy(data, in_chans, intensity)
+    data, pixels = bytes(data), None
+    if data[:3] == b"\xff\xd8\xff":
+        pixels = _decode_jpeg(data, in_chans)
+    elif is_dicom(data, name):
+        pixels = decode_dicom(data, intensity)
+    return _decode_by_pillow(data, in_chans, intensity) if pixels is None else pixels
+
+
+def is_dicom(data: bytes, name: str) -> bool:
+    """Whether a file is DICOM; without its preamble, it is told by its name."""
+    return data[128:132] == b"DICM" or name.lower().endswith(".dcm")
 
 
 def _what_else(data: bytes) -> str:

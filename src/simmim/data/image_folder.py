@@ -17,8 +17,10 @@ from simmim.data.checks import (
 from simmim.data.dataset import ImageData, Loader, Transform, WholeFolder
 from simmim.data.layout import Part, read_folder, read_parts
 from simmim.data.loaders import Batch, LoaderModule
+from simmim.data.remote import fetch, is_url
 from simmim.data.sampler import EvenSampler, choose
 from simmim.data.scans import Intensity
+from simmim.data.shards import is_packed
 from simmim.data.split import check_group_pattern
 from simmim.data.statistics import (
     Statistics,
@@ -41,11 +43,12 @@ class ImageFolderData(LoaderModule):
     place in the data set; `label` where there are classes; `path` in predict.
 
     Args:
-        root: Folder of images, at any depth.
+        root: Folder of images, at any depth; or what `simmim pack` made of it, here or in a store
+            (s3://bucket/photos), from which each machine copies it once into data_dir.
         dataset: A data set by name, where root is not given: digits (1,797 handwritten digits that
             come with scikit-learn), or one that torchvision downloads: cifar10, cifar100, dtd,
             eurosat, fashion_mnist, flowers102, food101, imagenette, mnist, oxford_pets.
-        data_dir: Folder in which named data sets are kept, as image folders.
+        data_dir: Folder in which named data sets are kept, as image folders, and copies.
         img_size: Height and width in pixels: one number, or [height, width]. For a model it is
             said there (`--model.img_size`).
         in_chans: Channels: gray images become three equal ones, colour its luminance.
@@ -110,6 +113,7 @@ class ImageFolderData(LoaderModule):
         super().__init__(batch_size, num_workers, seed, bad_files, max_bad_share)
         self.root = find_root(root, dataset, data_dir, named.NAMES)
         self.dataset, self.data_dir = None if root else dataset, os.path.expanduser(data_dir)
+        self.url = root if root is not None and is_url(root) else None
         self.img_size, self.in_chans = check_image_size(img_size), in_chans
         self.val_fraction, self.split_seed = val_fraction, split_seed
         self.group_pattern, self.statistics = group_pattern, statistics
@@ -143,7 +147,9 @@ class ImageFolderData(LoaderModule):
         self.std: tuple[float, ...] | None = None
 
     def prepare_data(self) -> None:
-        """Make or download a named data set, and measure statistics, once on each machine."""
+        """Make, download or copy the data, and measure statistics, once on each machine."""
+        if self.url is not None:
+            fetch(self.url, self.root)
         if self.dataset is not None:
             named.prepare(self.dataset, self.data_dir)
         if self.statistics == "measured" and self._trains():
@@ -159,7 +165,8 @@ class ImageFolderData(LoaderModule):
         Raises:
             ValueError: If there is no image, or none to validate with.
         """
-        if self.dataset is not None and not os.path.isdir(self.root):
+        is_there = is_packed if self.url is not None else os.path.isdir
+        if (self.dataset or self.url) is not None and not is_there(self.root):
             self.prepare_data()
         if stage != "predict":
             if "training" not in self.sets:

@@ -19,6 +19,7 @@ SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
     *(".gif", ".avif", ".jp2", ".dcm", ".npy"),
 )
+MAX_BYTES = 2**30  # of a file
 PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 
 
@@ -54,6 +55,37 @@ class FileIndex:
     def path(self, place: int) -> str:
         """Path of a file, as it can be opened."""
         return os.path.join(self.root, *self.name(place).split("/"))
+
+    def container(self, place: int) -> str:
+        """Path of what holds a file on the disk: of itself."""
+        return self.path(place)
+
+    def size(self, place: int) -> int:
+        """Size of a file in bytes; 0 where it is gone."""
+        path = self.path(place)
+        return os.path.getsize(path) if os.path.exists(path) else 0
+
+    def read(self, place: int) -> bytes | memoryview:
+        """Read the bytes of a file.
+
+        Raises:
+            OSError: If it cannot be read.
+            ValueError: If it is larger than an image may be.
+        """
+        return read_file(self.path(place))
+
+
+def read_file(path: str) -> bytes:
+    """Read a file that is no larger than an image may be.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is larger.
+    """
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size > MAX_BYTES:
+            raise ValueError(f"the file has more than {MAX_BYTES:,} bytes")
+        return file.read()
 
 
 def check_folder(root: str) -> None:

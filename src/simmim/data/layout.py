@@ -8,6 +8,7 @@ import torch
 
 from simmim.data.index import FileIndex, check_folder, find_parts, scan
 from simmim.data.scans import check_pydicom
+from simmim.data.shards import is_packed, join_packed, read_packed
 from simmim.data.split import validation_mask
 
 
@@ -25,16 +26,24 @@ class Part:
 
 
 def read_folder(folder: str) -> FileIndex:
-    """Index a folder that is to be read.
+    """Index a folder that is to be read: of images, or a packed one.
 
     Raises:
         ValueError: If it is no folder, holds no image, or DICOM files that nothing can read.
     """
     check_folder(folder)
-    files = scan(folder)
-    if ".dcm" in files.suffixes:
-        check_pydicom()
-    return files
+    return _readable(
+        join_packed(folder, read_packed(folder)) if is_packed(folder) else scan(folder)
+    )
+
+
+def read_split(root: str) -> dict[str, FileIndex]:
+    """Index the folders train/, val/ and test/, where there is a train/; none otherwise."""
+    check_folder(root)
+    if not is_packed(root):
+        return {part: read_folder(folder) for part, folder in find_parts(root).items()}
+    parts = read_packed(root)
+    return {part: _readable(files) for part, files in parts.items() if files.root != root}
 
 
 def read_parts(
@@ -46,7 +55,7 @@ def read_parts(
     those of both. Images of test/ have labels if theirs are among them.
 
     Args:
-        root: A folder with train/ (and val/, and test/), or of images.
+        root: A folder with train/ (and val/, and test/), or of images; packed or not.
         val_fraction: Share of the training images that validates where there is no val/; see
             `validation_mask` for this and the rest.
         split_seed: Which share.
@@ -58,9 +67,7 @@ def read_parts(
     Raises:
         ValueError: If a part is empty, or the pattern does not match.
     """
-    check_folder(root)
-    files = {part: read_folder(folder) for part, folder in find_parts(root).items()}
-    files = files or {"train": read_folder(root)}
+    files = read_split(root) or {"train": read_folder(root)}
     split = [index for part, index in files.items() if part != "test"]
     classes: list[str] = []
     if all(index.classes for index in split):
@@ -87,6 +94,12 @@ def split_off(
     names = (files.name(place) for place in range(len(files)))
     mask = validation_mask(names, labels, val_fraction, split_seed, group_pattern)
     return np.flatnonzero(~mask), np.flatnonzero(mask)
+
+
+def _readable(files: FileIndex) -> FileIndex:
+    if ".dcm" in files.suffixes:
+        check_pydicom()
+    return files
 
 
 def _relabel(files: FileIndex, classes: list[str]) -> FileIndex:

@@ -3,6 +3,7 @@
 import math
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from io import BytesIO
 from typing import Any
@@ -62,31 +63,46 @@ def check_size(width: int, height: int) -> None:
         raise ValueError(f"its header claims {width} x {height} pixels, at most {MAX_PIXELS:,} go")
 
 
-def decode_npy(data: bytes, in_chans: int, intensity: Intensity) -> Pixels:
+def decode_npy(data: bytes | memoryview, in_chans: int, intensity: Intensity) -> Pixels:
     """Decode a NumPy array of shape (H, W), (H, W, C) or (C, H, W).
 
-    uint8 is kept as it is; anything else is a scan, all its channels on one scale.
+    uint8 is kept as it is, a view of the data if that is a memoryview; anything else is a scan, all
+    its channels on one scale.
 
     Raises:
         ValueError: If it is something else, or holds less than its header claims.
     """
-    stream = BytesIO(data)
-    version = np.lib.format.read_magic(stream)
-    read_header = np.lib.format.read_array_header_1_0
-    if version != (1, 0):
-        read_header = np.lib.format.read_array_header_2_0
-    shape, _, dtype = read_header(stream)
+    start = _npy_start(data)
+    shape, by_column, dtype = _npy_header(bytes(data[:start]))
     if dtype.kind not in "buif" or len(shape) not in (2, 3):
         raise ValueError(f"an array of {dtype} and shape {shape} is no image")
-    if math.prod(shape) * dtype.itemsize > len(data) - stream.tell():
+    if math.prod(shape) * dtype.itemsize > len(data) - start:
         raise ValueError(f"its header claims the shape {shape}, for which it is too short")
-    values = np.load(BytesIO(data), allow_pickle=False)
+    values: Pixels = np.frombuffer(data, dtype, math.prod(shape), start)
+    values = values.reshape(shape, order="F" if by_column else "C")
     if values.ndim == 2:
         values = values[..., None]
     elif values.shape[0] == in_chans != values.shape[2]:
         values = np.moveaxis(values, 0, 2)  # CHW -> HWC
     check_size(values.shape[1], values.shape[0])
-    return values if values.dtype == np.uint8 else intensity(values)
+    if values.dtype != np.uint8:
+        return intensity(values)
+    return values if isinstance(data, memoryview) else values.copy()  # bytes cannot be written to
+
+
+def _npy_start(data: bytes | memoryview) -> int:
+    """Find where the header of a NumPy array ends; version 1 writes its length in two bytes."""
+    end = 10 if data[6:7] == b"\1" else 12
+    return end + int.from_bytes(data[8:end], "little")
+
+
+@lru_cache(maxsize=4096)  # packed images of one size have one header, whose parsing takes longest
+def _npy_header(head: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Read shape, whether it is stored by columns, and type."""
+    stream = BytesIO(head)
+    if np.lib.format.read_magic(stream) == (1, 0):
+        return np.lib.format.read_array_header_1_0(stream)
+    return np.lib.format.read_array_header_2_0(stream)
 
 
 def check_pydicom() -> None:

@@ -92,7 +92,7 @@ def _key(data: ImageData, places: list[int]) -> str:
     for place in places:
         digest.update(os.fsencode(data.name(place)))
         with suppress(OSError):
-            status = os.stat(data.path(place))
+            status = os.stat(data.container(place))
             digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()
 

@@ -19,7 +19,7 @@ def default_workers(data: ImageData, processes: int = 1) -> int:
     """
     if _estimate_bytes(data) < SMALL:
         return 0
-    return min(max(_cpu_count() // processes - 1, 1), MAX_WORKERS)
+    return min(max(cpu_count() // processes - 1, 1), MAX_WORKERS)
 
 
 def outlive_the_first_signal(worker: int) -> None:
@@ -39,12 +39,11 @@ def _once(number: int, frame: Any) -> None:
 
 def _estimate_bytes(data: ImageData) -> int:
     """Estimate the size of all files from 64 of them."""
-    paths = [data.path(index) for index in range(0, len(data), -(-len(data) // 64))]
-    sizes = [os.path.getsize(path) for path in paths if os.path.exists(path)]
-    return sum(sizes) * len(data) // len(paths)
+    sizes = [data.size(index) for index in range(0, len(data), -(-len(data) // 64))]
+    return sum(sizes) * len(data) // len(sizes)
 
 
-def _cpu_count() -> int:
+def cpu_count() -> int:
     """Count the CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))

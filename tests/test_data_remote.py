@@ -1,0 +1,118 @@
+"""Packed folders in a store: copied once to each machine, whole or not at all."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+from fsspec.implementations.memory import MemoryFileSystem
+
+from simmim.data import ImageFolderData, pack
+from simmim.data.remote import fetch, local_copy
+from simmim.data.shards import Packed
+
+URL = "memory://bucket/photos"
+
+
+@pytest.fixture
+def store(tmp_path: Path, make_images: Callable[..., Path]) -> Iterator[MemoryFileSystem]:
+    """A store with packed images, in two shards."""
+    for name in ("cat", "dog"):
+        make_images(tmp_path / "root" / name, 3, size=(500, 500))
+    pack.pack(str(tmp_path / "root"), str(tmp_path / "packed"), "raw", shard_mb=1, workers=0)
+    store = fsspec.filesystem("memory")
+    store.put(str(tmp_path / "packed"), "/bucket/photos", recursive=True)
+    yield store
+    store.rm("/bucket", recursive=True)
+
+
+def module_of(root: str, data_dir: Path) -> ImageFolderData:
+    module = ImageFolderData(root, data_dir=str(data_dir), img_size=24, batch_size=2)
+    module.setup()
+    return module
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_samples_are_those_of_the_folder(
+    tmp_path: Path, store: MemoryFileSystem, kind: str
+) -> None:
+    url = URL if kind == "memory" else (tmp_path / "packed").as_uri()
+    copied, local = module_of(url, tmp_path / "data"), module_of(str(tmp_path / "root"), tmp_path)
+    assert Path(copied.root).parent == tmp_path / "data"
+    assert names_in(Path(copied.root)) == names_in(tmp_path / "packed")
+    assert copied.classes == local.classes
+    for ours, theirs in zip(copied.train_dataloader(), local.train_dataloader(), strict=True):
+        assert all(torch.equal(ours[key], theirs[key]) for key in ("index", "label", "flip"))
+
+
+def test_an_interrupted_copy_goes_on(
+    tmp_path: Path, store: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get, asked = MemoryFileSystem.get_file, []
+
+    def get_file(self: Any, path: str, *args: Any, **kwargs: Any) -> None:
+        asked.append(Path(path).name)
+        if len(asked) == 2:
+            raise OSError("connection reset")
+        get(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", get_file)
+    monkeypatch.setattr("simmim.data.remote.STREAMS", 1)
+    with pytest.raises(ValueError, match=f"{URL} cannot be read: connection reset"):
+        fetch(URL, str(tmp_path / "copy"))
+    assert "packed.json" not in names_in(tmp_path / "copy")
+    first = asked[0]
+    asked[:] = ["", "", ""]
+    fetch(URL, str(tmp_path / "copy"))
+    assert first not in asked
+    assert names_in(tmp_path / "copy") == names_in(tmp_path / "packed")
+    asked.clear()
+    fetch(URL, str(tmp_path / "copy"))
+    assert not asked
+
+
+def test_a_changed_store_is_copied_anew(tmp_path: Path, store: MemoryFileSystem) -> None:
+    copy = tmp_path / "copy"
+    fetch(URL, str(copy))
+    shutil.rmtree(tmp_path / "packed")
+    pack.pack(str(tmp_path / "root"), str(tmp_path / "packed"), "jpeg", workers=0)
+    store.rm("/bucket/photos", recursive=True)
+    store.put(str(tmp_path / "packed"), "/bucket/photos", recursive=True)
+    fetch(URL, str(copy))
+    assert names_in(copy) == names_in(tmp_path / "packed")
+    assert all(
+        (copy / n).read_bytes() == (tmp_path / "packed" / n).read_bytes() for n in names_in(copy)
+    )
+
+
+def test_what_cannot_be_copied(
+    tmp_path: Path, store: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for url, sentence in {
+        "memory://bucket/none": r"memory://bucket/none holds no packed\.json, or less",
+        "nosuch://bucket/photos": "nosuch://bucket/photos cannot be read: Protocol not known",
+    }.items():
+        with pytest.raises(ValueError, match=sentence):
+            module_of(url, tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("usage", (), {"free": 10}))
+    with pytest.raises(ValueError, match=r"has 0\.0 GB free, 0\.0 GB are needed for memory:"):
+        module_of(URL, tmp_path)
+    packed = Packed.load(tmp_path / "packed")
+    packed.complete = False
+    packed.save(tmp_path / "packed")
+    store.put(str(tmp_path / "packed" / "packed.json"), "/bucket/photos/packed.json")
+    with pytest.raises(ValueError, match="is packed in part only: finish simmim pack, and copy"):
+        module_of(URL, tmp_path)
+
+
+def test_copies_of_equal_names_lie_apart() -> None:
+    one, other = local_copy("s3://a/photos/", "data"), local_copy("s3://b/photos", "data")
+    assert one != other
+    assert Path(one).name.startswith("photos-")
