@@ -15,6 +15,7 @@ SHARED = {
     "weights",
     "probe",
     "training",
+    "downstream",
     "augment",
     "transfer",
     "scores",

@@ -160,7 +160,7 @@ def test_scores_are_of_all_pixels_that_have_a_class(tmp_path: Path) -> None:
     images = [guess.byte()[None].expand(3, -1, -1) for guess in guesses]
     batch = {"image": images, "mask": masks}
     model = Oracle(**VIT, num_classes=3)
-    model.is_trained = True
+    model.head_is_trained = True
     loader = DataLoader([batch], batch_size=None)
     scores = trainer(tmp_path).validate(model, loader, verbose=False)[0]
     # class 0: hits 2, missed 1, wrong 1; class 1: hits 2, missed 1, wrong 1
@@ -340,7 +340,7 @@ def test_weights_of_a_segmenter_bring_its_head(tmp_path: Path) -> None:
     decoders = (again.decoder.state_dict(), model.decoder.state_dict())
     assert all(torch.equal(value, decoders[1][name]) for name, value in decoders[0].items())
     other = Segmenter(weights=str(path), decoder_channels=16, num_classes=5)
-    assert not other.is_trained
+    assert not other.head_is_trained
     assert torch.equal(
         other.decoder.state_dict()["decoder.fusion_block.0.weight"],
         decoders[1]["decoder.fusion_block.0.weight"],

@@ -3,29 +3,19 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 
 from simmim.augment import Mixer, erase
+from simmim.downstream import Downstream, check_training, shortened
 from simmim.masking import sample_keys
-from simmim.optim import param_groups
 from simmim.readout import Probe, choose_layers, init_head_, read_tokens
 from simmim.scores import Scores, balanced_weights, class_accuracy
-from simmim.training import (
-    MovingAverage,
-    optimizer_and_schedule,
-    optimizer_from,
-    optimizer_spec,
-    seed_of,
-    seed_step,
-)
+from simmim.training import seed_of
 from simmim.transfer import open_backbone
 
 MAIN = "main"  # the head that predicts; the others are those of a sweep over layers
@@ -33,7 +23,7 @@ POOLS = {"mean": "avg", "token": "token", "attention": ""}  # ours -> timm's glo
 FEW = 20  # classes that are logged one by one
 
 
-class Classifier(L.LightningModule):
+class Classifier(Downstream):
     """A classifier on an encoder.
 
     Fine-tuned as a whole, it is timm's own classification model, so that it exports and reads like
@@ -97,6 +87,8 @@ class Classifier(L.LightningModule):
         trust: Import an optimiser from outside torch and timm that a checkpoint names.
     """
 
+    UNTRAINED = "this classifier is not trained yet, its answers"
+
     def __init__(
         self,
         weights: str | None = None,
@@ -152,31 +144,14 @@ class Classifier(L.LightningModule):
             global_pool="" if self.own_head else POOLS[pooling],
             class_token=pooling == "token",
         )
-        self.hparams.update(
-            encoder=backbone.encoder,
-            img_size=backbone.img_size,
-            in_chans=backbone.in_chans,
-            encoder_kwargs=backbone.options,
-        )
-        # As in SimMIM timm's names come behind "encoder.model.": load_encoder reads both.
-        self.encoder = nn.ModuleDict({"model": backbone.model})
-        self.encoder.requires_grad_(not frozen)
+        self.take_encoder(backbone)
         if grad_checkpointing:
             backbone.model.set_grad_checkpointing(True)
         self.layers = choose_layers(layer, backbone.model, backbone.encoder)
         self.heads = nn.ModuleDict()
         self.scores = nn.ModuleDict()
-        self.classes: list[str] = []
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", torch.zeros(1, backbone.in_chans, 1, 1))
-        self.register_buffer("std", torch.ones(1, backbone.in_chans, 1, 1))
-        self.set_statistics(*(backbone.statistics or _imagenet(backbone.in_chans)))
-        self.has_statistics = backbone.statistics is not None
         self.class_weights: Tensor
         self.register_buffer("class_weights", torch.ones(()), persistent=False)
-        self.origin = str(backbone.report or "from scratch")  # of the encoder's weights
-        self.head_is_trained = False
         self._confusion: Tensor | None = None
         self._label_scores: dict[str, Tensor] | None = None
         if backbone.num_classes and backbone.report and not self.own_head:
@@ -206,27 +181,10 @@ class Classifier(L.LightningModule):
         return found if MAIN in found else {**found, MAIN: found[list(found)[-1]]}
 
     @property
-    def model(self) -> Any:
-        """The timm model."""
-        return self.encoder["model"]
-
-    @property
     def head_names(self) -> list[str]:
         """The probes, in the order of their layers."""
         single = not isinstance(self.hparams["layer"], list | str)
         return [MAIN] if single else [f"layer_{layer:02d}" for layer in self.layers]
-
-    def train(self, mode: bool = True) -> "Classifier":
-        """Set the mode; a frozen encoder always evaluates."""
-        super().train(mode)
-        if self.frozen:
-            self.encoder.eval()
-        return self
-
-    def normalize(self, raw: Tensor) -> Tensor:
-        """Turn uint8, or float in 0..1, into what the encoder sees: zero mean, unit variance."""
-        images = raw.float() / 255 if raw.dtype == torch.uint8 else raw.float()
-        return (images - self.mean) / self.std
 
     def inputs(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         """Take a batch apart, a dict of ours or (images, labels): normalised images, and labels.
@@ -284,10 +242,6 @@ class Classifier(L.LightningModule):
         """Probability of each class, (B, K)."""
         logits = self(self.inputs(batch)[0]).float()
         return {"probabilities": logits.sigmoid() if self.multi_label else logits.softmax(1)}
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed dropout and drop path from the step, so that a resumed run draws the same."""
-        seed_step(self, self.seed, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
         """Score each class for itself."""
@@ -389,11 +343,6 @@ class Classifier(L.LightningModule):
         """Number of classes."""
         return int(self.hparams["num_classes"])
 
-    @property
-    def class_names(self) -> list[str]:
-        """Names of the classes: the data's, or numbers."""
-        return self.classes or [str(i) for i in range(self.num_classes)]
-
     def set_classes(self, names: Sequence[str], *, may_renew: bool = False) -> None:
         """Take the names of the classes, in the order of their numbers.
 
@@ -406,20 +355,14 @@ class Classifier(L.LightningModule):
         """
         names = [str(name) for name in names]
         if self.classes and names != self.classes and may_renew:
-            rank_zero_info(f"the weights know the classes {_short(self.classes)}: a new classifier")
+            rank_zero_info(
+                f"the weights know the classes {shortened(self.classes)}: a new classifier"
+            )
             self.head_is_trained, self.classes, self.scores = False, [], nn.ModuleDict()
             self.hparams["num_classes"] = None
-        if self.classes and names != self.classes:
-            raise ValueError(
-                f"the data has the classes {_short(names)}, this classifier knows "
-                f"{_short(self.classes)}: give data with the same class folders"
-            )
-        given = self.hparams["num_classes"]
-        if given and len(names) != given and not self.head_is_trained:
-            raise ValueError(
-                f"num_classes {given} does not go with the {len(names)} classes of the data "
-                f"({_short(names)}): leave it out"
-            )
+        self.check_classes(names, "this classifier", "give data with the same class folders")
+        if not self.head_is_trained:
+            self.check_num_classes(names)
         self.set_num_classes(len(names))
         self.classes = names
 
@@ -442,8 +385,7 @@ class Classifier(L.LightningModule):
         names = getattr(data, "classes", None)
         if stage != "predict":
             if names:
-                begins = stage == "fit" and not self.trainer.ckpt_path
-                self.set_classes(names, may_renew=begins and self.head_is_inherited)
+                self.set_classes(names, may_renew=self.may_renew(stage))
             elif data is not None and getattr(data, "has_labels", True) is False:
                 raise ValueError(
                     f"{getattr(data, 'root', 'the data')} has no labels: put each class's images "
@@ -453,8 +395,7 @@ class Classifier(L.LightningModule):
                 raise ValueError("num_classes is not known: give it, or data with class folders")
         if stage != "fit":
             return
-        if not self.has_statistics and getattr(data, "mean", None) is not None:
-            self.set_statistics(data.mean, data.std)  # type: ignore[union-attr]
+        self.take_statistics(data)
         self.class_weights = self._weigh_classes(data).to(self.device)
         if self.hparams["compile"]:
             self.model.compile()
@@ -475,51 +416,6 @@ class Classifier(L.LightningModule):
             )
         return torch.tensor(given, dtype=torch.float32)
 
-    def set_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Set the mean and standard deviation of each channel, for pixels in 0..1."""
-        self.mean.copy_(torch.tensor(mean).view_as(self.mean))
-        self.std.copy_(torch.tensor(std).view_as(self.std))
-
-    def configure_callbacks(self) -> list[L.Callback]:
-        """Average the weights, if asked."""
-        decay = self.hparams["ema_decay"]
-        return [MovingAverage(decay=decay)] if decay else []
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Build the optimiser, each block with its learning rate, and the per-step schedule."""
-        hp = self.hparams
-        rank_zero_info(f"encoder {hp['encoder']}: {self.origin}")
-        names = ("base_lr", "schedule", "warmup_epochs", "warmup_lr", "min_lr", "milestones")
-        return optimizer_and_schedule(
-            self,
-            self.optimizer,
-            self.param_groups(),
-            **{name: hp[name] for name in names},
-        )
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Parameter groups, each with its weight decay and the scale of its learning rate."""
-        hp = self.hparams
-        return param_groups(self, hp["weight_decay"], layer_decay=hp["layer_decay"])
-
-    def on_validation_start(self) -> None:
-        """Refuse to score a classifier that was never trained."""
-        self._refuse_untrained()
-
-    def on_test_start(self) -> None:
-        """Refuse to score a classifier that was never trained."""
-        self._refuse_untrained()
-
-    def on_predict_start(self) -> None:
-        """Refuse to predict with a classifier that was never trained."""
-        self._refuse_untrained()
-
-    def on_train_start(self) -> None:
-        """Remember that the classifier is no longer a random one."""
-        self.head_is_trained = True
-        if self.frozen:  # Lightning trains in the mode that it finds, and warns of eval before
-            self.encoder.eval()
-
     def on_fit_end(self) -> None:
         """Say what each layer of a sweep is worth."""
         metric = "mean_ap" if self.multi_label else "top1"
@@ -530,19 +426,6 @@ class Classifier(L.LightningModule):
             best = ", the best layer" if value == max(found.values()) else ""
             rank_zero_info(f"{name}: val/{metric} {value:.4f}{best}")
 
-    def _refuse_untrained(self) -> None:
-        if self.trainer.state.fn != "fit" and not self.head_is_trained:
-            raise ValueError(
-                "this classifier is not trained yet, its answers would be random: give a trained "
-                "one with --ckpt_path (a run's folder, or last)"
-            )
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep classes, origin and the optimiser's name and options as plain values."""
-        optimizer = cast(Optimizer, self.optimizers(use_pl_optimizer=False))
-        checkpoint["optimizer_spec"] = optimizer_spec(optimizer)
-        checkpoint["classes"], checkpoint["origin"] = self.classes, self.origin
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the heads that the file has, and go on with its optimiser."""
         of_data, self.classes = self.classes, []  # Lightning sets the data up first
@@ -551,10 +434,7 @@ class Classifier(L.LightningModule):
             self.set_classes(names)
         if of_data:
             self.set_classes(of_data)
-        self.origin = checkpoint.get("origin", self.origin)
-        self.head_is_trained = self.has_statistics = True
-        if spec := checkpoint.get("optimizer_spec"):
-            self.optimizer = optimizer_from(spec, trust=self.trust)
+        super().on_load_checkpoint(checkpoint)
 
 
 def _check(hparams: Mapping[str, Any]) -> None:
@@ -566,34 +446,13 @@ def _check(hparams: Mapping[str, Any]) -> None:
         )
     if hparams["batch_norm"] and not hparams["frozen"]:
         raise ValueError("batch_norm is for probes: add frozen true, or leave it out")
-    if hparams["layer_decay"] is not None and hparams["frozen"]:
-        raise ValueError(
-            "layer_decay does nothing to a frozen encoder: leave it out, or use -c linear_probe"
-        )
+    check_training(hparams, "linear_probe")
     if hparams["compile"] and (hparams["frozen"] or hparams["pooling"] == "attention"):
         raise ValueError("compile is for fine-tuning with timm's head: leave it out")
-    for name in ("label_smoothing", "random_erasing", "drop_path_rate"):
+    for name in ("label_smoothing", "random_erasing"):
         if not 0 <= hparams[name] < 1 + (name == "random_erasing"):
             raise ValueError(f"{name} {hparams[name]} is no share: use 0 for none, or 0.1")
-    decay = hparams["layer_decay"]
-    if decay is not None and not 0 < decay <= 1:
-        raise ValueError(f"layer_decay {decay} is not between 0 and 1: use 0.65 to 0.9, or none")
-    ema = hparams["ema_decay"]
-    if ema is not None and not 0 < ema < 1:
-        raise ValueError(f"ema_decay {ema} is not between 0 and 1: use 0.999, or none")
 
 
 def _classifier_came_along(missing: Mapping[str, str]) -> bool:
     return not any("head begins anew" in why for why in missing.values())
-
-
-def _imagenet(in_chans: int) -> tuple[list[float], list[float]]:
-    mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
-    if in_chans == 3:
-        return mean, std
-    return [sum(mean) / 3] * in_chans, [sum(std) / 3] * in_chans
-
-
-def _short(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:4])
-    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown

@@ -4,29 +4,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 from torchmetrics import MeanMetric
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from simmim.average_precision import AveragePrecision
-from simmim.optim import param_groups
+from simmim.downstream import Downstream, check_training, shortened
 from simmim.pyramid import Pyramid
 from simmim.rcnn import Neck, build_heads, image_list
-from simmim.training import (
-    optimizer_and_schedule,
-    optimizer_from,
-    optimizer_spec,
-    seed_of,
-    seed_step,
-)
+from simmim.training import seed_of
 from simmim.transfer import _our_checkpoint, open_backbone
 
 Sizes = list[tuple[int, int]]  # height and width that each image fills of the canvas
@@ -36,7 +27,7 @@ SHAPE = ("fpn_channels", "head", "anchor_sizes", "anchor_ratios")  # what the he
 NAMING = ("box_predictor.", "mask_predictor.")  # the parts of the heads that know the classes
 
 
-class Detector(L.LightningModule):
+class Detector(Downstream):
     """A detector on an encoder: torchvision's Faster R-CNN, or Mask R-CNN where there are masks.
 
     The encoder's maps go through a feature pyramid; of a plain ViT it is ViTDet's simple one, made
@@ -87,6 +78,8 @@ class Detector(L.LightningModule):
         trust: Import an optimiser from outside torch and timm that a checkpoint names.
     """
 
+    UNTRAINED = "this detector is not trained yet, its boxes"
+
     def __init__(
         self,
         weights: str | None = None,
@@ -134,31 +127,14 @@ class Detector(L.LightningModule):
             encoder_kwargs,
             drop_path_rate=0.0 if frozen else drop_path_rate,
         )
-        self.hparams.update(
-            encoder=backbone.encoder,
-            img_size=backbone.img_size,
-            in_chans=backbone.in_chans,
-            encoder_kwargs=backbone.options,
-        )
-        # As in SimMIM timm's names come behind "encoder.model.": load_encoder reads both.
-        self.encoder = nn.ModuleDict({"model": backbone.model})
-        self.encoder.requires_grad_(not frozen)
+        self.take_encoder(backbone)
         pyramid = Pyramid(backbone.model, backbone.encoder, backbone.in_chans, self.canvas)
         if grad_checkpointing:
             backbone.model.set_grad_checkpointing(True)
         self.neck = Neck(pyramid, self.hparams["fpn_channels"], norm=self.hparams["head"] == "conv")
         self.rpn: Any = None
         self.roi_heads: Any = None
-        self.classes: list[str] = []
         self.category_ids: list[int] = []
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", torch.zeros(1, backbone.in_chans, 1, 1))
-        self.register_buffer("std", torch.ones(1, backbone.in_chans, 1, 1))
-        self.set_statistics(*(backbone.statistics or _imagenet(backbone.in_chans)))
-        self.has_statistics = backbone.statistics is not None
-        self.origin = str(backbone.report or "from scratch")  # of the encoder's weights
-        self.head_is_trained = self.head_is_inherited = False
         self.scores: AveragePrecision | None = None
         self.mean_loss = MeanMetric()
         if detector is not None:
@@ -229,11 +205,6 @@ class Detector(L.LightningModule):
         return [_to_original(*one) for one in zip(found, size, original, strict=True)]
 
     @property
-    def model(self) -> Any:
-        """The timm model."""
-        return self.encoder["model"]
-
-    @property
     def canvas(self) -> tuple[int, int]:
         """Height and width that all images are brought to."""
         size = self.hparams["img_size"]
@@ -243,18 +214,6 @@ class Detector(L.LightningModule):
     def has_masks(self) -> bool:
         """Whether it finds masks."""
         return self.roi_heads is not None and bool(self.roi_heads.has_mask())
-
-    def train(self, mode: bool = True) -> "Detector":
-        """Set the mode; a frozen encoder always evaluates."""
-        super().train(mode)
-        if self.frozen:
-            self.encoder.eval()
-        return self
-
-    def normalize(self, raw: Tensor) -> Tensor:
-        """Turn uint8, or float in 0..1, into what the encoder sees: zero mean, unit variance."""
-        images = raw.float() / 255 if raw.dtype == torch.uint8 else raw.float()
-        return (images - self.mean) / self.std
 
     def inputs(self, batch: Mapping[str, Any]) -> Tensor:
         """Normalised images, (B, C, H, W); what is empty of the canvas has the mean colour."""
@@ -300,10 +259,6 @@ class Detector(L.LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> list[Found]:
         """What is found in each image, in the pixels of its file."""
         return self.find(self.inputs(batch), batch["size"], batch["original"])
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed what is drawn from the step, so that a resumed run draws the same."""
-        seed_step(self, self.seed, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
         """Score all images at once."""
@@ -372,11 +327,6 @@ class Detector(L.LightningModule):
         self.hparams.update(num_classes=num_classes, masks=masks)
         self.to(self.device)
 
-    @property
-    def class_names(self) -> list[str]:
-        """Names of the classes: the data's, or numbers."""
-        return self.classes or [str(i) for i in range(self.hparams["num_classes"] or 0)]
-
     def set_classes(self, names: Sequence[str], *, masks: bool, may_renew: bool = False) -> None:
         """Take the names of the classes, in the order of their numbers.
 
@@ -391,19 +341,12 @@ class Detector(L.LightningModule):
         names = [str(name) for name in names]
         renew = bool(self.classes) and names != self.classes and may_renew
         if renew:
-            rank_zero_info(f"the weights know the classes {_short(self.classes)}: new ones begin")
+            rank_zero_info(
+                f"the weights know the classes {shortened(self.classes)}: new ones begin"
+            )
             self.classes, self.hparams["num_classes"] = [], None
-        if self.classes and names != self.classes:
-            raise ValueError(
-                f"the data has the classes {_short(names)}, this detector knows "
-                f"{_short(self.classes)}: give data with the same classes"
-            )
-        given = self.hparams["num_classes"]
-        if given and len(names) != given:
-            raise ValueError(
-                f"num_classes {given} does not go with the {len(names)} classes of the data "
-                f"({_short(names)}): leave it out"
-            )
+        self.check_classes(names, "this detector", "give data with the same classes")
+        self.check_num_classes(names)
         self.set_num_classes(len(names), masks, renew=renew)
         self.classes = names
 
@@ -442,16 +385,15 @@ class Detector(L.LightningModule):
         names = getattr(data, "classes", None)
         if stage != "predict":
             if names:
-                begins = stage == "fit" and not self.trainer.ckpt_path
                 masks = self._choose_masks(bool(getattr(data, "has_masks", False)), stage)
-                self.set_classes(names, masks=masks, may_renew=begins and self.head_is_inherited)
+                self.set_classes(names, masks=masks, may_renew=self.may_renew(stage))
                 self.hparams["masks"] = masks
                 self.category_ids = list(getattr(data, "category_ids", []))
             if not self.hparams["num_classes"]:
                 raise ValueError("num_classes is not known: give it, or data with annotations")
             self.scores = AveragePrecision(self.class_names, masks=self.has_masks)
-        if stage == "fit" and not self.has_statistics and getattr(data, "mean", None) is not None:
-            self.set_statistics(data.mean, data.std)  # type: ignore[union-attr]
+        if stage == "fit":
+            self.take_statistics(data)
 
     def _choose_masks(self, offered: bool, stage: str) -> bool:
         """Whether to find masks: what is trained follows the data, unless the user says it."""
@@ -460,59 +402,10 @@ class Detector(L.LightningModule):
         wanted = self.hparams["masks"]
         return offered if wanted is None else bool(wanted)
 
-    def set_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Set the mean and standard deviation of each channel, for pixels in 0..1."""
-        self.mean.copy_(torch.tensor(mean).view_as(self.mean))
-        self.std.copy_(torch.tensor(std).view_as(self.std))
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Build the optimiser, each block with its learning rate, and the per-step schedule."""
-        hp = self.hparams
-        rank_zero_info(f"encoder {hp['encoder']}: {self.origin}")
-        names = ("base_lr", "schedule", "warmup_epochs", "warmup_lr", "min_lr", "milestones")
-        return optimizer_and_schedule(
-            self,
-            self.optimizer,
-            self.param_groups(),
-            **{name: hp[name] for name in names},
-        )
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Parameter groups, each with its weight decay and the scale of its learning rate."""
-        hp = self.hparams
-        return param_groups(self, hp["weight_decay"], layer_decay=hp["layer_decay"])
-
-    def on_validation_start(self) -> None:
-        """Refuse to score a detector that was never trained."""
-        self._refuse_untrained()
-
-    def on_test_start(self) -> None:
-        """Refuse to score a detector that was never trained."""
-        self._refuse_untrained()
-
-    def on_predict_start(self) -> None:
-        """Refuse to predict with a detector that was never trained."""
-        self._refuse_untrained()
-
-    def on_train_start(self) -> None:
-        """Remember that the heads are no longer random."""
-        self.head_is_trained = True
-        if self.frozen:  # Lightning trains in the mode that it finds
-            self.encoder.eval()
-
-    def _refuse_untrained(self) -> None:
-        if self.trainer.state.fn != "fit" and not self.head_is_trained:
-            raise ValueError(
-                "this detector is not trained yet, its boxes would be random: give a trained one "
-                "with --ckpt_path (a run's folder, or last)"
-            )
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep classes, origin and the optimiser's name and options as plain values."""
-        optimizer = cast(Optimizer, self.optimizers(use_pl_optimizer=False))
-        checkpoint["optimizer_spec"] = optimizer_spec(optimizer)
-        checkpoint["classes"], checkpoint["category_ids"] = self.classes, self.category_ids
-        checkpoint["origin"] = self.origin
+        """Keep the ids of the classes in annotations, too."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["category_ids"] = self.category_ids
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the heads that the file has, and go on with its optimiser."""
@@ -521,21 +414,12 @@ class Detector(L.LightningModule):
         if names := checkpoint.get("classes"):
             self.set_classes(names, masks=self.has_masks)
         self.category_ids = list(checkpoint.get("category_ids") or [])
-        self.origin = checkpoint.get("origin", self.origin)
-        self.head_is_trained = self.has_statistics = True
-        if spec := checkpoint.get("optimizer_spec"):
-            self.optimizer = optimizer_from(spec, trust=self.trust)
+        super().on_load_checkpoint(checkpoint)
 
 
 def _check(hparams: Mapping[str, Any]) -> None:
     """Refuse options that contradict each other or would do nothing."""
-    decay, rate = hparams["layer_decay"], hparams["drop_path_rate"]
-    if decay is not None and hparams["frozen"]:
-        raise ValueError("layer_decay does nothing to a frozen encoder: leave it out")
-    if decay is not None and not 0 < decay <= 1:
-        raise ValueError(f"layer_decay {decay} is not between 0 and 1: use 0.65 to 0.9, or none")
-    if not 0 <= rate < 1:
-        raise ValueError(f"drop_path_rate {rate} is no share: use 0 for none, or 0.1")
+    check_training(hparams)
     for name in ("fpn_channels", "proposals", "rois_per_image"):
         if hparams[name] < 1:
             raise ValueError(f"{name} {hparams[name]} is too few: use at least 1")
@@ -571,15 +455,3 @@ def _keep_weights(old: nn.Module, new: nn.Module, but: tuple[str, ...] = ()) -> 
         if name in wanted and tensor.shape == wanted[name].shape and not name.startswith(but)
     }
     new.load_state_dict({**wanted, **kept})
-
-
-def _imagenet(in_chans: int) -> tuple[list[float], list[float]]:
-    mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
-    if in_chans == 3:
-        return mean, std
-    return [sum(mean) / 3] * in_chans, [sum(std) / 3] * in_chans
-
-
-def _short(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:4])
-    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown

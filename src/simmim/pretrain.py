@@ -13,8 +13,6 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from timm.data.constants import IMAGENET_DEFAULT_MEAN as IMAGENET_MEAN
-from timm.data.constants import IMAGENET_DEFAULT_STD as IMAGENET_STD
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torchmetrics import MeanMetric
@@ -36,6 +34,8 @@ from simmim.parts import build_part, find_part
 from simmim.target import TARGETS
 from simmim.training import (
     count_steps,
+    imagenet_statistics,
+    normalize,
     optimizer_and_schedule,
     optimizer_from,
     optimizer_spec,
@@ -169,7 +169,7 @@ class SimMIM(L.LightningModule):
             grad_checkpointing=grad_checkpointing,
             **(encoder_kwargs or {}),
         )
-        mean, std = _default_statistics(in_chans)
+        mean, std = imagenet_statistics(in_chans)
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
@@ -255,8 +255,7 @@ class SimMIM(L.LightningModule):
 
     def normalize(self, raw: Tensor) -> Tensor:
         """Turn uint8, or float in 0..1, into what the encoder sees: zero mean, unit variance."""
-        images = raw.float() / 255 if raw.dtype == torch.uint8 else raw.float()
-        return ((images - self.mean) / self.std).to(self.mean.dtype)  # bf16 in bf16-true
+        return normalize(raw, self.mean, self.std)
 
     def inputs(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
         """Take a batch apart: a dict of ours, (images, labels), or images alone.
@@ -441,12 +440,6 @@ class SimMIM(L.LightningModule):
                 f"mask_patch_size {cell} is not a multiple of the {stride} px that one element of "
                 f"target {target!r} covers: use {-(-cell // stride) * stride}"
             )
-
-
-def _default_statistics(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    if in_chans == 3:
-        return IMAGENET_MEAN, IMAGENET_STD
-    return (sum(IMAGENET_MEAN) / 3,) * in_chans, (sum(IMAGENET_STD) / 3,) * in_chans
 
 
 def _upsample(encoder_stride: int, target_stride: int) -> int | Fraction:

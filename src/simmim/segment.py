@@ -3,28 +3,18 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from simmim.dense import AuxiliaryHead, Plain, UPerNet, enlarge
-from simmim.optim import param_groups
+from simmim.downstream import Downstream, check_training, shortened
 from simmim.sliding import slide
-from simmim.training import (
-    MovingAverage,
-    optimizer_and_schedule,
-    optimizer_from,
-    optimizer_spec,
-    seed_step,
-)
 from simmim.transfer import _our_checkpoint, open_backbone
 
 VOID = -1  # a pixel without a class
@@ -32,7 +22,7 @@ USUAL_VOID = 255  # in masks that others have read
 Images = Tensor | list[Tensor]  # (B, C, H, W), or of several sizes each (C, H, W)
 
 
-class Segmenter(L.LightningModule):
+class Segmenter(Downstream):
     """Semantic segmentation on an encoder: a class for each pixel.
 
     Trained on crops; images of any size are read by a window that slides over them. `val/miou` is
@@ -86,6 +76,8 @@ class Segmenter(L.LightningModule):
         trust: Import an optimiser from outside torch and timm that a checkpoint names.
     """
 
+    UNTRAINED = "this model is not trained to segment yet, its answers"
+
     def __init__(
         self,
         weights: str | None = None,
@@ -133,16 +125,7 @@ class Segmenter(L.LightningModule):
             encoder_kwargs,
             drop_path_rate=0.0 if frozen else drop_path_rate,
         )
-        self.hparams.update(
-            encoder=backbone.encoder,
-            img_size=backbone.img_size,
-            in_chans=backbone.in_chans,
-            encoder_kwargs=backbone.options,
-        )
-        # As in SimMIM timm's names come behind "encoder.model.": load_encoder reads both.
-        self.encoder = nn.ModuleDict({"model": backbone.model})
-        if frozen:
-            self.encoder.requires_grad_(False)
+        self.take_encoder(backbone)
         if grad_checkpointing:
             backbone.model.set_grad_checkpointing(True)
         self.window = _pair(backbone.img_size)
@@ -158,20 +141,10 @@ class Segmenter(L.LightningModule):
         self.auxiliary: AuxiliaryHead | None = None
         self.confusion: MulticlassConfusionMatrix | None = None
         self.mean_loss = MeanMetric()
-        self.classes: list[str] = []
         self.values: list[int] = []  # of the classes, in the masks
         self.colors: list[tuple[int, int, int]] | None = None
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", torch.zeros(1, backbone.in_chans, 1, 1))
-        self.register_buffer("std", torch.ones(1, backbone.in_chans, 1, 1))
-        self.set_statistics(*(backbone.statistics or _imagenet(backbone.in_chans)))
-        self.has_statistics = backbone.statistics is not None
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", None, persistent=False)
-        self.origin = str(backbone.report or "from scratch")  # of the encoder's weights
-        self.is_trained = False
-        self.head_is_inherited = False  # from the weights
         if num_classes:
             self.set_num_classes(num_classes)
         if weights is not None:
@@ -194,23 +167,6 @@ class Segmenter(L.LightningModule):
         if self.auxiliary is None or not self.training:
             return logits, None
         return logits, enlarge(self.auxiliary(middle), size)
-
-    @property
-    def model(self) -> Any:
-        """The timm model."""
-        return self.encoder["model"]
-
-    def train(self, mode: bool = True) -> "Segmenter":
-        """Set the mode; a frozen encoder always evaluates."""
-        super().train(mode)
-        if self.frozen:
-            self.encoder.eval()
-        return self
-
-    def normalize(self, raw: Tensor) -> Tensor:
-        """Turn uint8, or float in 0..1, into what the encoder sees: zero mean, unit variance."""
-        images = raw.float() / 255 if raw.dtype == torch.uint8 else raw.float()
-        return (images - self.mean) / self.std
 
     def inputs(self, batch: Any) -> tuple[Images, Images | None]:
         """Take a batch apart, a dict of ours or (images, masks): normalised images, and masks.
@@ -280,10 +236,6 @@ class Segmenter(L.LightningModule):
         sizes = [image.shape[-2:] for image in images] if sizes is None else sizes
         return {"classes": [logits[0].argmax(0) for logits in self.segment(images, sizes)]}
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed dropout and drop path from the step, so that a resumed run draws the same."""
-        seed_step(self, self.seed, batch_idx)
-
     def on_validation_epoch_end(self) -> None:
         """Score the classes over all pixels."""
         self._score("val")
@@ -347,11 +299,6 @@ class Segmenter(L.LightningModule):
         """Number of classes."""
         return int(self.hparams["num_classes"])
 
-    @property
-    def class_names(self) -> list[str]:
-        """Names of the classes: the data's, or numbers."""
-        return self.classes or [str(i) for i in range(self.num_classes)]
-
     def set_classes(
         self,
         names: Sequence[str],
@@ -373,20 +320,13 @@ class Segmenter(L.LightningModule):
         """
         names = [str(name) for name in names]
         if self.classes and names != self.classes and may_renew:
-            rank_zero_info(f"the weights know the classes {_short(self.classes)}: a new classifier")
+            rank_zero_info(
+                f"the weights know the classes {shortened(self.classes)}: a new classifier"
+            )
             self.classes, self.classifier, self.colors = [], None, None
             self.hparams["num_classes"] = None
-        if self.classes and names != self.classes:
-            raise ValueError(
-                f"the data has the classes {_short(names)}, this model knows "
-                f"{_short(self.classes)}: give the same ones, by data.classes"
-            )
-        given = self.hparams["num_classes"]
-        if given and len(names) != given:
-            raise ValueError(
-                f"num_classes {given} does not go with the {len(names)} classes of the data "
-                f"({_short(names)}): leave it out"
-            )
+        self.check_classes(names, "this model", "give the same ones, by data.classes")
+        self.check_num_classes(names)
         self.set_num_classes(len(names))
         self.classes = names
         self.values = [int(v) for v in (range(len(names)) if values is None else values)]
@@ -407,8 +347,8 @@ class Segmenter(L.LightningModule):
         if ours["num_classes"] in (None, theirs["num_classes"]):
             self.set_num_classes(theirs["num_classes"])
             self.set_classes(found["classes"], found["values"], found["colors"])
-            self.is_trained = self.head_is_inherited = True
-        parts = ["decoder.", *(["classifier.", "auxiliary."] if self.is_trained else [])]
+            self.head_is_trained = self.head_is_inherited = True
+        parts = ["decoder.", *(["classifier.", "auxiliary."] if self.head_is_trained else [])]
         kept = {k: v for k, v in found["state_dict"].items() if k.startswith(tuple(parts))}
         missing = self.load_state_dict(kept, strict=False).missing_keys
         assert not [name for name in missing if name.startswith("decoder.")], missing
@@ -421,15 +361,12 @@ class Segmenter(L.LightningModule):
         if stage != "predict":
             if names := getattr(data, "classes", None):
                 values, colors = getattr(data, "values", None), getattr(data, "colors", None)
-                begins = stage == "fit" and not self.trainer.ckpt_path
-                renew = begins and self.head_is_inherited
-                self.set_classes(names, values, colors, may_renew=renew)
+                self.set_classes(names, values, colors, may_renew=self.may_renew(stage))
             if not self.hparams["num_classes"]:
                 raise ValueError("num_classes is not known: give it, or data with class names")
         if stage != "fit":
             return
-        if not self.has_statistics and getattr(data, "mean", None) is not None:
-            self.set_statistics(data.mean, data.std)  # type: ignore[union-attr]
+        self.take_statistics(data)
         weights = self._weigh_classes(data)
         self.class_weights = None if weights is None else weights.to(self.device)
 
@@ -447,58 +384,10 @@ class Segmenter(L.LightningModule):
             )
         return None if given is None else torch.tensor(given, dtype=torch.float32)
 
-    def set_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Set the mean and standard deviation of each channel, for pixels in 0..1."""
-        self.mean.copy_(torch.tensor(mean).view_as(self.mean))
-        self.std.copy_(torch.tensor(std).view_as(self.std))
-
-    def configure_callbacks(self) -> list[L.Callback]:
-        """Average the weights, if asked."""
-        decay = self.hparams["ema_decay"]
-        return [MovingAverage(decay=decay)] if decay else []
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Build the optimiser, each block with its learning rate, and the per-step schedule."""
-        hp = self.hparams
-        rank_zero_info(f"encoder {hp['encoder']}: {self.origin}")
-        names = ("base_lr", "schedule", "warmup_epochs", "warmup_lr", "min_lr", "milestones")
-        groups = param_groups(self, hp["weight_decay"], layer_decay=hp["layer_decay"])
-        return optimizer_and_schedule(
-            self, self.optimizer, groups, **{name: hp[name] for name in names}
-        )
-
-    def on_validation_start(self) -> None:
-        """Refuse to score a model that was never trained."""
-        self._refuse_untrained()
-
-    def on_test_start(self) -> None:
-        """Refuse to score a model that was never trained."""
-        self._refuse_untrained()
-
-    def on_predict_start(self) -> None:
-        """Refuse to predict with a model that was never trained."""
-        self._refuse_untrained()
-
-    def on_train_start(self) -> None:
-        """Remember that the classifier is no longer a random one."""
-        self.is_trained = True
-        if self.frozen:  # Lightning trains in the mode that it finds
-            self.encoder.eval()
-
-    def _refuse_untrained(self) -> None:
-        if self.trainer.state.fn != "fit" and not self.is_trained:
-            raise ValueError(
-                "this model is not trained to segment yet, its answers would be random: give a "
-                "trained one with --ckpt_path (a run's folder, or last)"
-            )
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep classes, origin and the optimiser's name and options as plain values."""
-        optimizer = cast(Optimizer, self.optimizers(use_pl_optimizer=False))
-        checkpoint["optimizer_spec"] = optimizer_spec(optimizer)
-        checkpoint["origin"] = self.origin
-        checkpoint["classes"], checkpoint["values"] = self.classes, self.values
-        checkpoint["colors"] = self.colors
+        """Keep how the classes look in masks and pictures, too."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["values"], checkpoint["colors"] = self.values, self.colors
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the classifier that the file has, and go on with its optimiser."""
@@ -508,10 +397,7 @@ class Segmenter(L.LightningModule):
             self.set_classes(names, checkpoint.get("values"), checkpoint.get("colors"))
         if of_data:
             self.set_classes(of_data, self.values)
-        self.origin = checkpoint.get("origin", self.origin)
-        self.is_trained = self.has_statistics = True
-        if spec := checkpoint.get("optimizer_spec"):
-            self.optimizer = optimizer_from(spec, trust=self.trust)
+        super().on_load_checkpoint(checkpoint)
 
 
 def class_iou(counts: Tensor) -> Tensor:
@@ -538,24 +424,14 @@ def _check(hparams: Mapping[str, Any]) -> None:
         raise ValueError(
             f"layer {hparams['layer']} is for head linear on a frozen encoder: leave it out"
         )
-    if hparams["layer_decay"] is not None and hparams["frozen"]:
-        raise ValueError(
-            "layer_decay does nothing to a frozen encoder: leave it out, or use -c linear"
-        )
-    for name in ("dropout", "drop_path_rate"):
-        if not 0 <= hparams[name] < 1:
-            raise ValueError(f"{name} {hparams[name]} is no share: use 0 for none, or 0.1")
+    check_training(hparams, "linear")
+    if not 0 <= hparams["dropout"] < 1:
+        raise ValueError(f"dropout {hparams['dropout']} is no share: use 0 for none, or 0.1")
     for name in ("aux_weight", "dice"):
         if hparams[name] < 0:
             raise ValueError(f"{name} {hparams[name]} is negative: use 0 for none")
     if hparams["decoder_channels"] < 1:
         raise ValueError(f"decoder_channels {hparams['decoder_channels']}: use 64 to 768")
-    decay = hparams["layer_decay"]
-    if decay is not None and not 0 < decay <= 1:
-        raise ValueError(f"layer_decay {decay} is not between 0 and 1: use 0.65 to 0.9, or none")
-    ema = hparams["ema_decay"]
-    if ema is not None and not 0 < ema < 1:
-        raise ValueError(f"ema_decay {ema} is not between 0 and 1: use 0.999, or none")
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -573,15 +449,3 @@ def _stride(given: int | list[int] | None, window: tuple[int, int]) -> tuple[int
             f"stride {given} would leave pixels out or never end: use 1 to {min(window)}"
         )
     return stride
-
-
-def _imagenet(in_chans: int) -> tuple[list[float], list[float]]:
-    mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
-    if in_chans == 3:
-        return mean, std
-    return [sum(mean) / 3] * in_chans, [sum(std) / 3] * in_chans
-
-
-def _short(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:4])
-    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown

@@ -1,4 +1,4 @@
-"""What the tasks do alike while they train: optimiser, schedule, seeds, kept values."""
+"""What the tasks do alike: normalisation, optimiser, schedule, seeds, kept values."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -12,10 +12,26 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
 from torch.optim import Optimizer
 
 from simmim.optim import Compat, LayerRow, Schedule, scaled_lr
 from simmim.parts import find_part
+
+
+def imagenet_statistics(in_chans: int) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of ImageNet; for other than three channels that of the three."""
+    mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
+    if in_chans == 3:
+        return mean, std
+    return [sum(mean) / 3] * in_chans, [sum(std) / 3] * in_chans
+
+
+def normalize(raw: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Turn uint8, or float in 0..1, into zero mean and unit variance, in the type of `mean`."""
+    images = raw.float() / 255 if raw.dtype == torch.uint8 else raw.float()
+    return ((images - mean) / std).to(mean.dtype)  # bf16 in bf16-true
 
 
 def seed_of(*place: int) -> int:

@@ -1,0 +1,215 @@
+"""What the tasks on an encoder do alike: what they take, and how what is on it is trained."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from simmim.optim import param_groups
+from simmim.training import (
+    MovingAverage,
+    imagenet_statistics,
+    normalize,
+    optimizer_and_schedule,
+    optimizer_from,
+    optimizer_spec,
+    seed_step,
+)
+from simmim.transfer import Backbone
+
+
+class Downstream(L.LightningModule):
+    """An encoder with something on it that is trained for a task.
+
+    A task's `__init__` keeps its options, sets `frozen`, `seed`, `optimizer` and `trust`, calls
+    `take_encoder`, and builds what comes on the encoder.
+
+    Attributes:
+        UNTRAINED: What is wrong with a model that was never trained, as a sentence begins.
+        classes: Names of the classes; [] until they are known.
+        origin: Where the encoder's weights are from, for the reader of a log.
+        has_statistics: Whether mean and std are those that the weights were made with.
+        head_is_trained: Whether what is on the encoder is no longer random.
+        head_is_inherited: Whether that came with the weights.
+    """
+
+    UNTRAINED: ClassVar[str]
+
+    frozen: bool
+    seed: int
+    optimizer: OptimizerCallable
+    trust: bool
+    mean: Tensor
+    std: Tensor
+
+    # The encoder -------------------------------------------------------------------------------
+
+    def take_encoder(self, backbone: Backbone) -> None:
+        """Take a timm model to go on with, what describes it, and its pixel statistics."""
+        self.hparams.update(
+            encoder=backbone.encoder,
+            img_size=backbone.img_size,
+            in_chans=backbone.in_chans,
+            encoder_kwargs=backbone.options,
+        )
+        # As in SimMIM timm's names come behind "encoder.model.": load_encoder reads both.
+        self.encoder = nn.ModuleDict({"model": backbone.model})
+        if self.frozen:
+            self.encoder.requires_grad_(False)
+        self.register_buffer("mean", torch.zeros(1, backbone.in_chans, 1, 1))
+        self.register_buffer("std", torch.ones(1, backbone.in_chans, 1, 1))
+        self.set_statistics(*(backbone.statistics or imagenet_statistics(backbone.in_chans)))
+        self.has_statistics = backbone.statistics is not None
+        self.origin = str(backbone.report or "from scratch")
+        self.classes: list[str] = []
+        self.head_is_trained = self.head_is_inherited = False
+
+    @property
+    def model(self) -> Any:
+        """The timm model."""
+        return self.encoder["model"]
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; a frozen encoder always evaluates."""
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+        return self
+
+    def normalize(self, raw: Tensor) -> Tensor:
+        """Turn uint8, or float in 0..1, into what the encoder sees: zero mean, unit variance."""
+        return normalize(raw, self.mean, self.std)
+
+    def set_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Set the mean and standard deviation of each channel, for pixels in 0..1."""
+        self.mean.copy_(torch.tensor(mean).view_as(self.mean))
+        self.std.copy_(torch.tensor(std).view_as(self.std))
+
+    def take_statistics(self, data: Any) -> None:
+        """Take the data's pixel statistics, where the weights have none of their own."""
+        if not self.has_statistics and getattr(data, "mean", None) is not None:
+            self.set_statistics(data.mean, data.std)
+
+    # Classes -----------------------------------------------------------------------------------
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes: the data's, or numbers."""
+        return self.classes or [str(i) for i in range(self.hparams["num_classes"] or 0)]
+
+    def may_renew(self, stage: str) -> bool:
+        """Whether a head for other classes, which came with the weights, may be given up."""
+        return stage == "fit" and not self.trainer.ckpt_path and self.head_is_inherited
+
+    def check_classes(self, names: list[str], knows: str, remedy: str) -> None:
+        """Refuse other classes than those that it was trained with."""
+        if self.classes and names != self.classes:
+            raise ValueError(
+                f"the data has the classes {shortened(names)}, {knows} knows "
+                f"{shortened(self.classes)}: {remedy}"
+            )
+
+    def check_num_classes(self, names: list[str]) -> None:
+        """Refuse another number of classes than the user gave."""
+        given = self.hparams["num_classes"]
+        if given and len(names) != given:
+            raise ValueError(
+                f"num_classes {given} does not go with the {len(names)} classes of the data "
+                f"({shortened(names)}): leave it out"
+            )
+
+    # Optimisation ------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build the optimiser, each block with its learning rate, and the per-step schedule."""
+        hp = self.hparams
+        rank_zero_info(f"encoder {hp['encoder']}: {self.origin}")
+        names = ("base_lr", "schedule", "warmup_epochs", "warmup_lr", "min_lr", "milestones")
+        return optimizer_and_schedule(
+            self, self.optimizer, self.param_groups(), **{name: hp[name] for name in names}
+        )
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups, each with its weight decay and the scale of its learning rate."""
+        hp = self.hparams
+        return param_groups(self, hp["weight_decay"], layer_decay=hp["layer_decay"])
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Average the weights, if asked."""
+        decay = self.hparams.get("ema_decay")
+        return [MovingAverage(decay=decay)] if decay else []
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed what is drawn from the step, so that a resumed run draws the same."""
+        seed_step(self, self.seed, batch_idx)
+
+    # Trained or not ----------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Remember that what is on the encoder is no longer random."""
+        self.head_is_trained = True
+        if self.frozen:  # Lightning trains in the mode that it finds, and warns of eval before
+            self.encoder.eval()
+
+    def on_validation_start(self) -> None:
+        """Refuse to score a model that was never trained."""
+        self._refuse_untrained()
+
+    def on_test_start(self) -> None:
+        """Refuse to score a model that was never trained."""
+        self._refuse_untrained()
+
+    def on_predict_start(self) -> None:
+        """Refuse to predict with a model that was never trained."""
+        self._refuse_untrained()
+
+    def _refuse_untrained(self) -> None:
+        if self.trainer.state.fn != "fit" and not self.head_is_trained:
+            raise ValueError(
+                f"{self.UNTRAINED} would be random: give a trained one with --ckpt_path (a run's "
+                "folder, or last)"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep classes, origin and the optimiser's name and options as plain values."""
+        optimizer = cast(Optimizer, self.optimizers(use_pl_optimizer=False))
+        checkpoint["optimizer_spec"] = optimizer_spec(optimizer)
+        checkpoint["classes"], checkpoint["origin"] = self.classes, self.origin
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the optimiser that the file has; a task has built its heads before."""
+        self.origin = checkpoint.get("origin", self.origin)
+        self.head_is_trained = self.has_statistics = True
+        if spec := checkpoint.get("optimizer_spec"):
+            self.optimizer = optimizer_from(spec, trust=self.trust)
+
+
+def check_training(hparams: Mapping[str, Any], probe: str = "") -> None:
+    """Refuse what options of all tasks cannot be.
+
+    Args:
+        hparams: The options.
+        probe: The config that trains on a frozen encoder, where there is one.
+    """
+    decay, rate, ema = hparams["layer_decay"], hparams["drop_path_rate"], hparams.get("ema_decay")
+    if decay is not None and hparams["frozen"]:
+        instead = f", or use -c {probe}" if probe else ""
+        raise ValueError(f"layer_decay does nothing to a frozen encoder: leave it out{instead}")
+    if decay is not None and not 0 < decay <= 1:
+        raise ValueError(f"layer_decay {decay} is not between 0 and 1: use 0.65 to 0.9, or none")
+    if not 0 <= rate < 1:
+        raise ValueError(f"drop_path_rate {rate} is no share: use 0 for none, or 0.1")
+    if ema is not None and not 0 < ema < 1:
+        raise ValueError(f"ema_decay {ema} is not between 0 and 1: use 0.999, or none")
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first four names, and how many more there are."""
+    shown = ", ".join(names[:4])
+    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown
