@@ -19,7 +19,7 @@ from simmim.data.annotated import (
 )
 from simmim.data.annotations import read_coco
 from simmim.data.boxes import Fit, Jitter
-from simmim.data.checks import check_choice, check_image_size, check_number, check_range, find_root
+from simmim.data.checks import check_image_size, check_number, check_range, find_root
 from simmim.data.dataset import ImageData, Key, WholeFolder, collate
 from simmim.data.decode import UnreadableImage
 from simmim.data.draws import uniforms
@@ -27,12 +27,7 @@ from simmim.data.layout import read_folder
 from simmim.data.loaders import LoaderModule
 from simmim.data.scans import Intensity
 from simmim.data.split import check_group_pattern
-from simmim.data.statistics import (
-    Statistics,
-    given_statistics,
-    imagenet_statistics,
-    measured_statistics,
-)
+from simmim.data.statistics import Statistics, check_statistics, measured_statistics
 from simmim.data.transforms import Box, CenterCrop, crop_and_resize
 
 LISTS = ("target", "truth", "picture")  # of a batch: what differs in size from image to image
@@ -126,10 +121,7 @@ class DetectionData(LoaderModule):
         check_number("split_seed", split_seed, 0, inf)
         check_number("hflip", hflip, 0, 1)
         check_group_pattern(group_pattern)
-        if isinstance(statistics, str):
-            check_choice("statistics", statistics, ("imagenet", "measured"))
-        else:
-            given_statistics(statistics, in_chans)
+        check_statistics(statistics, in_chans)
         self.intensity = Intensity(
             check_range("percentiles", percentiles, 0, 100),
             None if window is None else check_range("window", window),
@@ -223,27 +215,7 @@ class DetectionData(LoaderModule):
             "labelled": False,
         }
 
-    def _check_evaluated(self, stage: str | None) -> None:
-        """Refuse to validate, or to test, without images; train without them if so wanted."""
-        if "validation" in self.sets or (stage == "test" and "test" in self.sets):
-            return
-        if self.val_fraction:
-            raise ValueError(
-                f"{self.root!r} has no image to validate with, which takes two images (or groups): "
-                "add some, or set data.val_fraction to 0"
-            )
-        if stage in ("validate", "test"):
-            raise ValueError(
-                f"{self.root!r} has no val/, and data.val_fraction is 0: make one, or use 0.1"
-            )
-        if self.trainer is not None:
-            self.trainer.limit_val_batches = 0  # else Lightning warns of an empty loader
-
-    def _statistics(self) -> Statistics:
-        if not isinstance(self.statistics, str):
-            return given_statistics(self.statistics, self.in_chans)
-        if self.statistics == "imagenet":
-            return imagenet_statistics(self.in_chans)
+    def _measured(self) -> Statistics:
         part = self._parts["train"]
         middle = CenterCrop(self.img_size)  # what is empty of a canvas would count as black
         data = ImageData(part.files, middle, part.places, **self._reading())

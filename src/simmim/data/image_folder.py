@@ -8,7 +8,6 @@ import torch
 
 from simmim.data import named
 from simmim.data.checks import (
-    check_choice,
     check_image_size,
     check_number,
     check_range,
@@ -22,12 +21,7 @@ from simmim.data.sampler import EvenSampler, choose
 from simmim.data.scans import Intensity
 from simmim.data.shards import is_packed
 from simmim.data.split import check_group_pattern
-from simmim.data.statistics import (
-    Statistics,
-    given_statistics,
-    imagenet_statistics,
-    measured_statistics,
-)
+from simmim.data.statistics import Statistics, check_statistics, measured_statistics
 from simmim.data.transforms import CenterCrop, RandomCrop, flip_marked
 
 
@@ -126,10 +120,7 @@ class ImageFolderData(LoaderModule):
         check_number("hflip", hflip, 0, 1)
         check_number("val_crop", val_crop, 0.01, 1)
         check_group_pattern(group_pattern)
-        if isinstance(statistics, str):
-            check_choice("statistics", statistics, ("imagenet", "measured"))
-        else:
-            given_statistics(statistics, in_chans)
+        check_statistics(statistics, in_chans)
         self.intensity = Intensity(
             check_range("percentiles", percentiles, 0, 100),
             None if window is None else check_range("window", window),
@@ -235,29 +226,6 @@ class ImageFolderData(LoaderModule):
             on_bad=self.bad_files,
         )
 
-    def _check_evaluated(self, stage: str | None) -> None:
-        """Refuse to validate, or to test, without images; train without them if so wanted."""
-        if "validation" in self.sets or (stage == "test" and "test" in self.sets):
-            return
-        if self.val_fraction:
-            raise ValueError(
-                f"{self.root!r} has no image to validate with, which takes two images (or groups): "
-                "add some, or set data.val_fraction to 0"
-            )
-        if stage in ("validate", "test"):
-            raise ValueError(
-                f"{self.root!r} has no val/, and data.val_fraction is 0: make one, or use 0.1"
-            )
-        if self.trainer is not None:
-            self.trainer.limit_val_batches = 0  # else Lightning warns of an empty loader
-
-    def _statistics(self) -> Statistics:
-        if not isinstance(self.statistics, str):
-            return given_statistics(self.statistics, self.in_chans)
-        if self.statistics == "imagenet":
-            return imagenet_statistics(self.in_chans)
+    def _measured(self) -> Statistics:
         data = self.sets["probe"]
         return measured_statistics(data, self._workers(data))
-
-    def _trains(self) -> bool:
-        return self.trainer is None or self.trainer.state.fn in (None, "fit")

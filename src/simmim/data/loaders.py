@@ -12,6 +12,7 @@ from simmim.data.bad_files import BadFiles
 from simmim.data.checks import check_choice, check_number
 from simmim.data.dataset import ImageData, Key, Loader, collate
 from simmim.data.sampler import EpochSampler, EvenSampler, even_batch_size, limited, position
+from simmim.data.statistics import Statistics, given_statistics, imagenet_statistics
 from simmim.data.workers import default_workers, outlive_the_first_signal
 
 Batch = dict[str, Any]
@@ -31,7 +32,16 @@ class LoaderModule(L.LightningDataModule):
     Attributes:
         sets: The data sets by name: training, validation, test, predict, and others.
         collate: Makes a batch of samples.
+        root: The folder.
+        in_chans: Channels of the images.
+        val_fraction: Share of the images that validates where there is no val/.
+        statistics: Which mean and standard deviation: imagenet, measured, or the numbers.
     """
+
+    root: str
+    in_chans: int
+    val_fraction: float
+    statistics: str | list[list[float]]
 
     def __init__(
         self,
@@ -111,6 +121,36 @@ class LoaderModule(L.LightningDataModule):
     def num_train(self) -> int:
         """Number of training images."""
         return len(self.sets["training"])
+
+    def _check_evaluated(self, stage: str | None) -> None:
+        """Refuse to validate, or to test, without images; train without them if so wanted."""
+        if "validation" in self.sets or (stage == "test" and "test" in self.sets):
+            return
+        if self.val_fraction:
+            raise ValueError(
+                f"{self.root!r} has no image to validate with, which takes two images (or groups): "
+                "add some, or set data.val_fraction to 0"
+            )
+        if stage in ("validate", "test"):
+            raise ValueError(
+                f"{self.root!r} has no val/, and data.val_fraction is 0: make one, or use 0.1"
+            )
+        if self.trainer is not None:
+            self.trainer.limit_val_batches = 0  # else Lightning warns of an empty loader
+
+    def _statistics(self) -> Statistics:
+        if not isinstance(self.statistics, str):
+            return given_statistics(self.statistics, self.in_chans)
+        if self.statistics == "imagenet":
+            return imagenet_statistics(self.in_chans)
+        return self._measured()
+
+    def _measured(self) -> Statistics:
+        """Mean and standard deviation of the training images."""
+        raise NotImplementedError
+
+    def _trains(self) -> bool:
+        return self.trainer is None or self.trainer.state.fn in (None, "fit")
 
     def _add_report(self) -> None:
         if self.trainer is not None and self.bad_files == "skip":

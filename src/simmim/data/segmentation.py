@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from simmim.data.checks import check_choice, check_image_size, check_number, check_range, find_root
+from simmim.data.checks import check_image_size, check_number, check_range, find_root
 from simmim.data.dataset import ImageData, Transform, WholeFolder, collate
 from simmim.data.index import FileIndex
 from simmim.data.joint import PairCrop, Whole
@@ -25,12 +25,7 @@ from simmim.data.loaders import LoaderModule
 from simmim.data.pairs import Pairs, read_pairs, without_masks
 from simmim.data.scans import Intensity
 from simmim.data.split import check_group_pattern
-from simmim.data.statistics import (
-    Statistics,
-    given_statistics,
-    imagenet_statistics,
-    measured_statistics,
-)
+from simmim.data.statistics import Statistics, check_statistics, measured_statistics
 from simmim.data.transforms import CenterCrop
 
 
@@ -130,10 +125,7 @@ class SegmentationData(LoaderModule):
         check_number("max_class_share", max_class_share, 0, 1)
         check_number("short_side", 1 if short_side is None else short_side, 1)
         check_group_pattern(group_pattern)
-        if isinstance(statistics, str):
-            check_choice("statistics", statistics, ("imagenet", "measured"))
-        else:
-            given_statistics(statistics, in_chans)
+        check_statistics(statistics, in_chans)
         self.intensity = Intensity(
             check_range("percentiles", percentiles, 0, 100),
             None if window is None else check_range("window", window),
@@ -235,27 +227,7 @@ class SegmentationData(LoaderModule):
             labelled=False,
         )
 
-    def _check_evaluated(self, stage: str | None) -> None:
-        """Refuse to validate, or to test, without images; train without them if so wanted."""
-        if "validation" in self.sets or (stage == "test" and "test" in self.sets):
-            return
-        if self.val_fraction:
-            raise ValueError(
-                f"{self.root!r} has no image to validate with, which takes two images (or groups): "
-                "add some, or set data.val_fraction to 0"
-            )
-        if stage in ("validate", "test"):
-            raise ValueError(
-                f"{self.root!r} has no val/, and data.val_fraction is 0: make one, or use 0.1"
-            )
-        if self.trainer is not None:
-            self.trainer.limit_val_batches = 0  # else Lightning warns of an empty loader
-
-    def _statistics(self) -> Statistics:
-        if not isinstance(self.statistics, str):
-            return given_statistics(self.statistics, self.in_chans)
-        if self.statistics == "imagenet":
-            return imagenet_statistics(self.in_chans)
+    def _measured(self) -> Statistics:
         training = self.sets["training"]
         middle = ImageData(
             training.files,
@@ -266,9 +238,6 @@ class SegmentationData(LoaderModule):
             on_bad=self.bad_files,
         )
         return measured_statistics(middle, self._workers(middle))
-
-    def _trains(self) -> bool:
-        return self.trainer is None or self.trainer.state.fn in (None, "fit")
 
 
 class MaskedImages(ImageData):

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch.utils.data import DataLoader, Subset
 
+from simmim.data.checks import check_choice
 from simmim.data.dataset import ImageData, collate
 from simmim.data.sampler import choose
 
@@ -42,6 +43,14 @@ def given_statistics(values: Sequence[Sequence[float]], in_chans: int) -> Statis
         )
     mean, std = (tuple(float(x) for x in v) for v in values)
     return mean, std
+
+
+def check_statistics(wanted: str | Sequence[Sequence[float]], in_chans: int) -> None:
+    """Refuse what is neither a way to find the statistics nor these themselves."""
+    if isinstance(wanted, str):
+        check_choice("statistics", wanted, ("imagenet", "measured"))
+    else:
+        given_statistics(wanted, in_chans)
 
 
 def measured_statistics(data: ImageData, num_workers: int = 0) -> Statistics:
