@@ -8,12 +8,12 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from simmim.callbacks.pictures import BACKGROUND, INK
+from simmim.callbacks.schedule import check_every_n_epochs, show
 
 NAMED, NUMBERED = 40, 20  # classes up to which rows have names, and cells numbers
 MOST, LEAST = (8, 48, 107), (247, 251, 255)  # colours of all and of none of a class's images
@@ -31,8 +31,7 @@ class ConfusionMatrix(L.Callback):
     """
 
     def __init__(self, every_n_epochs: int = 10) -> None:
-        if every_n_epochs < 0:
-            raise ValueError(f"every_n_epochs {every_n_epochs} is negative: use 0 to draw nothing")
+        check_every_n_epochs(every_n_epochs)
         self.every_n_epochs = every_n_epochs
         self._undrawn = False
 
@@ -63,7 +62,9 @@ class ConfusionMatrix(L.Callback):
         if not trainer.is_global_zero or (counts is None and labels is None):
             return
         picture = None if counts is None else draw_confusion(counts, module.class_names)
-        _show(picture, trainer)
+        if picture is not None:
+            name = "confusion_matrix"
+            show(trainer, name, picture, lambda logger: logger.log_image(name, [picture]))
         if trainer.fast_dev_run or (not trainer.loggers and trainer.state.fn != "fit"):  # type: ignore[attr-defined]
             return
         table = class_rows(counts, labels or {}, module.class_names)
@@ -259,17 +260,6 @@ def class_rows(
         for column in columns
     ]
     return [header, *([name, *row] for name, *row in zip(names, *cells, strict=True))]
-
-
-def _show(picture: Image.Image | None, trainer: L.Trainer) -> None:
-    """Put a picture on the boards."""
-    for logger in trainer.loggers if picture is not None else ():
-        if isinstance(logger, WandbLogger):
-            logger.log_image("confusion_matrix", [picture])
-        elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(
-                "confusion_matrix", np.asarray(picture), trainer.global_step, dataformats="HWC"
-            )
 
 
 def _free(path: Path) -> Path:

@@ -8,19 +8,18 @@ from typing import Any
 import lightning as L
 import numpy as np
 from faster_coco_eval.core import mask as coco_mask
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from simmim.callbacks.boxes import board_boxes, draw_boxes, draw_pairs, enlarge, select
 from simmim.callbacks.look import call, datamodule, undisturbed
 from simmim.callbacks.pictures import PictureNames
-from simmim.callbacks.reconstructions import save_png
+from simmim.callbacks.schedule import EpochPictures, save_png
 
 RESULTS = "predictions.json"
 
 
-class Detections(L.Callback):
+class Detections(EpochPictures):
     """Draw what is found in the same few validation images, beside what is there.
 
     `detections/epoch_0007.png` in the run's folder is the model after seven epochs; TensorBoard
@@ -32,44 +31,25 @@ class Detections(L.Callback):
         min_score: Score from which a box is drawn.
     """
 
+    NAME, CONTENT = "detections", "what it finds"
+
     def __init__(
         self, every_n_epochs: int = 10, num_images: int = 4, min_score: float = 0.3
     ) -> None:
-        if every_n_epochs < 0:
-            raise ValueError(f"every_n_epochs {every_n_epochs} is negative: use 0 to draw nothing")
-        if num_images < 1:
-            raise ValueError(f"num_images {num_images} is too few: use at least 1")
-        self.every_n_epochs, self.num_images = every_n_epochs, num_images
+        super().__init__(every_n_epochs, num_images)
         self.min_score = min_score
-        self.folder: Path | None = None
         self._batch: Any = None
-        self._drawn_at: int | None = None  # optimiser steps at the last picture
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the run's folder, which every process must ask for."""
-        self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "detections"
-        self._batch = self._drawn_at = None
+        super().setup(trainer, pl_module, stage)
+        self._batch = None
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw every few epochs."""
-        epochs = trainer.current_epoch + 1
-        if self.every_n_epochs and epochs % self.every_n_epochs == 0:
-            self._draw(trainer, pl_module, epochs)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the last state, however the run came to its end."""
-        if self._drawn_at != trainer.global_step:
-            self._draw(trainer, pl_module, epochs=trainer.current_epoch)
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say where the pictures are."""
-        if trainer.is_global_zero and self.folder is not None and self.folder.is_dir():
-            print(f"Pictures of what it finds: {self.folder}")
-
-    def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule, epochs: int) -> None:
+    def draw(self, trainer: L.Trainer, pl_module: L.LightningModule, epochs: int) -> bool:
+        """Draw what is found beside what is there."""
         samples_to_draw = getattr(datamodule(trainer), "samples_to_draw", None)
-        if not self.every_n_epochs or samples_to_draw is None:
-            return
+        if samples_to_draw is None:
+            return False
         module: Any = pl_module
         with undisturbed(pl_module):
             if self._batch is None:
@@ -77,10 +57,10 @@ class Detections(L.Callback):
             batch = trainer.strategy.batch_to_device(self._batch, dataloader_idx=0)
             images = module.inputs(batch)
             found = call(trainer, module.find, images, batch["size"], batch["original"])
-        self._drawn_at = trainer.global_step
         if trainer.is_global_zero:
             shown = [select(_on_cpu(one), self.min_score) for one in found]
             self._keep(trainer, shown, module.class_names, epochs)
+        return True
 
     def _keep(
         self, trainer: L.Trainer, found: list[dict[str, Tensor]], names: list[str], epochs: int
@@ -92,20 +72,11 @@ class Detections(L.Callback):
         ):
             drawn = {"truth": truth, "prediction": one}
             rows.append({k: draw_boxes(picture, v, names, tuple(size)) for k, v in drawn.items()})
-        panel = draw_pairs(rows)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                self._keep_on_board(logger, found, names, trainer.global_step)
-            elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(
-                    "detections", np.asarray(panel), trainer.global_step, dataformats="HWC"
-                )
-        if self.folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        try:
-            save_png(panel, self.folder / f"epoch_{epochs:04d}.png")
-        except OSError as error:  # a full disk costs the picture, not the run
-            rank_zero_warn(f"no picture: {error}")
+
+        def to_wandb(logger: WandbLogger) -> None:
+            self._keep_on_board(logger, found, names, trainer.global_step)
+
+        self.keep(trainer, draw_pairs(rows), epochs, to_wandb)
 
     def _keep_on_board(
         self, logger: WandbLogger, found: list[dict[str, Tensor]], names: list[str], step: int
@@ -122,7 +93,7 @@ class Detections(L.Callback):
                     "truth": board_boxes(truth, names, scale),
                 }
             )
-        logger.log_image("detections", pictures, step, boxes=boxes)
+        logger.log_image(self.NAME, pictures, step, boxes=boxes)
 
 
 class DetectionWriter(L.Callback):

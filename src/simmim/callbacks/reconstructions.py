@@ -5,17 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_warn
-from PIL import Image
 from torch import Tensor
 
 from simmim.callbacks.look import Samples, call, datamodule, fixed_samples, undisturbed
 from simmim.callbacks.pictures import PictureNames, draw_panel
+from simmim.callbacks.schedule import EpochPictures, save_png
 
 
-class Reconstructions(L.Callback):
+class Reconstructions(EpochPictures):
     """Draw the same few validation images, under the same masks, every few epochs.
 
     Rows are images, columns the original, what is left of it, the reconstruction, the
@@ -29,70 +26,31 @@ class Reconstructions(L.Callback):
             classes.
     """
 
-    def __init__(self, every_n_epochs: int = 10, num_images: int = 8) -> None:
-        if every_n_epochs < 0:
-            raise ValueError(f"every_n_epochs {every_n_epochs} is negative: use 0 to draw nothing")
-        if num_images < 1:
-            raise ValueError(f"num_images {num_images} is too few: use at least 1")
-        self.every_n_epochs, self.num_images = every_n_epochs, num_images
-        self.folder: Path | None = None
-        self._samples: Samples | None = None
-        self._drawn_at: int | None = None  # optimiser steps at the last picture
+    NAME, CONTENT = "reconstructions", "what it reconstructs"
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find the run's folder, which every process must ask for."""
-        self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "reconstructions"
+    def __init__(self, every_n_epochs: int = 10, num_images: int = 8) -> None:
+        super().__init__(every_n_epochs, num_images)
+        self._samples: Samples | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the untrained model, so that a wrong image shows before hours are spent."""
-        self._samples, self._drawn_at = None, None
+        super().on_train_start(trainer, pl_module)
+        self._samples = None
         if trainer.global_step == 0:
-            self._draw(trainer, pl_module, epochs=0)
+            self.draw_now(trainer, pl_module, epochs=0)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw every few epochs."""
-        epochs = trainer.current_epoch + 1
-        if self.every_n_epochs and epochs % self.every_n_epochs == 0:
-            self._draw(trainer, pl_module, epochs)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the last state, however the run came to its end."""
-        if self._drawn_at != trainer.global_step:
-            self._draw(trainer, pl_module, epochs=trainer.current_epoch)
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say where the pictures are."""
-        if trainer.is_global_zero and self.folder is not None and self.folder.is_dir():
-            print(f"Pictures of what it reconstructs: {self.folder}")
-
-    def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule, epochs: int) -> None:
-        if not self.every_n_epochs:
-            return
+    def draw(self, trainer: L.Trainer, pl_module: L.LightningModule, epochs: int) -> bool:
+        """Draw what it makes of the images."""
         with undisturbed(pl_module):
             if self._samples is None:
                 self._samples = fixed_samples(trainer, self.num_images)
             if self._samples is None:
-                return
+                return False
             module: Any = pl_module
             pictures: Mapping[str, Tensor] = call(trainer, module.reconstruct, *self._samples)
-        self._drawn_at = trainer.global_step
         if trainer.is_global_zero:
-            self._keep(trainer, draw_panel(pictures), epochs)
-
-    def _keep(self, trainer: L.Trainer, panel: Image.Image, epochs: int) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image("reconstructions", [panel], trainer.global_step)
-            elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(
-                    "reconstructions", np.asarray(panel), trainer.global_step, dataformats="HWC"
-                )
-        if self.folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        try:
-            save_png(panel, self.folder / f"epoch_{epochs:04d}.png")
-        except OSError as error:  # a full disk costs the picture, not the run
-            rank_zero_warn(f"no picture: {error}")
+            self.keep(trainer, draw_panel(pictures), epochs)
+        return True
 
 
 class PredictionWriter(L.Callback):
@@ -140,9 +98,3 @@ class PredictionWriter(L.Callback):
         """Say where the pictures are."""
         if trainer.is_global_zero:
             print(f"Pictures of what it reconstructs: {self.folder}")
-
-
-def save_png(picture: Image.Image, path: Path) -> None:
-    """Write a picture, and the folders above it where there are none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)

@@ -2,22 +2,21 @@
 
 import colorsys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.loggers import WandbLogger
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from simmim.callbacks.look import call, evaluation_loader, undisturbed
 from simmim.callbacks.pictures import BACKGROUND, GAP, INK, draw_panel
-from simmim.callbacks.reconstructions import PredictionWriter, save_png
+from simmim.callbacks.reconstructions import PredictionWriter
+from simmim.callbacks.schedule import EpochPictures, save_png
 
 Color = tuple[int, int, int]
 
@@ -27,7 +26,7 @@ STRENGTH = 0.6  # of the colours over the image
 BYTE = 256  # values of an 8-bit mask
 
 
-class Segmentations(L.Callback):
+class Segmentations(EpochPictures):
     """Draw the same few validation images with their classes every few epochs.
 
     Rows are images; columns the image, its mask, and what is predicted, both in the classes'
@@ -40,65 +39,27 @@ class Segmentations(L.Callback):
         num_images: Validation images to draw, spread evenly over the data set.
     """
 
+    NAME, CONTENT = "segmentations", "its segmentations"
+
     def __init__(self, every_n_epochs: int = 10, num_images: int = 6) -> None:
-        if every_n_epochs < 0:
-            raise ValueError(f"every_n_epochs {every_n_epochs} is negative: use 0 to draw nothing")
-        if num_images < 1:
-            raise ValueError(f"num_images {num_images} is too few: use at least 1")
-        self.every_n_epochs, self.num_images = every_n_epochs, num_images
-        self.folder: Path | None = None
-        self._drawn_at: int | None = None  # optimiser steps at the last picture
+        super().__init__(every_n_epochs, num_images)
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find the run's folder, which every process must ask for."""
-        self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "segmentations"
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin anew."""
-        self._drawn_at = None
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw every few epochs."""
-        epochs = trainer.current_epoch + 1
-        if self.every_n_epochs and epochs % self.every_n_epochs == 0:
-            self._draw(trainer, pl_module, epochs)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the last state, however the run came to its end."""
-        if self._drawn_at != trainer.global_step:
-            self._draw(trainer, pl_module, epochs=trainer.current_epoch)
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say where the pictures are."""
-        if trainer.is_global_zero and self.folder is not None and self.folder.is_dir():
-            print(f"Pictures of its segmentations: {self.folder}")
-
-    def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule, epochs: int) -> None:
-        if not self.every_n_epochs:
-            return
+    def draw(self, trainer: L.Trainer, pl_module: L.LightningModule, epochs: int) -> bool:
+        """Draw what it makes of the images."""
         with undisturbed(pl_module):
             found = segment_samples(trainer, self.num_images)
-        self._drawn_at = trainer.global_step
         if found and trainer.is_global_zero:
             self._keep(trainer, pl_module, found, epochs)
+        return True
 
     def _keep(self, trainer: L.Trainer, module: Any, found: list["Segmented"], epochs: int) -> None:
         names, colors = module.class_names, module.colors or distinct_colors(module.num_classes)
-        panel = draw_segmentations(found, names, colors)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                images, masks = for_board(found, names)
-                logger.log_image("segmentations", images, trainer.global_step, masks=masks)
-            elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(
-                    "segmentations", np.asarray(panel), trainer.global_step, dataformats="HWC"
-                )
-        if self.folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        try:
-            save_png(panel, self.folder / f"epoch_{epochs:04d}.png")
-        except OSError as error:  # a full disk costs the picture, not the run
-            rank_zero_warn(f"no picture: {error}")
+
+        def to_wandb(logger: WandbLogger) -> None:
+            images, masks = for_board(found, names)
+            logger.log_image(self.NAME, images, trainer.global_step, masks=masks)
+
+        self.keep(trainer, draw_segmentations(found, names, colors), epochs, to_wandb)
 
 
 class MaskWriter(PredictionWriter):
