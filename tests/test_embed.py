@@ -477,8 +477,8 @@ def test_mistakes_are_one_sentence(
 def test_missing_packages_are_one_sentence(
     tmp_path: Path, weights: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("simmim.embeddings.find_spec", lambda name: None)
-    monkeypatch.setattr("simmim.atlas.find_spec", lambda name: None)
+    monkeypatch.setattr("simmim.embed.table.find_spec", lambda name: None)
+    monkeypatch.setattr("simmim.embed.pictures.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'simmim\[parquet\]'"):
         embed(weights, str(folder), str(tmp_path / "f.parquet"), **QUICK)
     with pytest.raises(ValueError, match=r"pip install 'simmim\[umap\]'"):

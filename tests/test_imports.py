@@ -27,7 +27,6 @@ SHARED = {
     "average_precision",
 }
 COMMANDS = {"embed", "export", "compare", "doctor", "benchmark"}
-COMMAND_PARTS = {"embeddings", "atlas"}  # of embed
 RUNS = {"run", "configuration", "mistakes"}  # where a run lies, what its config says
 FREE = {"parts"}  # finds a part by its name; knows none of them
 MAY_IMPORT = {
@@ -36,8 +35,6 @@ MAY_IMPORT = {
     **{area: METHOD | SHARED | TASKS for area in TASKS},
     "data": {"data", "masking"},
     **{area: METHOD | SHARED | TASKS | {"data"} for area in COMMANDS},
-    "embed": METHOD | SHARED | TASKS | {"data"} | COMMAND_PARTS,
-    **{area: METHOD | SHARED | TASKS for area in COMMAND_PARTS},
     "compare": METHOD | SHARED | TASKS | RUNS | {"data"},
 }
 

@@ -10,7 +10,7 @@ import torch
 from matplotlib.colors import to_hex
 from sklearn.datasets import load_digits
 
-from simmim.atlas import (
+from simmim.embed.pictures import (
     RIGHT,
     WRONG,
     Tile,
