@@ -60,14 +60,6 @@ COMMANDS = {
         "write the features of a folder's images, score and draw them",
         "simmim.commands:embed",
     ),
-    "pack": Command(
-        "turn an image folder into shards that are read several times as fast",
-        "simmim.commands:pack",
-    ),
-    "convert": Command(
-        "turn an official SimMIM release (.pth) into a checkpoint of ours",
-        "simmim.commands:convert",
-    ),
     "compare": Command(
         "say whether pretraining was worth it: against scratch, with few labels and with all",
         "simmim.commands:compare",
@@ -75,6 +67,14 @@ COMMANDS = {
     "export": Command(
         "write an encoder or a classifier for timm, Hugging Face, ONNX or torch.export",
         "simmim.commands:export",
+    ),
+    "convert": Command(
+        "turn an official SimMIM release (.pth) into a checkpoint of ours",
+        "simmim.commands:convert",
+    ),
+    "pack": Command(
+        "turn an image folder into shards that are read several times as fast",
+        "simmim.commands:pack",
     ),
 }
 
