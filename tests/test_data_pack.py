@@ -197,6 +197,7 @@ def test_reduced_scans_are_stored_in_their_own_numbers(scans: Path) -> None:
 
 
 def test_dicom_is_left_as_it_is(tmp_path: Path) -> None:
+    pytest.importorskip("pydicom")
     folder = SHARED / "medical" / "dicom"
     if not folder.exists():
         pytest.skip("no ../shared/data")

@@ -165,6 +165,15 @@ def requeue() -> None:
         rank_zero_warn(f"SLURM does not start job {job} again: {error}")
 
 
+class KeepBest(ModelCheckpoint):
+    """Lightning's, which also takes up the last score: it keeps it, and forgets to read it."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what a checkpoint holds of it."""
+        super().load_state_dict(state_dict)
+        self.current_score = state_dict["current_score"]
+
+
 def best_checkpoint(folder: Path, monitor: str, mode: str) -> ModelCheckpoint:
     """Keep the best state.
 
@@ -173,7 +182,7 @@ def best_checkpoint(folder: Path, monitor: str, mode: str) -> ModelCheckpoint:
         monitor: The metric that tells the best.
         mode: Whether its least is best, or its greatest: min or max.
     """
-    return ModelCheckpoint(
+    return KeepBest(
         folder / CHECKPOINTS,
         filename="best",
         monitor=monitor,

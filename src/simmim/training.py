@@ -189,6 +189,13 @@ class MovingAverage(EMAWeightAveraging):
             )  # the model is not there yet
         super().setup(trainer, pl_module, stage)
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Wait: the last checkpoint, which comes now, must still hold both models."""
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the average in the model."""
+        super().on_train_end(trainer, pl_module)
+
     def on_save_checkpoint(self, trainer: L.Trainer, *args: Any) -> None:
         """Keep both models; outside of training there is one."""
         if self._average_model is not None:
