@@ -173,7 +173,7 @@ def assert_same_run(whole: Path, parts: Path) -> None:
     ("kills", "options"),
     [
         (20, ["--trainer.val_check_interval=3", "--trainer.max_epochs=10"]),
-        (4, ["--data.num_workers=2"]),
+        (4, ["--data.num_workers=2", "--trainer.max_epochs=10"]),
         (4, ["--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=5"]),
     ],
 )
@@ -195,7 +195,7 @@ def test_a_run_that_is_killed_at_random_ends_as_if_it_was_not(
             while process.is_alive() and not list(parts.glob("checkpoints/.*.unfinished")):
                 pass
         else:
-            time.sleep(draw.uniform(0, seconds / kills))
+            time.sleep(draw.uniform(0, seconds / kills / 3))  # the machine may be quicker by now
         assert kill(process) == -signal.SIGKILL
         steps.append(state(parts)["global_step"])  # it is whole, whenever it was killed
     assert steps == sorted(steps)
