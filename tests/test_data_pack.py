@@ -21,10 +21,11 @@ from PIL import Image
 
 from simmim.cli import main
 from simmim.data import ImageFolderData, pack
+from simmim.data.classification import ClassificationData
 from simmim.data.decode import UnreadableImage, decode_image
 from simmim.data.layout import read_folder, read_parts
 from simmim.data.scans import Intensity
-from simmim.data.shards import Packed
+from simmim.data.shards import Packed, join_packed, read_packed
 
 Make = Callable[..., Path]
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -405,3 +406,26 @@ def test_a_full_disk_leaves_what_is_whole(root: Path, monkeypatch: pytest.Monkey
     monkeypatch.undo()
     assert [p.name for p in (root.parent / "packed").iterdir()] == ["packed.json"]
     assert len(read_folder(str(packed(root)))) == 16
+
+
+def test_labels_of_a_table(root: Path, tmp_path: Path) -> None:
+    table = tmp_path / "labels.csv"
+    files = read_folder(str(root))
+    rows = [f"{files.name(i)},{'xy'[i % 2]}" for i in range(len(files))]
+    table.write_text("\n".join(["path,label", *rows]))
+    options = {"labels": str(table), "img_size": 24, "val_fraction": 0.0, "batch_size": 2}
+    sets = []
+    for folder in (root, packed(root, format="original")):
+        module = ClassificationData(root=str(folder), **options)
+        module.setup("fit")
+        sets.append(module.sets["training"])
+    assert sets[1].labels.tolist() == [0, 1] * 8
+    for i in range(16):
+        assert all(equal(sets[1][i][key], sets[0][i][key]) for key in ("image", "label"))
+
+
+def test_an_image_is_found_by_its_path(root: Path) -> None:
+    files = join_packed(str(root), read_packed(str(packed(root))))
+    assert [files.find(files.name(i)) for i in range(16)] == list(range(16))
+    for name in ("000.jpg", "a/deep/000.jp", "b/000.png" + "b/001.png", "", "a/deep"):
+        assert files.find(name) is None

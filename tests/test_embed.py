@@ -18,6 +18,7 @@ from simmim import Classifier, ImageFolderData, SimMIM, load_encoder
 from simmim.callbacks import OnlineProbe
 from simmim.cli import main
 from simmim.data.named import prepare
+from simmim.data.pack import pack
 from simmim.embed import embed
 
 Make = Callable[..., Path]
@@ -510,3 +511,17 @@ def test_from_the_command_line(
     assert "images/f.npz lies in --root" in capsys.readouterr().out
     assert main(["embed", *args]) == 1
     assert "f.npz is there already" in capsys.readouterr().err
+
+
+def test_a_packed_folder_is_a_folder(tmp_path: Path, weights: str, folder: Path) -> None:
+    packed = tmp_path / "packed"
+    pack(str(folder), str(packed), "original", workers=0)
+    options = {**QUICK, "neighbours": 2, "query": ["cat/003.png"]}
+    found = [
+        embed(weights, str(root), str(tmp_path / f"{root.name}.npz"), **options)
+        for root in (folder, packed)
+    ]
+    assert np.array_equal(found[0].features, found[1].features)
+    assert found[0].paths.tolist() == found[1].paths.tolist()
+    pictures = [(tmp_path / f"{root.name}.neighbours.png") for root in (folder, packed)]
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()

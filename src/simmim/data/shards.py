@@ -8,6 +8,7 @@ is, and a table of paths is read first, without touching the shards.
 
 import json
 import os
+import re
 from bisect import bisect_right
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -186,6 +187,14 @@ class PackedIndex(FileIndex):
         number = self._shard(place)
         shard = _open(self.shards[number], self.stamp)
         return shard.read(place - self.firsts[number])
+
+    def find(self, name: str) -> int | None:
+        """Find an image by its path below the root; None where there is none."""
+        for match in re.finditer(re.escape(os.fsencode(name)), self.names.numpy().data):
+            place = int(torch.searchsorted(self.starts, match.start()))
+            if self.starts[place : place + 2].tolist() == list(match.span()):
+                return place
+        return None
 
     def _shard(self, place: int) -> int:
         return bisect_right(self.firsts, place) - 1

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -18,11 +19,12 @@ from torch.utils.data import DataLoader
 
 from simmim.data import ImageFolderData
 from simmim.data.bad_files import FILE, write_bad_files
-from simmim.data.dataset import WholeFolder, collate
+from simmim.data.dataset import ImageData, WholeFolder, collate
 from simmim.data.decode import read_image
 from simmim.data.index import FileIndex, check_folder
 from simmim.data.layout import Part, read_parts
 from simmim.data.sampler import choose
+from simmim.data.shards import PackedIndex, is_packed, join_packed, read_packed
 from simmim.data.statistics import imagenet_statistics
 from simmim.data.workers import default_workers
 from simmim.embed.pictures import (
@@ -255,8 +257,26 @@ class Embedder:
         Raises:
             UnreadableImage: With the file's name and the reason.
         """
-        pixels = read_image(str(path), self.data.in_chans, self.data.intensity)
+        place, data = self._place_in_shards(path), self.data
+        if self._packed is None or place is None:
+            pixels = read_image(str(path), data.in_chans, data.intensity)
+        else:
+            images = ImageData(
+                self._packed, data.val_transform, in_chans=data.in_chans, intensity=data.intensity
+            )
+            pixels = images.read(place)
         return cast(Tensor, self.data.val_transform(pixels, iter(()))["image"])
+
+    @cached_property
+    def _packed(self) -> PackedIndex | None:
+        root = self.data.root
+        return join_packed(root, read_packed(root)) if is_packed(root) else None
+
+    def _place_in_shards(self, path: Path) -> int | None:
+        """Place of an image in the packed folder; None where there is no such folder or image."""
+        if self._packed is None:
+            return None
+        return self._packed.find(os.path.relpath(path, self.data.root).replace(os.sep, "/"))
 
     def _embed_index(self, files: FileIndex, parts: dict[str, Part], bad_files: Path) -> Embeddings:
         data = self.data
@@ -320,6 +340,8 @@ def find_query(root: str, name: str) -> Path:
     Raises:
         ValueError: If there is no such file.
     """
+    if is_packed(root) and join_packed(root, read_packed(root)).find(name) is not None:
+        return Path(root, name)
     for path in (Path(root, name), Path(name).expanduser()):
         if path.is_file():
             return path
