@@ -10,6 +10,7 @@ from PIL import Image
 from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
+from simmim.data.dataset import collate
 from simmim.data.draws import permutation, uniforms
 from simmim.data.transforms import (
     Box,
@@ -132,3 +133,17 @@ def test_marked_images_are_mirrored() -> None:
     flipped = flip_marked(images, torch.tensor([False, True]))
     assert torch.equal(flipped[0], images[0])
     assert flipped[1, 0].tolist() == [[8, 7, 6], [11, 10, 9]]
+
+
+def test_colour_stays_as_it_was_decoded_until_it_is_on_the_device() -> None:
+    pixels = torch.randint(256, (40, 50, 3), dtype=torch.uint8)
+    image, size = pixels.permute(2, 0, 1), (24, 24)  # HWC in memory
+    sample = RandomCrop(size)(image, uniforms(0, 0, 0))
+    assert sample["image"].permute(1, 2, 0).is_contiguous()
+    box = random_box(40, 50, (0.67, 1.0), (3 / 4, 4 / 3), uniforms(0, 0, 0))
+    again = crop_and_resize(image.contiguous(), box, size)
+    assert again.is_contiguous()
+    assert torch.equal(sample["image"], again)
+    batch = collate([sample, sample])
+    assert batch["image"].is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(batch["image"], torch.stack([again, again]))

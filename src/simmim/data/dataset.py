@@ -174,10 +174,18 @@ class Loader(DataLoader[T]):
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack samples to a batch; where 8-bit images meet deeper scans, all become float in 0..1."""
+    """Stack samples to a batch; where 8-bit images meet deeper scans, all become float in 0..1.
+
+    Images that are HWC in memory stay so, (B, C, H, W) by their strides alone.
+    """
     if len({sample["image"].dtype for sample in samples}) > 1:
         samples = [{**sample, "image": _unit(sample["image"])} for sample in samples]
-    batch: dict[str, Any] = default_collate(samples)
+    batch: dict[str, Any]
+    if samples[0]["image"].stride(0) != 1:
+        batch = default_collate(samples)
+    else:
+        batch = default_collate([{**s, "image": s["image"].permute(1, 2, 0)} for s in samples])
+        batch["image"] = batch["image"].permute(0, 3, 1, 2)
     return batch
 
 

@@ -138,8 +138,20 @@ def _decode_jpeg(data: bytes, in_chans: int) -> Pixels | None:
         return None
     gray = colors == "Gray" or in_chans == 1
     pixels: Pixels = simplejpeg.decode_jpeg(data, "GRAY" if gray else "RGB", strict=True)
-    # Camera headers come first; the rest of the file need not be searched.
-    return _rotate(pixels, _orientation(data)) if b"Exif\0\0" in data[:131_072] else pixels
+    return _rotate(pixels, _orientation(data)) if _has_exif(data) else pixels
+
+
+def _has_exif(data: bytes) -> bool:
+    """Walk the segments before the picture: marker and length in two bytes each, then content."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":
+        if data[at + 1 : at + 2] == b"\xe1" and data[at + 4 : at + 10] == b"Exif\0\0":
+            return True
+        if data[at + 1 : at + 2] == b"\xff":  # filling
+            at += 1
+            continue
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return False
 
 
 def _orientation(data: bytes) -> int:

@@ -172,9 +172,11 @@ class ImageFolderData(LoaderModule):
         self._add_report()
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Mirror, on the device, the images that the worker marked."""
+        """Mirror the images that the worker marked, and put them in order, on the device."""
         if isinstance(batch, dict) and "flip" in batch:
             batch["image"] = flip_marked(batch["image"], batch.pop("flip"))
+        if isinstance(batch, dict) and isinstance(batch.get("image"), torch.Tensor):
+            batch["image"] = batch["image"].contiguous()  # HWC -> CHW in memory
         return batch
 
     def probe_dataloader(self, limit: int | None = None) -> Loader[Batch]:
