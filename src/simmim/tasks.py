@@ -7,6 +7,7 @@ from dataclasses import replace
 from inspect import signature
 from itertools import pairwise
 
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -36,9 +37,7 @@ def pretrain(args: list[str]) -> None:
                 "reconstructions": callbacks.Reconstructions,
                 "probe": callbacks.OnlineProbe,
                 "collapse_alarm": callbacks.CollapseAlarm,
-                "non_finite": callbacks.StopOnNonFinite,
-                "throughput": callbacks.Throughput,
-                "progress_bar": callbacks.ProgressBar,
+                **_every_run(),
             },
             writers=(callbacks.PredictionWriter,),
         ),
@@ -48,11 +47,9 @@ def pretrain(args: list[str]) -> None:
 
 def classify(args: list[str]) -> None:
     """`simmim classify {fit,validate,test,predict}`."""
-    from simmim import callbacks
     from simmim.callbacks.classification import ConfusionMatrix, PredictionTable
     from simmim.classify import Classifier
     from simmim.data.classification import ClassificationData
-    from simmim.transfer import channels, image_size
 
     run_task(
         Task(
@@ -62,14 +59,11 @@ def classify(args: list[str]) -> None:
             default="classify/linear_probe" if _is_frozen(args) else "classify/finetune_small",
             callbacks={
                 "confusion": ConfusionMatrix,
-                "non_finite": callbacks.StopOnNonFinite,
-                "throughput": callbacks.Throughput,
-                "progress_bar": callbacks.ProgressBar,
+                **_every_run(),
             },
             writers=(PredictionTable,),
             links={
-                "data.img_size": Link(("model.img_size", "model.weights"), image_size),
-                "data.in_chans": Link(("model.in_chans", "model.weights"), channels),
+                **_as_the_weights(),
                 "data.multi_label": Link("model.multi_label"),
             },
             monitor=lambda model: "val/mean_ap" if model.multi_label else "val/top1",
@@ -80,11 +74,9 @@ def classify(args: list[str]) -> None:
 
 def segment(args: list[str]) -> None:
     """`simmim segment {fit,validate,test,predict}`."""
-    from simmim import callbacks
     from simmim.callbacks.segmentation import MaskWriter, Segmentations
     from simmim.data import SegmentationData
     from simmim.segment import Segmenter
-    from simmim.transfer import channels, image_size
 
     run_task(
         Task(
@@ -94,15 +86,10 @@ def segment(args: list[str]) -> None:
             default="segment/linear" if _is_frozen(args) else "segment/upernet_small",
             callbacks={
                 "segmentations": Segmentations,
-                "non_finite": callbacks.StopOnNonFinite,
-                "throughput": callbacks.Throughput,
-                "progress_bar": callbacks.ProgressBar,
+                **_every_run(),
             },
             writers=(MaskWriter,),
-            links={
-                "data.img_size": Link(("model.img_size", "model.weights"), image_size),
-                "data.in_chans": Link(("model.in_chans", "model.weights"), channels),
-            },
+            links=_as_the_weights(),
         ),
         args,
     )
@@ -110,11 +97,9 @@ def segment(args: list[str]) -> None:
 
 def detect(args: list[str]) -> None:
     """`simmim detect {fit,validate,test,predict}`."""
-    from simmim import callbacks
     from simmim.callbacks.detections import Detections, DetectionWriter
     from simmim.data import DetectionData
     from simmim.detect import Detector
-    from simmim.transfer import channels, image_size
 
     run_task(
         Task(
@@ -125,19 +110,37 @@ def detect(args: list[str]) -> None:
             callbacks={
                 "detections": Detections,
                 "predictions": DetectionWriter,
-                "non_finite": callbacks.StopOnNonFinite,
-                "throughput": callbacks.Throughput,
-                "progress_bar": callbacks.ProgressBar,
+                **_every_run(),
             },
             links={
-                "data.img_size": Link(("model.img_size", "model.weights"), image_size),
-                "data.in_chans": Link(("model.in_chans", "model.weights"), channels),
+                **_as_the_weights(),
                 "data.masks": Link("model.masks"),
             },
             monitor="val/map",
         ),
         args,
     )
+
+
+def _every_run() -> dict[str, type[Callback]]:
+    """Callbacks of every task."""
+    from simmim import callbacks
+
+    return {
+        "non_finite": callbacks.StopOnNonFinite,
+        "throughput": callbacks.Throughput,
+        "progress_bar": callbacks.ProgressBar,
+    }
+
+
+def _as_the_weights() -> dict[str, Link]:
+    """Size and channels of the images, where a task begins with weights: theirs by default."""
+    from simmim.transfer import channels, image_size
+
+    return {
+        "data.img_size": Link(("model.img_size", "model.weights"), image_size),
+        "data.in_chans": Link(("model.in_chans", "model.weights"), channels),
+    }
 
 
 def _is_frozen(args: list[str]) -> bool:
