@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint types format wheel clean
+.PHONY: help install demo test test-fast test-xla lint types format wheel clean
 
 help: ## List every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,12 @@ test: $(STAMP) ## Run all tests
 test-fast: $(STAMP) ## Run the tests that take seconds
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) -m "not slow"
 
+test-xla: ## Run the step on XLA's CPU device, in .venv-xla with the torch it was built for
+	$(PYTHON) -m venv .venv-xla
+	.venv-xla/bin/python -m pip install --quiet "torch==2.9.*" "torchvision==0.24.*" "torch_xla==2.9.*"
+	.venv-xla/bin/python -m pip install --quiet --editable ".[dev]"
+	.venv-xla/bin/python -m pytest tests/xla --numprocesses 0
+
 lint: $(STAMP) ## Check style (ruff)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,4 +49,4 @@ wheel: $(STAMP) ## Build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean: ## Remove the environment and caches; runs and data stay
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-xla dist .pytest_cache .mypy_cache .ruff_cache

@@ -123,7 +123,7 @@ def hash_integers(keys: Int[Tensor, " b"], n: int, stream: int = 0) -> Int[Tenso
         stream: Draws of the same key in different streams are independent. Masks and fills use
             1 to 4; 0 is everybody else's.
     """
-    return _hash64(keys, n, stream) >> 33 & 0x7FFFFFFF
+    return _shift(_hash64(keys, n, stream), 33)
 
 
 def draw_masks(
@@ -359,8 +359,8 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right: int64's own repeats the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    """Logical shift to the right: int64's own repeats the sign, and XLA's rounds towards 0."""
+    return ((x & (2**63 - 1)) >> bits) + (x < 0) * 2 ** (63 - bits)
 
 
 def _hash64(keys: Int[Tensor, " b"], n: int, stream: int) -> Int[Tensor, "b n"]:
@@ -457,7 +457,7 @@ def _noise(keys: Tensor, images: Tensor) -> Tensor:
     """Standard normal numbers in the images' shape and type, by Box and Muller's method."""
     size = math.prod(images.shape[1:])
     bits = _hash64(keys, -(-size // 2), _NOISE)
-    uniform = [((bits >> place) & 0xFFFFFF).float() * 2**-24 for place in (40, 16)]
+    uniform = [(_shift(bits, place) & 0xFFFFFF).float() * 2**-24 for place in (40, 16)]
     radius = (-2 * (1 - uniform[0]).log()).sqrt()  # 1 - u: in (0, 1]
     angle = 2 * math.pi * uniform[1]
     normal = torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :size]
