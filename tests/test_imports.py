@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "data": {"data", "masking"},
     **{area: METHOD | SHARED | TASKS | {"data"} for area in COMMANDS},
     "compare": METHOD | SHARED | TASKS | RUNS | {"data"},
+    "doctor": METHOD | SHARED | TASKS | RUNS | {"data", "compare"},  # compare: options -> model
 }
 
 

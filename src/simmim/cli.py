@@ -72,6 +72,10 @@ COMMANDS = {
         "turn an official SimMIM release (.pth) into a checkpoint of ours",
         "simmim.commands:convert",
     ),
+    "doctor": Command(
+        "look a folder over before hours are spent on it",
+        "simmim.commands:doctor",
+    ),
     "pack": Command(
         "turn an image folder into shards that are read several times as fast",
         "simmim.commands:pack",

@@ -41,6 +41,14 @@ def export(args: list[str]) -> None:
     print(call("export", export, args))
 
 
+def doctor(args: list[str]) -> None:
+    """`simmim doctor --root DIR`."""
+    from simmim.doctor import doctor
+
+    long = [re.sub(r"^-c(?==|$)", "--config", word) for word in args]
+    print(call("doctor", doctor, long))
+
+
 def pack(args: list[str]) -> None:
     """`simmim pack --root DIR --out DIR`."""
     from simmim.data.pack import pack

@@ -1,0 +1,315 @@
+"""`simmim doctor`: what is looked at, in which order, and where it is written."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+from simmim.configuration import find_config, read_config
+from simmim.data import ImageFolderData
+from simmim.data.bad_files import escape
+from simmim.data.index import SUFFIXES
+from simmim.data.layout import Part, read_parts
+from simmim.data.pairs import without_masks
+from simmim.data.sampler import choose
+from simmim.data.shards import is_packed
+from simmim.data.transforms import RandomCrop
+from simmim.data.workers import cpu_count
+from simmim.doctor.diagnosis import Diagnosis, summarise
+from simmim.doctor.estimate import estimate as estimate_cost
+from simmim.doctor.findings import Finding, Read, count_left_out, find_all
+from simmim.doctor.pictures import COLUMNS, SIDE, Row, Tile, draw_sheet
+from simmim.doctor.record import File, Inspector, Record, below
+from simmim.doctor.report import render
+from simmim.doctor.workers import run_all
+from simmim.run import leave_run, new_run
+
+JSON, SHEET, QUARANTINE = "doctor.json", "contact_sheet.png", "quarantine.txt"
+SHOWN = 12  # classes on the contact sheet
+
+
+def doctor(
+    root: str,
+    config: str = "image_folder",
+    out: str | None = None,
+    workers: int | None = None,
+    sample: int | None = None,
+    img_size: int | list[int] | None = None,
+    in_chans: int | None = None,
+    val_fraction: float | None = None,
+    split_seed: int | None = None,
+    group_pattern: str | None = None,
+    percentiles: tuple[float, float] | None = None,
+    window: tuple[float, float] | None = None,
+    estimate: bool = True,
+    estimate_seconds: float = 30.0,
+) -> str:
+    """Look a folder of images over, as training would read it, and say what to expect.
+
+    Unreadable and suspicious files, copies, images of one patient on both sides of the split,
+    classes, sizes, pixel statistics; which sizes the config's encoder takes; and from a few real
+    steps what the run will cost here. Nothing in the folder is changed.
+
+    Args:
+        root: Folder of images, as --data.root takes it, packed ones too.
+        config: Config of `simmim pretrain` that the folder is meant for, by name or file (-c); its
+            options hold here where they are not given.
+        out: New or empty folder for doctor.json, contact_sheet.png and quarantine.txt;
+            runs/doctor/version_N by default.
+        workers: Processes that read; by default one for each CPU core.
+        sample: Look at so many images of each part, chosen at random; by default at all.
+        img_size: Height and width in pixels, as --model.img_size; by default the config's.
+        in_chans: Channels, as --model.in_chans; by default the config's.
+        val_fraction: Share of the images that validates where there is no val/.
+        split_seed: Which share.
+        group_pattern: Regular expression, searched in each path; its first group names the patient
+            or scene, whose images must be on one side of the split.
+        percentiles: Deeper scans: the percentiles of each image that become 0 and 1.
+        window: Deeper scans: the values that become 0 and 1, instead of percentiles.
+        estimate: Whether sizes are tried, and time and memory estimated, with the config's model.
+        estimate_seconds: For its steps; the first takes as long as it takes.
+
+    Returns:
+        What was found, as a table.
+
+    Raises:
+        ValueError: If the folder holds no image, or an option is wrong.
+    """
+    for name, value in (("workers", workers), ("sample", sample)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value} is too small: use 1 or more")
+    groups = read_groups(config)
+    for name, value in (("img_size", img_size), ("in_chans", in_chans)):
+        if value is not None:
+            groups["model"][name] = value
+    given = {
+        "val_fraction": val_fraction,
+        "split_seed": split_seed,
+        "group_pattern": group_pattern,
+        "percentiles": percentiles,
+        "window": window,
+    }
+    data = open_data(root, groups, {k: v for k, v in given.items() if v is not None})
+    inspector, files, classes, images = find_files(data, sample)
+    folder = make_folder(out)
+    failed = True
+    try:
+        read = inspect(inspector, files, workers or cpu_count())
+        packed = is_packed(data.root)
+        left_out = {} if packed else count_left_out(data.root, SUFFIXES)
+        summary = summarise(images, read, classes)
+        diagnosis = Diagnosis(
+            root=data.root,
+            config=config,
+            options=_options(data),
+            summary=summary,
+            findings=find_all(read, classes, data.group_pattern, left_out),
+            epochs=float(groups["trainer"].get("max_epochs") or 0),
+        )
+        if estimate and summary.readable:
+            diagnosis = with_estimate(diagnosis, read, groups, data.batch_size, estimate_seconds)
+        write(diagnosis, folder)
+        rows = contact_rows(diagnosis, read, classes, inspector, workers or cpu_count())
+        draw_sheet(rows).save(folder / SHEET)
+        failed = False
+    finally:
+        if out is None:
+            leave_run(folder, failed)
+    return f"{render(diagnosis)}\n\n{_where(diagnosis, folder)}"
+
+
+# Before -------------------------------------------------------------------------------------------
+
+
+def read_groups(config: str) -> dict[str, dict[str, Any]]:
+    """Read the groups model, data and trainer of a pretraining config."""
+    whole = read_config(find_config(config, "pretrain"))
+    return {group: dict(whole.get(group) or {}) for group in ("model", "data", "trainer")}
+
+
+def open_data(
+    root: str, groups: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any]
+) -> ImageFolderData:
+    """Make the data module that pretraining would make: its options are checked by itself."""
+    options = {k: v for k, v in groups["data"].items() if k not in ("root", "dataset", "data_dir")}
+    sizes = {k: groups["model"][k] for k in ("img_size", "in_chans") if k in groups["model"]}
+    return ImageFolderData(root, **{**options, **sizes, **given})
+
+
+def find_files(
+    data: ImageFolderData, sample: int | None
+) -> tuple[Inspector, list[File], list[str], dict[str, int]]:
+    """List the images of each part.
+
+    Returns:
+        What looks at them, the files, the names of the classes, and how many images each part has.
+    """
+    parts = read_parts(data.root, data.val_fraction, data.split_seed, data.group_pattern)
+    files: list[File] = []
+    images: dict[str, int] = {}
+    classes = parts["train"].files.classes
+    for name, part in parts.items():
+        places = _places(part)
+        images[name] = len(places)
+        labels = part.files.labels
+        for place in places[choose(len(places), sample)].tolist():
+            label = -1 if labels is None else int(labels[place])
+            files.append(File(name, place, below(data.root, part.files, place), label))
+    if set(classes) == {"images", "masks"}:  # of segmentation: no classes, and masks are no images
+        masks = "masks"
+        label = classes.index(masks)
+        kept = [file for file in files if file.label != label]
+        images = {n: sum(file.part == n for file in kept) for n in images}
+        files, classes = [File(f.part, f.place, f.name) for f in kept], []
+    crop = data.train_transform
+    assert isinstance(crop, RandomCrop)
+    indices = {name: part.files for name, part in parts.items()}
+    return Inspector(indices, data.in_chans, data.intensity, crop), files, classes, images
+
+
+def _places(part: Part) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    return np.arange(len(part.files)) if part.places is None else part.places
+
+
+def make_folder(out: str | None) -> Path:
+    """Make the folder that is written to.
+
+    Raises:
+        ValueError: If it holds something.
+    """
+    if out is None:
+        return new_run(Path("runs"), "doctor")
+    folder = Path(out).expanduser()
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ValueError(f"--out {out} holds something: give a new or an empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+# Looking ------------------------------------------------------------------------------------------
+
+
+def inspect(inspector: Inspector, files: Sequence[File], workers: int) -> Read:
+    """Look at files in other processes, and give their records in the order of the files."""
+    records: list[Record] = [Record()] * len(files)
+
+    def killed(file: File, reason: str) -> Record:
+        return Record(inspector.indices[file.part].size(file.place), error=reason)
+
+    with Tqdm(total=len(files), desc="Looking", unit=" images", leave=False) as bar:
+        for place, record in run_all(inspector, files, workers, killed):
+            records[place] = record
+            bar.update()
+    return list(zip(files, records, strict=True))
+
+
+def with_estimate(
+    diagnosis: Diagnosis,
+    read: Read,
+    groups: Mapping[str, Mapping[str, Any]],
+    batch_size: int,
+    seconds: float,
+) -> Diagnosis:
+    """Add sizes and costs, and what they mean for the images."""
+    from dataclasses import replace
+
+    shorter = [min(r.content.height, r.content.width) for _, r in read if r.content]
+    middle = float(np.median(shorter))
+    print(f"trying the model of {diagnosis.config} for about {seconds:g} seconds", flush=True)
+    cost, sizes = estimate_cost(groups["model"], batch_size, groups["trainer"], middle, seconds)
+    side = min(sizes.img_size)
+    findings = list(diagnosis.findings)
+    if side > 1.5 * middle:
+        text = f"img_size {side} enlarges the images, whose shorter side has {middle:g} px"
+        remedy = f"--model.img_size {sizes.img_size_advice}, or -c small_images"
+        findings = [Finding("enlarged", "look", text, remedy), *findings]
+        findings.sort(key=lambda f: ("bad", "look", "note").index(f.level))
+    return replace(diagnosis, cost=cost, sizes=sizes, findings=findings)
+
+
+# Afterwards ---------------------------------------------------------------------------------------
+
+
+def write(diagnosis: Diagnosis, folder: Path) -> None:
+    """Write all of it as JSON, and the list of files to take out."""
+    text = json.dumps(diagnosis.as_dict(), indent=1, default=str)
+    (folder / JSON).write_text(text.encode("utf-8", "backslashreplace").decode() + "\n", "utf-8")
+    lines = [f"{escape(name)}\t{escape(why)}\n" for name, why in diagnosis.quarantine().items()]
+    (folder / QUARANTINE).write_text("".join(lines), "utf-8")
+
+
+def contact_rows(
+    diagnosis: Diagnosis,
+    read: Read,
+    classes: Sequence[str],
+    inspector: Inspector,
+    workers: int,
+) -> list[Row]:
+    """Choose the pictures of the contact sheet, and read them again, small."""
+    chosen = _samples(read, classes)
+    by_name = {file.name: file for file, _ in read}
+    for finding in diagnosis.findings:
+        some = list(finding.files.items())[:COLUMNS]
+        if some:
+            listed = [(by_name[name], f"{file_name(name)}\n{why}") for name, why in some]
+            chosen.append((f"{finding.text}", listed))
+    bad = {file.name for file, record in read if record.error}
+    wanted = list({f.name: f for _, row in chosen for f, _ in row if f.name not in bad}.values())
+    tiles: dict[str, Any] = {}
+    for place, pixels in run_all(_Reducer(inspector), wanted, workers, lambda file, why: None):
+        tiles[wanted[place].name] = pixels
+    return [
+        Row(heading, [Tile(tiles.get(file.name), caption) for file, caption in row])
+        for heading, row in chosen
+    ]
+
+
+class _Reducer:
+    """Makes pictures of files; picklable, as it is sent to the workers."""
+
+    def __init__(self, inspector: Inspector) -> None:
+        self.inspector = inspector
+
+    def __call__(self, file: File) -> Any:
+        return self.inspector.tile(file, SIDE)
+
+
+def _samples(read: Read, classes: Sequence[str]) -> list[tuple[str, list[tuple[File, str]]]]:
+    """Some images of each part, or of each class of training, evenly spread."""
+    rows: dict[str, list[tuple[File, str]]] = {}
+    for file, record in read:
+        if record.content is None:
+            continue
+        key = f"{file.part}: {classes[file.label]}" if file.label >= 0 else file.part
+        size = f"{record.content.width} x {record.content.height}"
+        rows.setdefault(key, []).append((file, f"{file_name(file.name)}\n{size}"))
+    if len(rows) > SHOWN:
+        rows = {k: v for k, v in rows.items() if k.startswith("train")}
+    kept = [list(rows)[i] for i in np.linspace(0, len(rows) - 1, min(SHOWN, len(rows))).astype(int)]
+    return [
+        (f"{key} ({len(rows[key]):,})", [rows[key][i] for i in choose(len(rows[key]), COLUMNS)])
+        for key in kept
+    ]
+
+
+def file_name(name: str) -> str:
+    """The last part of a path."""
+    return name.rsplit("/", 1)[-1]
+
+
+def _options(data: ImageFolderData) -> dict[str, Any]:
+    names = ("img_size", "in_chans", "val_fraction", "split_seed", "group_pattern")
+    scans = {"percentiles": data.intensity.percentiles, "window": data.intensity.window}
+    return {**{name: getattr(data, name) for name in names}, **scans}
+
+
+def _where(diagnosis: Diagnosis, folder: Path) -> str:
+    text = f"{folder}: {JSON}, {SHEET}, {QUARANTINE}"
+    if n := len(diagnosis.quarantine()):
+        text += f"\n{n:,} files are listed in {QUARANTINE} as better taken out; none was touched. "
+        text += f"To move them: cd {os.path.abspath(diagnosis.root)}, and mv each line's path"
+    return text
