@@ -2,7 +2,9 @@
 
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,17 @@ from simmim.data import ImageFolderData
 from simmim.data.bad_files import escape
 from simmim.data.index import SUFFIXES
 from simmim.data.layout import Part, read_parts
-from simmim.data.pairs import without_masks
 from simmim.data.sampler import choose
 from simmim.data.shards import is_packed
 from simmim.data.transforms import RandomCrop
 from simmim.data.workers import cpu_count
 from simmim.doctor.diagnosis import Diagnosis, summarise
 from simmim.doctor.estimate import estimate as estimate_cost
-from simmim.doctor.findings import Finding, Read, count_left_out, find_all
+from simmim.doctor.findings import Finding, Read, count_left_out, find_all, in_order
 from simmim.doctor.pictures import COLUMNS, SIDE, Row, Tile, draw_sheet
 from simmim.doctor.record import File, Inspector, Record, below
 from simmim.doctor.report import render
+from simmim.doctor.targets import target_findings
 from simmim.doctor.workers import run_all
 from simmim.run import leave_run, new_run
 
@@ -95,19 +97,22 @@ def doctor(
     }
     data = open_data(root, groups, {k: v for k, v in given.items() if v is not None})
     inspector, files, classes, images = find_files(data, sample)
+    folders = inspector.indices["train"].classes
     folder = make_folder(out)
     failed = True
     try:
         read = inspect(inspector, files, workers or cpu_count())
         packed = is_packed(data.root)
         left_out = {} if packed else count_left_out(data.root, SUFFIXES)
+        found = find_all(read, classes, data.group_pattern, left_out)
+        found += [] if packed else target_findings(data, folders, left_out)
         summary = summarise(images, read, classes)
         diagnosis = Diagnosis(
             root=data.root,
             config=config,
             options=_options(data),
             summary=summary,
-            findings=find_all(read, classes, data.group_pattern, left_out),
+            findings=in_order(found),
             epochs=float(groups["trainer"].get("max_epochs") or 0),
         )
         if estimate and summary.readable:
@@ -159,12 +164,11 @@ def find_files(
         for place in places[choose(len(places), sample)].tolist():
             label = -1 if labels is None else int(labels[place])
             files.append(File(name, place, below(data.root, part.files, place), label))
-    if set(classes) == {"images", "masks"}:  # of segmentation: no classes, and masks are no images
-        masks = "masks"
-        label = classes.index(masks)
-        kept = [file for file in files if file.label != label]
-        images = {n: sum(file.part == n for file in kept) for n in images}
-        files, classes = [File(f.part, f.place, f.name) for f in kept], []
+    if "images" in classes and set(classes) <= {"images", "masks"}:
+        # Of segmentation or detection: these are no classes, and masks are no images.
+        kept = [file for file in files if classes[file.label] == "images"]
+        images = {name: sum(file.part == name for file in kept) for name in images}
+        files, classes = [replace(file, label=-1) for file in kept], []
     crop = data.train_transform
     assert isinstance(crop, RandomCrop)
     indices = {name: part.files for name, part in parts.items()}
@@ -215,8 +219,6 @@ def with_estimate(
     seconds: float,
 ) -> Diagnosis:
     """Add sizes and costs, and what they mean for the images."""
-    from dataclasses import replace
-
     shorter = [min(r.content.height, r.content.width) for _, r in read if r.content]
     middle = float(np.median(shorter))
     print(f"trying the model of {diagnosis.config} for about {seconds:g} seconds", flush=True)
@@ -226,8 +228,7 @@ def with_estimate(
     if side > 1.5 * middle:
         text = f"img_size {side} enlarges the images, whose shorter side has {middle:g} px"
         remedy = f"--model.img_size {sizes.img_size_advice}, or -c small_images"
-        findings = [Finding("enlarged", "look", text, remedy), *findings]
-        findings.sort(key=lambda f: ("bad", "look", "note").index(f.level))
+        findings = in_order([Finding("enlarged", "look", text, remedy), *findings])
     return replace(diagnosis, cost=cost, sizes=sizes, findings=findings)
 
 
@@ -309,7 +310,15 @@ def _options(data: ImageFolderData) -> dict[str, Any]:
 
 def _where(diagnosis: Diagnosis, folder: Path) -> str:
     text = f"{folder}: {JSON}, {SHEET}, {QUARANTINE}"
-    if n := len(diagnosis.quarantine()):
-        text += f"\n{n:,} files are listed in {QUARANTINE} as better taken out; none was touched. "
-        text += f"To move them: cd {os.path.abspath(diagnosis.root)}, and mv each line's path"
-    return text
+    n = len(diagnosis.quarantine())
+    if not n:
+        return text
+    text += f"\n{QUARANTINE} lists {n:,} files that are better taken out; none was touched. "
+    if is_packed(diagnosis.root):
+        return f"{text}Take them out of what was packed, and pack it anew."
+    list_, root = (
+        shlex.quote(os.path.abspath(path)) for path in (folder / QUARANTINE, diagnosis.root)
+    )
+    move = 'mkdir -p "$AWAY/$(dirname "$f")" && mv "$f" "$AWAY/$f"'
+    loop = f"cut -f1 {list_} | while IFS= read -r f; do {move}; done"
+    return f"{text}To move them:\n  cd {root}; AWAY=../quarantine; {loop}"

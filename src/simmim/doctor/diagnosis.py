@@ -9,7 +9,16 @@ import numpy as np
 
 from simmim.doctor.estimate import Cost, Sizes
 from simmim.doctor.findings import Finding
-from simmim.doctor.record import Content, File, Record
+from simmim.doctor.record import Content, File, Header, Record
+
+MODES = {  # Pillow's words
+    "1": "black-and-white",
+    "L": "gray",
+    "LA": "gray with transparency",
+    "P": "palette",
+    **dict.fromkeys(("I", "I;16", "I;16B", "I;16L"), "gray"),
+    "F": "float gray",
+}
 
 
 @dataclass(frozen=True)
@@ -115,7 +124,7 @@ def summarise(
         megabytes=round(sum(record.size for _, record in read) / 1e6, 3),
         classes=_classes(read, classes),
         formats=_counts(record.header.format for _, record in read),
-        kinds=_counts(f"{r.header.mode} {r.header.bits}-bit" for _, r, _ in good),
+        kinds=_counts(_kind(r.header) for _, r, _ in good),
         width=Spread.of([c.width for _, _, c in good]) if good else None,
         height=Spread.of([c.height for _, _, c in good]) if good else None,
         mean=mean,
@@ -123,6 +132,10 @@ def summarise(
         scan_values=_scan_values([c.range for _, _, c in good if c.deep and c.range]),
         images_per_s=round(len(good) / seconds, 1) if seconds else 0.0,
     )
+
+
+def _kind(header: Header) -> str:
+    return f"{MODES.get(header.mode, header.mode)} {header.bits}-bit"
 
 
 def _classes(

@@ -231,7 +231,7 @@ def _time_step(
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        float(loss)  # waits for the device
+        loss.item()  # waits for the device
         times.append(time.perf_counter() - began)
     return min(times)
 

@@ -61,7 +61,7 @@ class Finding:
 def find_all(
     read: Read, classes: Sequence[str], group_pattern: str | None, left_out: Mapping[str, int]
 ) -> list[Finding]:
-    """Find what there is to say, worst first.
+    """Find what there is to say.
 
     Args:
         read: The files and their records.
@@ -70,10 +70,9 @@ def find_all(
         left_out: Files below the root that training does not see, counted by kind.
     """
     good = [(file, record, record.content) for file, record in read if record.content]
-    same = duplicates(read)
-    found = [
+    return [
         *unreadable(read),
-        *same,
+        *duplicates(read),
         *look_alikes(read),
         *shared_groups([file for file, _ in read], group_pattern),
         *suspicious(good),
@@ -82,8 +81,11 @@ def find_all(
         *class_findings([file for file, _ in read], classes),
         *unseen(left_out),
     ]
-    order = ("bad", "look", "note")
-    return sorted(found, key=lambda finding: order.index(finding.level))
+
+
+def in_order(found: Iterable[Finding]) -> list[Finding]:
+    """Put the worst first."""
+    return sorted(found, key=lambda finding: ("bad", "look", "note").index(finding.level))
 
 
 # Files that cannot be read ------------------------------------------------------------------------
@@ -98,7 +100,7 @@ def unreadable(read: Read) -> list[Finding]:
     remedy = "training skips them, and stops where they are more than data.max_bad_share"
     if 2 * len(channels) > len(files):
         remedy = f"{max(set(channels), key=channels.count)}: give --in_chans as the files have"
-    text = f"{_count(files, 'file')} cannot be read"
+    text = f"cannot be read: {_count(files, 'file')}"
     return [Finding("unreadable", "bad", text, remedy, files, quarantine=True)]
 
 
@@ -114,8 +116,8 @@ def duplicates(read: Read) -> list[Finding]:
     sets = [files for files in groups.values() if len(files) > 1]
     return _twins(
         sets,
-        ("leak", "bad", "lie in {parts} at once, byte for byte"),
-        ("duplicate", "look", "are copies of others, byte for byte"),
+        ("leak", "bad", "in {parts} at once, byte for byte"),
+        ("duplicate", "look", "copies of others, byte for byte"),
         "the same file as",
         quarantine=True,
     )
@@ -132,8 +134,8 @@ def look_alikes(read: Read) -> list[Finding]:
     sets = [[shown[i][0] for i in group] for group in clusters([c for _, c in shown])]
     return _twins(
         sets,
-        ("near_leak", "look", "look like images of another part ({parts})"),
-        ("near_duplicate", "note", "look like others of their part"),
+        ("near_leak", "look", "in {parts} at once, by their looks"),
+        ("near_duplicate", "note", "copies of others, by their looks"),
         "looks like",
         quarantine=False,
     )
@@ -165,8 +167,10 @@ def _twins(
                 "scores of val are too good: take them out of training" if files is leaks else ""
             )
             if not quarantine:
-                remedy = "look at them; one scene or patient is kept on one side by group_pattern"
-            sentence = f"{_count(files, 'image')} {text.format(parts=both)}"
+                remedy = (
+                    "look at them: if it is one scene or patient, a --group_pattern tells which"
+                )
+            sentence = f"{text.format(parts=both)}: {_count(files, 'image')}"
             found.append(Finding(kind, level, sentence, remedy, files, quarantine))
     return found
 
@@ -215,14 +219,14 @@ def suspicious(good: Good) -> list[Finding]:
         return f"almost one colour: its pixels differ by {255 * c.spread:.1f} of 255"
 
     rules: list[tuple[str, Callable[[Content], bool], Callable[[Content], str], str]] = [
-        ("constant", lambda c: c.spread < FLAT, flat, "show nothing"),
-        ("tiny", lambda c: min(c.height, c.width) < tiny, _size, "are tiny beside the others"),
-        ("enormous", lambda c: c.height * c.width > ENORMOUS, _size, "are enormous"),
+        ("constant", lambda c: c.spread < FLAT, flat, "nothing to see"),
+        ("tiny", lambda c: min(c.height, c.width) < tiny, _size, "tiny beside the others"),
+        ("enormous", lambda c: c.height * c.width > ENORMOUS, _size, "enormous"),
         (
             "narrow",
             lambda c: max(c.height, c.width) > NARROW * min(c.height, c.width),
             _size,
-            "are long and narrow: a crop sees a small part",
+            "long and narrow, a crop sees a small part",
         ),
     ]
     remedies = {"enormous": "simmim pack --short_side 256 makes them quick to read"}
@@ -230,7 +234,7 @@ def suspicious(good: Good) -> list[Finding]:
     for kind, holds, reason, text in rules:
         files = {file.name: reason(c) for file, _, c in good if holds(c)}
         if files:
-            sentence = f"{_count(files, 'image')} {text}"
+            sentence = f"{text}: {_count(files, 'image')}"
             remove = kind in ("constant", "tiny")
             found.append(Finding(kind, "look", sentence, remedies.get(kind, ""), files, remove))
     return found
@@ -248,14 +252,14 @@ def unlike_the_others(good: Good) -> list[Finding]:
         counts = Counter(values)
         if len(counts) < 2:
             continue
-        most, n = counts.most_common(1)[0]
+        most = counts.most_common(1)[0][0]
         files = {f.name: v for (f, _, _), v in zip(good, values, strict=True) if v != most}
         if len(files) <= RARE * len(good):
-            text = f"{_count(files, 'image')} unlike the others, which have {most}"
+            text = f"unlike the others, which have {most}: {_count(files, 'image')}"
             found.append(Finding(f"other_{kind}", "look", text, "", files))
         else:
             mixture = ", ".join(f"{n:,} with {value}" for value, n in counts.most_common())
-            found.append(Finding(f"mixed_{kind}", "note", f"images differ: {mixture}"))
+            found.append(Finding(f"mixed_{kind}", "note", f"a mixture: {mixture}"))
     return found
 
 
@@ -272,37 +276,40 @@ def peculiar(good: Good) -> list[Finding]:
             "depth_lost",
             "look",
             lambda r, c: r.header.bits > 8 and not c.deep,
-            "have more than 8 bits a channel and are read as 8",
+            "more than 8 bits a channel, read as 8",
             "store scans as gray TIFF, or as NumPy arrays, to keep their depth",
         ),
         (
             "frames",
             "look",
             lambda r, c: r.header.frames,
-            "hold several pictures: the first is read",
+            "several pictures in a file, the first is read",
             "",
         ),
         (
             "cmyk",
             "note",
             lambda r, c: r.header.mode == "CMYK",
-            "are for print (CMYK): read as RGB",
+            "for print (CMYK), read as RGB",
             "",
         ),
         (
             "transparent",
             "note",
             lambda r, c: r.header.transparent,
-            "may have transparent parts, which become white",
+            "with transparent parts, which become white",
             "",
         ),
-        ("turned", "note", lambda r, c: r.header.turned, "are turned as EXIF says", ""),
+        ("turned", "note", lambda r, c: r.header.turned, "turned as EXIF says", ""),
     ]
     found = []
     for kind, level, holds, text, remedy in rules:
         files = {f.name: f"{r.header.format} {r.header.mode}" for f, r, c in good if holds(r, c)}
         if files:
-            found.append(Finding(kind, level, f"{_count(files, 'image')} {text}", remedy, files))
+            found.append(Finding(kind, level, f"{text}: {_count(files, 'image')}", remedy, files))
+    if all(c.gray for _, _, c in good) and good:
+        remedy = "--model.in_chans 1 does with a third of the memory of a batch"
+        found.append(Finding("gray", "note", "all images are gray", remedy))
     named = {
         file.name: f"is {record.header.format}"
         for file, record, _ in good
@@ -310,7 +317,7 @@ def peculiar(good: Good) -> list[Finding]:
         and record.header.format in SUFFIXES
     }
     if named:
-        text = f"{_count(named, 'image')} with another format's ending, read by what they are"
+        text = f"with another format's ending, read all the same: {_count(named, 'image')}"
         found.append(Finding("ending", "note", text, "", named))
     return found
 
@@ -348,7 +355,7 @@ def unseen(left_out: Mapping[str, int]) -> list[Finding]:
     """Files that lie there, but are not read as images."""
     if not left_out:
         return []
-    kinds = _some([f"{n:,} {kind}" for kind, n in sorted(left_out.items(), key=lambda p: -p[1])])
+    kinds = _some([f"{kind} ({n:,})" for kind, n in sorted(left_out.items(), key=lambda p: -p[1])])
     return [Finding("left_out", "note", f"not read as images: {kinds}")]
 
 
@@ -358,18 +365,16 @@ def count_left_out(root: str, suffixes: tuple[str, ...]) -> dict[str, int]:
     for folder, folders, names in os.walk(root):
         if not folders and not names:
             kinds["empty folders"] += 1
-        hidden = any(
-            part.startswith(".") for part in os.path.relpath(folder, root).split(os.sep)[0:]
-        )
-        hidden = hidden and folder != root
+        below = os.path.relpath(folder, root).split(os.sep)
+        hidden = any(part.startswith(".") and part != "." for part in below)
         for name in names:
             suffix = os.path.splitext(name)[1].lower()
-            if name.startswith("._") or "__MACOSX" in folder:
+            if name.startswith("._") or "__MACOSX" in below:
                 kinds["macOS ._ files"] += 1
             elif name.startswith(".") or hidden:
                 kinds["hidden files"] += 1
             elif suffix not in suffixes:
-                kinds[f"files that end in {suffix}" if suffix else "files without ending"] += 1
+                kinds[f"*{suffix}" if suffix else "files without ending"] += 1
     return dict(kinds)
 
 
