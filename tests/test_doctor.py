@@ -16,7 +16,7 @@ from simmim.doctor import doctor
 from simmim.doctor.estimate import fitting_sizes
 from simmim.doctor.likeness import clusters
 from simmim.doctor.pictures import COLUMNS, GAP, SIDE, Row, Tile, draw_sheet
-from simmim.doctor.record import look
+from simmim.doctor.record import File, Inspector, Record, look
 from simmim.doctor.workers import run_all
 from simmim.pretrain import SimMIM
 
@@ -144,6 +144,7 @@ def test_images_that_look_alike_are_found_whatever_their_bytes(tmp_path: Path) -
     found = _diagnose(root, tmp_path)["by_kind"]
     assert found["near_leak"]["files"] == {"train/larger.jpg": "looks like val/061.jpg"}
     assert found["near_duplicate"]["files"] == {"train/third.png": "looks like train/003.jpg"}
+    assert found["near_leak"]["beside"] == {"train/larger.jpg": "val/061.jpg"}
     assert not found["near_leak"]["quarantine"]
 
 
@@ -239,6 +240,25 @@ def test_classes_and_their_balance(tmp_path: Path) -> None:
     assert found["no_validation"]["text"] == "1 class without validation image: few"
 
 
+def test_labels_of_a_table_stand_for_folders(tmp_path: Path) -> None:
+    _photos(tmp_path / "root", 10)
+    rows = [f"{i:03d}.jpg,{'cat' if i < 6 else 'dog'}" for i in range(9)]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label", *rows]))
+    labels = str(tmp_path / "labels.csv")
+    found = _diagnose(tmp_path / "root", tmp_path, labels=labels, val_fraction=0.0)
+    assert found["summary"]["classes"] == {"cat": {"train": 6}, "dog": {"train": 3}}
+    assert "dog (3)" in found["by_kind"]["few"]["text"]
+
+
+def test_gray_images_need_one_channel(tmp_path: Path) -> None:
+    for i in range(4):
+        _save(_noise(i)[..., 0], tmp_path / "root" / f"{i}.png")
+    assert (
+        "--model.in_chans 1" in _diagnose(tmp_path / "root", tmp_path)["by_kind"]["gray"]["remedy"]
+    )
+    assert "gray" not in _diagnose(tmp_path / "root", tmp_path, in_chans=1)["by_kind"]
+
+
 def test_files_that_are_not_read_are_counted(tmp_path: Path) -> None:
     root = _photos(tmp_path / "root", 6)
     for name in ("._000.jpg", ".DS_Store", "notes.txt", "photo"):
@@ -320,6 +340,35 @@ def _wrong(n: int) -> int:
 def test_an_error_of_ours_is_no_fault_of_a_file() -> None:
     with pytest.raises(KeyError):
         list(run_all(_wrong, range(3), 1, lambda n, why: 0))
+
+
+class _Fatal(Inspector):
+    def __call__(self, file: File) -> Record:
+        if file.name.endswith("005.jpg"):
+            os.kill(os.getpid(), 11)
+        return super().__call__(file)
+
+
+def test_a_file_that_kills_its_reader_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simmim.doctor.command.Inspector", _Fatal)
+    found = _diagnose(_photos(tmp_path / "root", 12), tmp_path, workers=2)
+    files = found["by_kind"]["unreadable"]["files"]
+    assert files == {"005.jpg": "it ends the process that reads it (SIGSEGV)"}
+    assert found["summary"]["readable"] == 11
+
+
+def test_a_folder_without_one_readable_image_is_still_described(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    for i in range(3):
+        (root / f"{i}.jpg").write_bytes(b"no image")
+    found = _diagnose(root, tmp_path, estimate=True)
+    assert found["summary"]["readable"] == 0
+    assert found["cost"] is None
+    assert "no image could be read" in found["text"]
+    assert (found["out"] / "contact_sheet.png").exists()
 
 
 # Pictures, sizes, costs ---------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from simmim.data.classification import ClassificationData
 from simmim.mistakes import word_usage_error
 from simmim.readout import init_head_
 
-T = TypeVar("T", Classifier, ClassificationData)
+T = TypeVar("T", bound=L.LightningModule | L.LightningDataModule)
 OF_THE_ENCODER = ("encoder", "img_size", "in_chans", "encoder_kwargs")
 OF_THE_TRAINER = ("gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches")
 ASKED = 1000  # training images that an arm is asked about to see whether it has learned them

@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from simmim.configuration import find_config, read_config
 from simmim.data import ImageFolderData
 from simmim.data.bad_files import escape
-from simmim.data.index import SUFFIXES
+from simmim.data.classification import LabelTable, read_labels
+from simmim.data.index import SUFFIXES, FileIndex
 from simmim.data.layout import Part, read_parts
 from simmim.data.sampler import choose
 from simmim.data.shards import is_packed
@@ -45,6 +46,7 @@ def doctor(
     val_fraction: float | None = None,
     split_seed: int | None = None,
     group_pattern: str | None = None,
+    labels: str | None = None,
     percentiles: tuple[float, float] | None = None,
     window: tuple[float, float] | None = None,
     estimate: bool = True,
@@ -70,6 +72,7 @@ def doctor(
         split_seed: Which share.
         group_pattern: Regular expression, searched in each path; its first group names the patient
             or scene, whose images must be on one side of the split.
+        labels: CSV file that gives the labels instead of folders, as data.labels of `classify`.
         percentiles: Deeper scans: the percentiles of each image that become 0 and 1.
         window: Deeper scans: the values that become 0 and 1, instead of percentiles.
         estimate: Whether sizes are tried, and time and memory estimated, with the config's model.
@@ -81,9 +84,9 @@ def doctor(
     Raises:
         ValueError: If the folder holds no image, or an option is wrong.
     """
-    for name, value in (("workers", workers), ("sample", sample)):
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value} is too small: use 1 or more")
+    for name, number in (("workers", workers), ("sample", sample)):
+        if number is not None and number < 1:
+            raise ValueError(f"--{name} {number} is too small: use 1 or more")
     groups = read_groups(config)
     for name, value in (("img_size", img_size), ("in_chans", in_chans)):
         if value is not None:
@@ -96,7 +99,8 @@ def doctor(
         "window": window,
     }
     data = open_data(root, groups, {k: v for k, v in given.items() if v is not None})
-    inspector, files, classes, images = find_files(data, sample)
+    table = None if labels is None else read_labels(labels, several=False)
+    inspector, files, classes, images = find_files(data, sample, table)
     folders = inspector.indices["train"].classes
     folder = make_folder(out)
     failed = True
@@ -146,7 +150,7 @@ def open_data(
 
 
 def find_files(
-    data: ImageFolderData, sample: int | None
+    data: ImageFolderData, sample: int | None, table: LabelTable | None = None
 ) -> tuple[Inspector, list[File], list[str], dict[str, int]]:
     """List the images of each part.
 
@@ -156,11 +160,11 @@ def find_files(
     parts = read_parts(data.root, data.val_fraction, data.split_seed, data.group_pattern)
     files: list[File] = []
     images: dict[str, int] = {}
-    classes = parts["train"].files.classes
+    classes = parts["train"].files.classes if table is None else table.classes
     for name, part in parts.items():
         places = _places(part)
         images[name] = len(places)
-        labels = part.files.labels
+        labels = _labels(part.files, data.root, table)
         for place in places[choose(len(places), sample)].tolist():
             label = -1 if labels is None else int(labels[place])
             files.append(File(name, place, below(data.root, part.files, place), label))
@@ -173,6 +177,14 @@ def find_files(
     assert isinstance(crop, RandomCrop)
     indices = {name: part.files for name, part in parts.items()}
     return Inspector(indices, data.in_chans, data.intensity, crop), files, classes, images
+
+
+def _labels(files: FileIndex, root: str, table: LabelTable | None) -> Any:
+    """The class of each file of an index; -1 where a table does not name it."""
+    if table is None:
+        return files.labels
+    rows = table.find(files, root)
+    return np.where(rows < 0, -1, table.presence.argmax(1).numpy()[rows])
 
 
 def _places(part: Part) -> "np.ndarray[Any, np.dtype[np.int64]]":
@@ -221,7 +233,6 @@ def with_estimate(
     """Add sizes and costs, and what they mean for the images."""
     shorter = [min(r.content.height, r.content.width) for _, r in read if r.content]
     middle = float(np.median(shorter))
-    print(f"trying the model of {diagnosis.config} for about {seconds:g} seconds", flush=True)
     cost, sizes = estimate_cost(groups["model"], batch_size, groups["trainer"], middle, seconds)
     side = min(sizes.img_size)
     findings = list(diagnosis.findings)
@@ -257,6 +268,12 @@ def contact_rows(
         some = list(finding.files.items())[:COLUMNS]
         if some:
             listed = [(by_name[name], f"{file_name(name)}\n{why}") for name, why in some]
+            if finding.beside:  # copies, with what each is like to its right
+                pairs = [((f, c), by_name[finding.beside[f.name]]) for f, c in listed]
+                listed = [
+                    tile for one, other in pairs for tile in (one, (other, file_name(other.name)))
+                ]
+                listed = listed[:COLUMNS]
             chosen.append((f"{finding.text}", listed))
     bad = {file.name for file, record in read if record.error}
     wanted = list({f.name: f for _, row in chosen for f, _ in row if f.name not in bad}.values())
@@ -298,8 +315,8 @@ def _samples(read: Read, classes: Sequence[str]) -> list[tuple[str, list[tuple[F
 
 
 def file_name(name: str) -> str:
-    """The last part of a path."""
-    return name.rsplit("/", 1)[-1]
+    """The last part of a path, on one line."""
+    return escape(name.rsplit("/", 1)[-1])
 
 
 def _options(data: ImageFolderData) -> dict[str, Any]:

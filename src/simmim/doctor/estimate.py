@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from simmim.compare.trials import make, quiet
 from simmim.masking import average_distance, draw_masks, random_mask, sample_keys
@@ -108,9 +109,15 @@ def estimate(
     process.start()
     theirs.close()
     cost, sizes = Cost(batch_size=batch_size), Sizes()
+    began, shown = time.monotonic(), 0
     try:
-        while True:
-            cost, sizes = ours.recv()
+        with Tqdm(total=round(seconds), desc="Trying the model", unit="s", leave=False) as bar:
+            while True:
+                if ours.poll(0.5):
+                    cost, sizes = ours.recv()
+                passed = min(round(time.monotonic() - began), round(seconds))
+                bar.update(passed - shown)
+                shown = passed
     except EOFError:
         process.join()
     finally:
@@ -306,7 +313,8 @@ def _distances(options: Mapping[str, Any], size: tuple[int, int], token: int) ->
 
 def _buildable(options: Mapping[str, Any], sizes: list[int]) -> list[int]:
     """Those sizes that the whole model can be built with, as far as there is time to try."""
-    began, legal = time.monotonic(), []
+    began = time.monotonic()
+    legal: list[int] = []
     for size in sorted(sizes, reverse=True):
         if legal and time.monotonic() - began > TRY_SECONDS:
             break

@@ -48,6 +48,7 @@ class Finding:
         remedy: What can be done; empty where nothing need be.
         files: What is said of each file that it is about, by path.
         quarantine: Whether these files are better taken out.
+        beside: Of copies, the file that each is like.
     """
 
     kind: str
@@ -56,6 +57,7 @@ class Finding:
     remedy: str = ""
     files: dict[str, str] = field(default_factory=dict)
     quarantine: bool = False
+    beside: dict[str, str] = field(default_factory=dict)
 
 
 def find_all(
@@ -149,29 +151,27 @@ def _twins(
     quarantine: bool,
 ) -> list[Finding]:
     """Tell those across parts, of which training's are named, from those within a part."""
-    leaks: dict[str, str] = {}
+    leaks: dict[str, str] = {}  # and what each is like
     copies: dict[str, str] = {}
     parts: set[str] = set()
-    for files in sets:
-        files = sorted(files, key=lambda f: (_rank(f.part), f.name))
-        kept = files[0]  # of test or val: those stay, so that scores can be compared
-        for file in files[1:]:
+    for group in sets:
+        # Those of test and val stay where they are, so that scores can be compared.
+        kept, *others = sorted(group, key=lambda file: (_rank(file.part), file.name))
+        for file in others:
             crosses = file.part != kept.part
-            (leaks if crosses else copies)[file.name] = f"{words} {kept.name}"
+            (leaks if crosses else copies)[file.name] = kept.name
             parts |= {file.part, kept.part} if crosses else set()
+    look = "look at them: if it is one scene or patient, a --group_pattern tells which"
+    spoilt = "scores of val are too good: take them out of training"
+    remedies = (spoilt, "") if quarantine else (look, look)
     both = " and ".join(sorted(parts, key=_rank, reverse=True))
     found = []
-    for (kind, level, text), files in ((across, leaks), (within, copies)):
-        if files:
-            remedy = (
-                "scores of val are too good: take them out of training" if files is leaks else ""
-            )
-            if not quarantine:
-                remedy = (
-                    "look at them: if it is one scene or patient, a --group_pattern tells which"
-                )
-            sentence = f"{text.format(parts=both)}: {_count(files, 'image')}"
-            found.append(Finding(kind, level, sentence, remedy, files, quarantine))
+    rows = zip((across, within), (leaks, copies), remedies, strict=True)
+    for (kind, level, said), beside, remedy in rows:
+        if beside:
+            text = f"{said.format(parts=both)}: {_count(beside, 'image')}"
+            files = {name: f"{words} {other}" for name, other in beside.items()}
+            found.append(Finding(kind, level, text, remedy, files, quarantine, beside))
     return found
 
 

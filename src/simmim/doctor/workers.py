@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 CHUNK = 16  # items that are sent at once
 PATIENCE = 120.0  # seconds for one item: whatever takes longer hangs
