@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -333,6 +334,16 @@ def test_a_killed_worker_names_its_item_and_nothing_else_is_lost(workers: int) -
     assert results == {n: n * n for n in range(40) if n not in (5, 9, 20)}
 
 
+def test_spawned_workers_do_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = _photos(tmp_path / "root", 12)
+    here = _diagnose(root, tmp_path)
+    monkeypatch.setattr("simmim.doctor.workers.get_context", lambda: get_context("spawn"))
+    there = _diagnose(root, tmp_path)
+    for found in (here, there):
+        found["summary"].pop("images_per_s")
+    assert here["summary"] == there["summary"]
+
+
 def _wrong(n: int) -> int:
     raise KeyError(n)
 
@@ -345,7 +356,7 @@ def test_an_error_of_ours_is_no_fault_of_a_file() -> None:
 class _Fatal(Inspector):
     def __call__(self, file: File) -> Record:
         if file.name.endswith("005.jpg"):
-            os.kill(os.getpid(), 11)
+            os.kill(os.getpid(), 9)
         return super().__call__(file)
 
 
@@ -355,7 +366,7 @@ def test_a_file_that_kills_its_reader_is_named(
     monkeypatch.setattr("simmim.doctor.command.Inspector", _Fatal)
     found = _diagnose(_photos(tmp_path / "root", 12), tmp_path, workers=2)
     files = found["by_kind"]["unreadable"]["files"]
-    assert files == {"005.jpg": "it ends the process that reads it (SIGSEGV)"}
+    assert files == {"005.jpg": "it ends the process that reads it (SIGKILL)"}
     assert found["summary"]["readable"] == 11
 
 

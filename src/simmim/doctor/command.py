@@ -76,7 +76,7 @@ def doctor(
         percentiles: Deeper scans: the percentiles of each image that become 0 and 1.
         window: Deeper scans: the values that become 0 and 1, instead of percentiles.
         estimate: Whether sizes are tried, and time and memory estimated, with the config's model.
-        estimate_seconds: For its steps; the first takes as long as it takes.
+        estimate_seconds: For its steps; the first ones take as long as they take.
 
     Returns:
         What was found, as a table.

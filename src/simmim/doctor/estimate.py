@@ -6,7 +6,7 @@ memory ends that process and not the command.
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from math import lcm
@@ -100,7 +100,7 @@ def estimate(
         batch_size: Of the config.
         trainer: Options of the trainer; accelerator and precision are heeded.
         short_side: Median of the images', in px.
-        seconds: For steps; the first takes as long as it takes.
+        seconds: For steps; the first two sizes of batch take as long as they take.
     """
     context = get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
@@ -153,7 +153,7 @@ def _serve(
 
 def measure(
     model: SimMIM, encoder: str, batch_size: int, trainer: Mapping[str, Any], seconds: float
-) -> Any:
+) -> Iterator[Cost]:
     """Train on noise: batches of 1, 2, 4, ..., as long as there is time; on a GPU the whole one.
 
     Yields:
@@ -188,7 +188,9 @@ def measure(
         cost = _extend(cost, batch, batch / step_seconds, _peak_mb(device), model, optimizer)
         yield cost
         left = seconds - (time.monotonic() - began)
-        if batch >= batch_size or cost.problem or 5 * step_seconds > left:
+        # It takes two sizes to know what an image adds to the memory.
+        enough = 5 * step_seconds > left and batch > 1
+        if batch >= batch_size or cost.problem or enough:
             return
         batch = min(2 * batch, batch_size)
 
@@ -285,8 +287,11 @@ def fitting_sizes(model: SimMIM, options: Mapping[str, Any], short_side: float) 
     best = cell if cell in cells and not _off_the_rule(cells[cell]) else best
     step = lcm(encoder.stride, cell)
     wanted = [n for n in SIZES if n % step == 0 and n <= max(short_side * 1.25, step)]
-    legal = _buildable(options, wanted or [step])
-    fits = [n for n in legal if n <= min(LARGEST, short_side * 1.25)]
+    best_side = min(LARGEST, short_side * 1.25)
+    # From the best one down, then up: there may not be time to try all.
+    down, up = [n for n in wanted if n <= best_side], [n for n in wanted if n > best_side]
+    legal = _buildable(options, [*reversed(down), *up] or [step], height if height == width else 0)
+    fits = [n for n in legal if n <= best_side]
     advice = max(fits, default=min(legal, default=height))
     return Sizes((height, width), encoder.stride, encoder.patch_size, legal, advice, cells, best)
 
@@ -311,15 +316,16 @@ def _distances(options: Mapping[str, Any], size: tuple[int, int], token: int) ->
     return found
 
 
-def _buildable(options: Mapping[str, Any], sizes: list[int]) -> list[int]:
+def _buildable(options: Mapping[str, Any], sizes: Sequence[int], built: int) -> list[int]:
     """Those sizes that the whole model can be built with, as far as there is time to try."""
     began = time.monotonic()
     legal: list[int] = []
-    for size in sorted(sizes, reverse=True):
-        if legal and time.monotonic() - began > TRY_SECONDS:
-            break
+    for size in sizes:
+        if size != built and legal and time.monotonic() - began > TRY_SECONDS:
+            continue
         with suppress(Exception):  # timm refuses in many words
-            make(SimMIM, {**options, "img_size": size, "compile": False, "weights": None})
+            if size != built:
+                make(SimMIM, {**options, "img_size": size, "compile": False, "weights": None})
             legal.append(size)
     return sorted(legal)
 

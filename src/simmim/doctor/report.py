@@ -129,12 +129,10 @@ def _cost(diagnosis: Diagnosis) -> Iterator[str]:
             f"{max(round(feeding + 0.5), 1):,} of them",
         )
     images = summary.images.get("train", 0)
-    time = hours(images, diagnosis.epochs, cost.images_per_s)
-    yield _row(
-        "time",
-        f"about {_duration(time)} for {diagnosis.epochs:g} epochs of {images:,} images "
-        "on one such device, if the loader keeps up",
-    )
+    epochs = f"{diagnosis.epochs:g} epochs" if diagnosis.epochs else "an epoch"
+    time = _duration(hours(images, diagnosis.epochs or 1, cost.images_per_s))
+    device = "on one such device, if the loader keeps up"
+    yield _row("time", f"about {time} for {epochs} of {images:,} images {device}")
     yield _row("memory", _memory(cost))
     yield _row("", "an estimate, from a few steps on noise")
 
