@@ -81,6 +81,7 @@ def test_links_to_nothing_are_kept_to_be_reported_and_pipes_are_not(tmp_path: Pa
     touch(tmp_path, ["1.png"])
     (tmp_path / "nothing.jpg").symlink_to("missing.jpg")
     (tmp_path / "self.jpg").symlink_to("self.jpg")
+    assert find_parts(str(tmp_path)) == {}  # and does not stumble over it either
     (tmp_path / "folder.jpg").mkdir()
     os.mkfifo(tmp_path / "pipe.jpg")  # to open it would wait for ever
     (tmp_path / "to_pipe.jpg").symlink_to("pipe.jpg")

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -106,6 +108,20 @@ def test_unreadable_files_are_listed_for_quarantine(tmp_path: Path) -> None:
     assert [line.split("\t")[0] for line in lines] == ["cut.jpg", "empty.png"]
     assert lines[1].split("\t")[1] == "the file is empty"
     assert (root / "cut.jpg").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the line is for a POSIX shell")
+def test_the_line_that_moves_them_works(tmp_path: Path) -> None:
+    root = _photos(tmp_path / "the root", 3)
+    (root / "it's").mkdir()
+    for name in ("-cut.jpg", "it's/two words.jpg"):
+        (root / name).write_bytes(b"no image")
+    text = _diagnose(root, tmp_path)["text"]
+    line = next(line for line in text.splitlines() if "AWAY" in line)
+    subprocess.run(["sh", "-c", line], check=True)
+    moved = {p.relative_to(tmp_path).as_posix() for p in (tmp_path / "quarantine").rglob("*.jpg")}
+    assert moved == {"quarantine/-cut.jpg", "quarantine/it's/two words.jpg"}
+    assert len(list(root.rglob("*.jpg"))) == 3
 
 
 def test_other_channels_than_asked_for_name_the_option(tmp_path: Path) -> None:

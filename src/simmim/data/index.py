@@ -107,7 +107,7 @@ def find_parts(root: str) -> dict[str, str]:
         The folders there are, by "train", "val" and "test"; empty unless there is a train/, for
         then the folder is to be split by us.
     """
-    folders = {entry.name.lower(): entry.path for entry in os.scandir(root) if entry.is_dir()}
+    folders = {entry.name.lower(): entry.path for entry in os.scandir(root) if _is_folder(entry)}
     parts = {
         part: next(folders[name] for name in names if name in folders)
         for part, names in PARTS.items()

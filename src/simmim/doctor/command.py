@@ -336,6 +336,6 @@ def _where(diagnosis: Diagnosis, folder: Path) -> str:
     list_, root = (
         shlex.quote(os.path.abspath(path)) for path in (folder / QUARANTINE, diagnosis.root)
     )
-    move = 'mkdir -p "$AWAY/$(dirname "$f")" && mv "$f" "$AWAY/$f"'
+    move = 'mkdir -p "$AWAY/$(dirname -- "$f")" && mv -- "$f" "$AWAY/$f"'
     loop = f"cut -f1 {list_} | while IFS= read -r f; do {move}; done"
     return f"{text}To move them:\n  cd {root}; AWAY=../quarantine; {loop}"
