@@ -24,15 +24,15 @@ from simmim.data.workers import cpu_count
 from simmim.doctor.diagnosis import Diagnosis, summarise
 from simmim.doctor.estimate import estimate as estimate_cost
 from simmim.doctor.findings import Finding, Read, count_left_out, find_all, in_order
-from simmim.doctor.pictures import COLUMNS, SIDE, Row, Tile, draw_sheet
+from simmim.doctor.pictures import draw_sheet
 from simmim.doctor.record import File, Inspector, Record, below
 from simmim.doctor.report import render
+from simmim.doctor.sheet import contact_rows
 from simmim.doctor.targets import target_findings
 from simmim.doctor.workers import run_all
 from simmim.run import leave_run, new_run
 
 JSON, SHEET, QUARANTINE = "doctor.json", "contact_sheet.png", "quarantine.txt"
-SHOWN = 12  # classes on the contact sheet
 
 
 def doctor(
@@ -252,71 +252,6 @@ def write(diagnosis: Diagnosis, folder: Path) -> None:
     (folder / JSON).write_text(text.encode("utf-8", "backslashreplace").decode() + "\n", "utf-8")
     lines = [f"{escape(name)}\t{escape(why)}\n" for name, why in diagnosis.quarantine().items()]
     (folder / QUARANTINE).write_text("".join(lines), "utf-8")
-
-
-def contact_rows(
-    diagnosis: Diagnosis,
-    read: Read,
-    classes: Sequence[str],
-    inspector: Inspector,
-    workers: int,
-) -> list[Row]:
-    """Choose the pictures of the contact sheet, and read them again, small."""
-    chosen = _samples(read, classes)
-    by_name = {file.name: file for file, _ in read}
-    for finding in diagnosis.findings:
-        some = list(finding.files.items())[:COLUMNS]
-        if some:
-            listed = [(by_name[name], f"{file_name(name)}\n{why}") for name, why in some]
-            if finding.beside:  # copies, with what each is like to its right
-                pairs = [((f, c), by_name[finding.beside[f.name]]) for f, c in listed]
-                listed = [
-                    tile for one, other in pairs for tile in (one, (other, file_name(other.name)))
-                ]
-                listed = listed[:COLUMNS]
-            chosen.append((f"{finding.text}", listed))
-    bad = {file.name for file, record in read if record.error}
-    wanted = list({f.name: f for _, row in chosen for f, _ in row if f.name not in bad}.values())
-    tiles: dict[str, Any] = {}
-    for place, pixels in run_all(_Reducer(inspector), wanted, workers, lambda file, why: None):
-        tiles[wanted[place].name] = pixels
-    return [
-        Row(heading, [Tile(tiles.get(file.name), caption) for file, caption in row])
-        for heading, row in chosen
-    ]
-
-
-class _Reducer:
-    """Makes pictures of files; picklable, as it is sent to the workers."""
-
-    def __init__(self, inspector: Inspector) -> None:
-        self.inspector = inspector
-
-    def __call__(self, file: File) -> Any:
-        return self.inspector.tile(file, SIDE)
-
-
-def _samples(read: Read, classes: Sequence[str]) -> list[tuple[str, list[tuple[File, str]]]]:
-    """Some images of each part, or of each class of training, evenly spread."""
-    rows: dict[str, list[tuple[File, str]]] = {}
-    for file, record in read:
-        if record.content is None:
-            continue
-        key = f"{file.part}: {classes[file.label]}" if file.label >= 0 else file.part
-        size = f"{record.content.width} x {record.content.height}"
-        rows.setdefault(key, []).append((file, f"{file_name(file.name)}\n{size}"))
-    if len(rows) > SHOWN:
-        rows = {k: v for k, v in rows.items() if k.startswith("train")}
-    kept = [list(rows)[i] for i in np.linspace(0, len(rows) - 1, min(SHOWN, len(rows))).astype(int)]
-    return [
-        (f"{key} ({len(rows[key]):,})", [rows[key][i] for i in choose(len(rows[key]), COLUMNS)])
-        for key in kept
-    ]
-
-
-def file_name(name: str) -> str:
-    """The last part of a path, on one line."""
-    return escape(name.rsplit("/", 1)[-1])
 
 
 def _options(data: ImageFolderData) -> dict[str, Any]:
