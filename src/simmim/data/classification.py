@@ -175,7 +175,7 @@ class LabelTable:
         """Find the row of each file by its path below the root, or below train/, ...; -1: none."""
         part = os.path.relpath(files.root, root).replace(os.sep, "/")
         prefix = "" if part == "." else f"{part}/"
-        names = (files.name(i) for i in range(len(files)))
+        names = files.all_names()
         rows = (self.rows.get(prefix + name, self.rows.get(name, -1)) for name in names)
         return np.fromiter(rows, np.int64, len(files))
 
