@@ -365,3 +365,10 @@ def test_labels_are_int64_and_places_arrays(root: Path) -> None:
         assert part.places.dtype == np.int64
         assert part.files.labels is not None
         assert part.files.labels.dtype == torch.int64
+
+
+def test_a_data_set_lists_the_names_of_its_places(root: Path) -> None:
+    files = scan(str(root))
+    for places in (None, np.array([1, 4, 39]), np.array([7, 2])):
+        data = Names(files, CenterCrop((4, 4)), places)
+        assert list(data.all_names()) == [data.name(i) for i in range(len(data))]

@@ -1,6 +1,7 @@
 """One sample: file -> pixels -> transform -> a dict; and samples -> a batch."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import compress
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -105,6 +106,16 @@ class ImageData(Dataset[dict[str, Any]]):
     def name(self, index: int) -> str:
         """Path of a sample's file below the folder, with "/" between folders on every system."""
         return self.files.name(self._place(index))
+
+    def all_names(self) -> Iterator[str]:
+        """Paths of all samples' files below the folder, in order."""
+        if self.places is None:
+            return self.files.all_names()
+        if bool((self.places[1:] > self.places[:-1]).all()):
+            chosen = torch.zeros(len(self.files), dtype=torch.bool)
+            chosen[self.places] = True
+            return compress(self.files.all_names(), chosen.numpy())
+        return map(self.name, range(len(self)))
 
     @property
     def labels(self) -> Tensor | None:

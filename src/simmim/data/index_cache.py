@@ -59,7 +59,7 @@ def read_index(root: str) -> FileIndex:
     cache = cache_folder()
     if cache is None:
         return join_folders(root, visit_folders(root))
-    file = cache / f"index-{_hash(os.path.realpath(root), VERSION, SUFFIXES)}.safetensors"
+    file = index_file(cache, root)
     with suppress(OSError, ValueError, KeyError):  # none, damaged, or out of date
         index = _open(file, root)
         rank_zero_info(
@@ -75,6 +75,11 @@ def read_index(root: str) -> FileIndex:
         with suppress(OSError, ValueError, KeyError):
             return _open(file, root)  # so that workers share it from the first run on
     return index
+
+
+def index_file(cache: Path, root: str) -> Path:
+    """Where the index of a folder is kept."""
+    return cache / f"index-{_hash(os.path.realpath(root), VERSION, SUFFIXES)}.safetensors"
 
 
 def write_index(file: Path, index: FileIndex, folders: Sequence[Folder]) -> bool:

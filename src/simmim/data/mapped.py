@@ -105,8 +105,10 @@ def open_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         before = _stamp(path)
         with safe_open(path, "pt") as file:
-            names = file.keys()
-            tensors = {name: _mapped(file.get_tensor(name), path, name, before) for name in names}
+            names: list[str] = list(file.keys())
+            tensors: dict[str, Tensor] = {
+                name: _mapped(file.get_tensor(name), path, name, before) for name in names
+            }
             notes = file.metadata() or {}
         if _stamp(path) != before:
             raise ValueError(f"{path} was replaced while it was opened")
