@@ -8,16 +8,18 @@ One folder of real files, empty ones, says what a scan costs.
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import ERROR, getLogger
 from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,8 +33,6 @@ from simmim.data.layout import split_off
 from simmim.data.mapped import PLACE
 from simmim.data.sampler import EpochSampler
 from simmim.data.transforms import CenterCrop
-
-T = TypeVar("T")
 
 IN_A_FOLDER = 1000  # files, about as in ImageNet-22k
 SPLIT = (0.1, 0, None)
@@ -76,7 +76,7 @@ def startup(
         start: How workers begin: fork (Linux) or spawn (Windows and macOS).
 
     Returns:
-        Two tables.
+        The duration of `simmim --help`, and two tables.
 
     Raises:
         ValueError: If a number is too small.
@@ -94,20 +94,37 @@ def startup(
     steps = len(files) + 1 + len(workers)
     with _own_cache() as folder, Tqdm(total=steps, desc="Start-up", leave=False) as bar:
         times, memory = {}, {}
-        for n in files:
-            _simulate(folder / str(n), n)
-            times[n] = _alone(measure_times, str(folder / str(n)))
+        with _new_process() as pool:
+            for n in files:
+                _simulate(folder / str(n), n)
+                times[n] = pool.submit(measure_times, str(folder / str(n))).result()
+                bar.update()
+            scanned = pool.submit(measure_scan, folder / "real", real).result()
             bar.update()
-        scanned = _alone(measure_scan, folder / "real", real)
-        bar.update()
         for count in workers if ROLLUP.exists() else ():
-            many, few = (
-                _alone(measure_memory, str(folder / str(n)), count, batches, start)
-                for n in (files[-1], files[0])
-            )
-            memory[count] = many, few
+            for n in {files[0], files[-1]}:
+                with _new_process() as pool:  # whose memory nothing else has touched
+                    work = pool.submit(measure_memory, str(folder / str(n)), count, batches, start)
+                    memory[count, n] = work.result()
             bar.update()
-    return "\n".join([*_time_table(times, real, scanned), "", *_memory_table(memory, files, start)])
+    lines = [
+        f"simmim --help: {measure_help():.2f} s",
+        "",
+        *_time_table(times, real, scanned),
+        "",
+        *_memory_table(memory, workers, files, start),
+    ]
+    return "\n".join(lines)
+
+
+def measure_help(rounds: int = 5) -> float:
+    """Run `simmim --help`; the best of some rounds in seconds, the interpreter's own start in it."""
+    durations = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "simmim", "--help"], capture_output=True, check=True)
+        durations.append(time.perf_counter() - began)
+    return min(durations)
 
 
 def measure_times(root: str) -> Times:
@@ -202,10 +219,8 @@ def _own_cache() -> Iterator[Path]:
             os.environ[PLACE] = before
 
 
-def _alone(function: Callable[..., T], *args: object) -> T:
-    """Call a function in a new process, whose memory nothing else has touched."""
-    with ProcessPoolExecutor(1, get_context("spawn"), _be_quiet) as pool:
-        return pool.submit(function, *args).result()
+def _new_process() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, get_context("spawn"), _be_quiet)
 
 
 def _be_quiet() -> None:
@@ -255,7 +270,7 @@ def _time_table(times: dict[int, Times], real: int, scanned: tuple[float, float]
 
 
 def _memory_table(
-    memory: dict[int, tuple[list[Memory], list[Memory]]], files: list[int], start: str
+    memory: dict[tuple[int, int], list[Memory]], workers: list[int], files: list[int], start: str
 ) -> list[str]:
     if not memory:
         return ["memory: measured on Linux alone"]
@@ -264,14 +279,16 @@ def _memory_table(
         f"{'all, PSS':>9}  {f'with {files[0]:,} files':>20}  {'difference':>10}"
     )
     rows = []
-    for count, (many, few) in memory.items():
-        main, *others = many
+    for count in workers:
+        main, *others = memory[count, files[-1]]
         resident = max((one.resident for one in others), default=0.0)
         shared_out = max((one.shared_out for one in others), default=0.0)
-        total, least = (sum(one.shared_out for one in each) for each in (many, few))
+        total, least = (
+            sum(one.shared_out for one in memory[count, n]) for n in (files[-1], files[0])
+        )
         rows.append(
             f"{count:>7}  {main.resident:>6.0f} MB  {resident:>7.0f} MB  {shared_out:>7.0f} MB  "
             f"{total:>6.0f} MB  {least:>17.0f} MB  {total - least:>7.0f} MB"
         )
-    title = f"memory with {files[-1]:,} files, workers by {start} (the largest of them):"
+    title = f"memory with {files[-1]:,} files; workers by {start}, the largest of them:"
     return [title, head, *rows]
