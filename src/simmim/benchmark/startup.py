@@ -118,7 +118,7 @@ def startup(
 
 
 def measure_help(rounds: int = 5) -> float:
-    """Run `simmim --help`; the best of some rounds in seconds, the interpreter's own start in it."""
+    """Run `simmim --help`: seconds of the best round, the start of the interpreter among them."""
     durations = []
     for _ in range(rounds):
         began = time.perf_counter()
