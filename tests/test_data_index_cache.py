@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from simmim.data import index_cache
+from simmim.data import ImageFolderData, index_cache
 from simmim.data.dataset import ImageData, Loader, collate
 from simmim.data.index import FileIndex, scan
 from simmim.data.index_cache import read_index
@@ -372,3 +372,26 @@ def test_a_data_set_lists_the_names_of_its_places(root: Path) -> None:
     for places in (None, np.array([1, 4, 39]), np.array([7, 2])):
         data = Names(files, CenterCrop((4, 4)), places)
         assert list(data.all_names()) == [data.name(i) for i in range(len(data))]
+
+
+def test_one_process_of_a_machine_reads_the_folder_for_all(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageFolderData, "_process", lambda self: (2, 0))
+    ImageFolderData(str(root)).prepare_data()
+    assert len(kept()) == 2
+    other = ImageFolderData(str(root))
+    monkeypatch.setattr(index_cache, "visit_folders", never)
+    other.setup("fit")
+    assert other.num_train == 36
+
+
+def test_a_mistake_is_said_by_all_processes_and_none_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageFolderData, "_process", lambda self: (2, 0))
+    (tmp_path / "empty").mkdir()
+    data = ImageFolderData(str(tmp_path / "empty"))
+    data.prepare_data()
+    with pytest.raises(ValueError, match="holds no images"):
+        data.setup("fit")
