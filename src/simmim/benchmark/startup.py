@@ -20,6 +20,7 @@ from logging import ERROR, getLogger
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Literal
+from warnings import filterwarnings
 
 import numpy as np
 import torch
@@ -224,6 +225,7 @@ def _new_process() -> ProcessPoolExecutor:
 
 
 def _be_quiet() -> None:
+    filterwarnings("ignore", "This DataLoader will create")  # more workers than cores are meant
     getLogger("lightning.pytorch").setLevel(ERROR)
 
 
