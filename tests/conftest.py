@@ -21,6 +21,12 @@ def _fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the user's cache folder out of it, in subprocesses as well."""
+    monkeypatch.setenv("SIMMIM_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def make_images() -> Callable[..., Path]:
     """Write small smooth pictures: `make_images(folder, n, size=32)` -> the folder."""

@@ -13,8 +13,8 @@ from simmim.data import ImageFolderData, statistics
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "simmim"
+    monkeypatch.setenv("SIMMIM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_measured_once(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_home_that_cannot_be_written(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(root / "000.png"))
+    monkeypatch.setenv("SIMMIM_CACHE", str(root / "000.png"))
     assert fitted(root, statistics="measured").mean is not None
 
 

@@ -170,9 +170,12 @@ def _read_parts(
     val = years.get(trains[0].replace("train", "val"))
     if val is not None:
         return {"train": train, "val": Part(read_folder(val))}
-    names = [train.files.name(i) for i in range(len(train.files))]
     mask = validation_mask(
-        names, np.zeros(len(names), np.int64), val_fraction, split_seed, group_pattern
+        train.files.all_names(),
+        np.zeros(len(train.files), np.int64),
+        val_fraction,
+        split_seed,
+        group_pattern,
     )
     parts = {"train": Part(train.files, np.flatnonzero(~mask))}
     return {**parts, "val": Part(train.files, np.flatnonzero(mask))} if mask.any() else parts
@@ -203,7 +206,7 @@ def _read_given(annotations: str, indexes: Iterable[FileIndex]) -> Table:
     xml = _find_xml([path])
     files = {}
     for index in indexes:
-        names = (index.name(i) for i in range(len(index)))
+        names = index.all_names()
         files.update({name: xml[_stem(name)] for name in names if _stem(name) in xml})
     return read_voc(path, files)
 
@@ -221,7 +224,7 @@ def _find_table(root: str, files: FileIndex) -> Table | None:
     for folders in ([folder], above):
         xml = _find_xml(folders)
         matched = {}
-        for image in (files.name(i) for i in range(len(files))):
+        for image in files.all_names():
             stems = (_stem(image), f"{name}/{_stem(image)}")
             if stem := next((stem for stem in stems if stem in xml), None):
                 matched[image] = xml[stem]

@@ -175,7 +175,7 @@ class LabelTable:
         """Find the row of each file by its path below the root, or below train/, ...; -1: none."""
         part = os.path.relpath(files.root, root).replace(os.sep, "/")
         prefix = "" if part == "." else f"{part}/"
-        names = (files.name(i) for i in range(len(files)))
+        names = files.all_names()
         rows = (self.rows.get(prefix + name, self.rows.get(name, -1)) for name in names)
         return np.fromiter(rows, np.int64, len(files))
 
@@ -248,18 +248,20 @@ def choose_labels(data: ImageData, amount: float, seed: int) -> Places:
         ValueError: If a class has fewer images than are asked for.
     """
     assert data.labels is not None
-    hashes = np.array([_hash(data.name(i), seed) for i in range(len(data))], dtype=np.uint64)
+    hashes = np.fromiter((_hash(name, seed) for name in data.all_names()), np.uint64, len(data))
     labels, chosen = data.labels.numpy(), []
+    order = np.lexsort((hashes, labels))  # by class, then by hash
+    sizes = np.bincount(labels)
     is_share = isinstance(amount, float) and amount <= 1
-    for label in np.unique(labels):
-        places = np.flatnonzero(labels == label)
-        n = max(round(amount * len(places)), 1) if is_share else int(amount)
-        if n > len(places):
+    for label in np.flatnonzero(sizes):
+        size, first = int(sizes[label]), int(sizes[:label].sum())
+        n = max(round(amount * size), 1) if is_share else int(amount)
+        if n > size:
             raise ValueError(
-                f"data.labels_per_class {amount} is more than the {len(places)} training images "
-                f"of class {data.classes[label]!r}: use {len(places)} or fewer, or 0.5 for half"
+                f"data.labels_per_class {amount} is more than the {size} training images "
+                f"of class {data.classes[label]!r}: use {size} or fewer, or 0.5 for half"
             )
-        chosen.append(places[np.argsort(hashes[places], kind="stable")[:n]])
+        chosen.append(order[first : first + n])
     return np.sort(np.concatenate(chosen))
 
 

@@ -1,6 +1,7 @@
 """One sample: file -> pixels -> transform -> a dict; and samples -> a batch."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import compress
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from simmim.data.decode import UnreadableImage, decode_image, unreadable
 from simmim.data.draws import uniforms
 from simmim.data.index import FileIndex
+from simmim.data.mapped import as_tensor
 from simmim.data.scans import Intensity
 
 T = TypeVar("T")
@@ -56,11 +58,9 @@ class ImageData(Dataset[dict[str, Any]]):
         labelled: bool = True,
     ) -> None:
         self.files, self.transform, self.seed, self.on_bad = files, transform, seed, on_bad
-        self.places = None if places is None else torch.from_numpy(places)
+        self.places = None if places is None else as_tensor(places)
         self.in_chans, self.intensity = in_chans, intensity or Intensity()
-        self.labels: Tensor | None = None
-        if labelled and files.labels is not None:
-            self.labels = files.labels if self.places is None else files.labels[self.places]
+        self.labelled = labelled and files.labels is not None
         self.unreadable = torch.zeros(len(self), dtype=torch.uint8)
 
     def __len__(self) -> int:
@@ -72,8 +72,8 @@ class ImageData(Dataset[dict[str, Any]]):
             raise IndexError(f"index {index} of {len(self)} images")
         content, index = self._read(epoch, index % len(self))
         sample = {**self.transform(content, uniforms(self.seed, epoch, index)), "index": index}
-        if self.labels is not None:
-            sample["label"] = int(self.labels[index])
+        if self.labelled and self.files.labels is not None:
+            sample["label"] = int(self.files.labels[self._place(index)])
         return sample
 
     def read(self, index: int) -> Any:
@@ -106,6 +106,23 @@ class ImageData(Dataset[dict[str, Any]]):
     def name(self, index: int) -> str:
         """Path of a sample's file below the folder, with "/" between folders on every system."""
         return self.files.name(self._place(index))
+
+    def all_names(self) -> Iterator[str]:
+        """Paths of all samples' files below the folder, in order."""
+        if self.places is None:
+            return self.files.all_names()
+        if bool((self.places[1:] > self.places[:-1]).all()):
+            chosen = torch.zeros(len(self.files), dtype=torch.bool)
+            chosen[self.places] = True
+            return compress(self.files.all_names(), chosen.numpy())
+        return map(self.name, range(len(self)))
+
+    @property
+    def labels(self) -> Tensor | None:
+        """The class of each sample, int64, (n,); made when asked. None where there are none."""
+        if not self.labelled or self.files.labels is None:
+            return None
+        return self.files.labels if self.places is None else self.files.labels[self.places]
 
     @property
     def classes(self) -> list[str]:

@@ -1,6 +1,7 @@
 """The data module: any folder of images, or a data set by name, as batches of uint8."""
 
 import os
+from contextlib import suppress
 from math import inf
 from typing import Any, Literal, cast
 
@@ -138,7 +139,7 @@ class ImageFolderData(LoaderModule):
         self.std: tuple[float, ...] | None = None
 
     def prepare_data(self) -> None:
-        """Make, download or copy the data, and measure statistics, once on each machine."""
+        """Make, download, copy and index the data, and measure statistics, once a machine."""
         if self.url is not None:
             fetch(self.url, self.root)
         if self.dataset is not None:
@@ -146,6 +147,9 @@ class ImageFolderData(LoaderModule):
         if self.statistics == "measured" and self._trains():
             self._setup_parts()
             self._statistics()  # into the cache, for the other processes
+        elif self._trains() and self._process()[0] > 1:
+            with suppress(ValueError):  # setup says it, in every process: none must wait
+                self._setup_parts()  # the index, and its split, likewise
 
     def setup(self, stage: str | None = None) -> None:
         """Index the folder, and split it where it is not split.

@@ -6,7 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from simmim.data.index import FileIndex, check_folder, find_parts, scan
+from simmim.data.index import FileIndex, check_folder, find_parts
+from simmim.data.index_cache import keep_split, read_index
 from simmim.data.scans import check_pydicom
 from simmim.data.shards import is_packed, join_packed, read_packed
 from simmim.data.split import validation_mask
@@ -33,7 +34,7 @@ def read_folder(folder: str) -> FileIndex:
     """
     check_folder(folder)
     return _readable(
-        join_packed(folder, read_packed(folder)) if is_packed(folder) else scan(folder)
+        join_packed(folder, read_packed(folder)) if is_packed(folder) else read_index(folder)
     )
 
 
@@ -90,10 +91,13 @@ def split_off(
     Returns:
         Places of the images that train, and of those that validate.
     """
-    labels = np.zeros(len(files), np.int64) if files.labels is None else files.labels.numpy()
-    names = (files.name(place) for place in range(len(files)))
-    mask = validation_mask(names, labels, val_fraction, split_seed, group_pattern)
-    return np.flatnonzero(~mask), np.flatnonzero(mask)
+
+    def split() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        labels = np.zeros(len(files), np.int64) if files.labels is None else files.labels.numpy()
+        mask = validation_mask(files.all_names(), labels, val_fraction, split_seed, group_pattern)
+        return np.flatnonzero(~mask), np.flatnonzero(mask)
+
+    return keep_split(files, (val_fraction, split_seed, group_pattern), split)
 
 
 def _readable(files: FileIndex) -> FileIndex:
@@ -106,6 +110,8 @@ def _relabel(files: FileIndex, classes: list[str]) -> FileIndex:
     """Number the labels of a part by the classes of the whole; where they do not fit, drop them."""
     if files.labels is None or not set(files.classes) <= set(classes):
         return replace(files, labels=None, classes=classes)
+    if files.classes == classes:
+        return files
     place = {name: label for label, name in enumerate(classes)}
     number = torch.tensor([place[name] for name in files.classes])
     return replace(files, labels=number[files.labels], classes=classes)

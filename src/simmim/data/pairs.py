@@ -71,7 +71,7 @@ def read_pairs(
 
 def without_masks(files: FileIndex) -> npt.NDArray[np.int64] | None:
     """Places of the files that are no masks beside images/; None: all."""
-    names = [f"/{files.name(place)}" for place in range(len(files))]
+    names = [f"/{name}" for name in files.all_names()]
     if not any(f"/{IMAGES}/" in name for name in names):
         return None
     return np.array([i for i, name in enumerate(names) if f"/{MASKS}/" not in name], np.int64)
@@ -125,8 +125,7 @@ def _pair(images: str, masks: str) -> Pairs:
 def _stems(files: FileIndex) -> dict[str, int]:
     """Place of each file by its path without the ending, in order."""
     found: dict[str, int] = {}
-    for place in range(len(files)):
-        name = files.name(place)
+    for place, name in enumerate(files.all_names()):
         stem = os.path.splitext(name)[0]
         if stem in found:
             raise ValueError(

@@ -58,6 +58,9 @@ class EpochSampler(DistributedSampler[Any]):
             : self.batches * self.num_replicas * self.batch_size
         ]
         mine = order.reshape(self.batches, self.num_replicas, self.batch_size)[batch:, self.rank]
+        if self.num_replicas > 1:  # keep one's own share, not the whole order
+            mine = mine.copy()
+        del order
         for indices in mine:
             yield from ((epoch, index) for index in indices.tolist())
 

@@ -8,6 +8,7 @@ from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 
 def validation_mask(
@@ -39,14 +40,19 @@ def validation_mask(
     Raises:
         ValueError: If the pattern does not match a name.
     """
-    names = list(names) if group_pattern else names
-    keys = np.fromiter((_hash(name, split_seed) for name in names), np.uint64, len(labels))
-    if not val_fraction or len(labels) < 2:
-        return np.zeros(len(labels), dtype=bool)
-    if group_pattern is None:
-        return _split_files(keys, labels, val_fraction)
-    groups = [group_of(name, group_pattern) for name in names]
-    return _split_groups(groups, labels, val_fraction, split_seed)
+    n = len(labels)
+    names = Tqdm(names, "Splitting", n, leave=False, delay=2, unit=" images", unit_scale=True)
+    if group_pattern is not None:
+        number: dict[str, int] = {}  # of each group, as they come
+        numbers = (number.setdefault(group_of(name, group_pattern), len(number)) for name in names)
+        group_of_file = np.fromiter(numbers, np.int64, n)
+        if not val_fraction or n < 2:
+            return np.zeros(n, dtype=bool)
+        return _split_groups(list(number), group_of_file, labels, val_fraction, split_seed)
+    if not val_fraction or n < 2:
+        return np.zeros(n, dtype=bool)
+    keys = np.fromiter((_hash(name, split_seed) for name in names), np.uint64, n)
+    return _split_files(keys, labels, val_fraction)
 
 
 def group_of(name: str, group_pattern: str) -> str:
@@ -116,18 +122,35 @@ def _split_files(
 
 
 def _split_groups(
-    groups: list[str], labels: npt.NDArray[np.int64], val_fraction: float, seed: int
+    groups: list[str],
+    group_of_file: npt.NDArray[np.int64],
+    labels: npt.NDArray[np.int64],
+    val_fraction: float,
+    seed: int,
 ) -> npt.NDArray[np.bool_]:
     """Class by class, take groups in the order of their hash while that brings the share nearer.
 
     The only group of a class trains, unless that is so of all classes: then each is a patient's
     folder, and no class.
+
+    Args:
+        groups: Their names.
+        group_of_file: Which of them each file is of, (n,).
+        labels: The class of each file, (n,).
+        val_fraction: Share that validates.
+        seed: Of the hash.
     """
-    unique, group_of_file = np.unique(np.array(groups), return_inverse=True)
-    order = np.argsort([_hash(str(group), seed) for group in unique], kind="stable")
+    unique = sorted(groups)
+    place = {group: i for i, group in enumerate(unique)}
+    group_of_file = np.array([place[group] for group in groups], np.int64)[group_of_file]
+    order = np.argsort([_hash(group, seed) for group in unique], kind="stable")
     rank = np.argsort(order)  # of each group in the order of the hash
+    by_class = group_of_file[np.argsort(labels, kind="stable")]
+    ends = np.cumsum(np.bincount(labels))
     classes = [
-        np.unique(group_of_file[labels == label], return_counts=True) for label in np.unique(labels)
+        np.unique(members, return_counts=True)
+        for members in np.split(by_class, ends[:-1])
+        if len(members)
     ]
     if all(len(members) == 1 for members, _ in classes):
         classes = [np.unique(group_of_file, return_counts=True)]

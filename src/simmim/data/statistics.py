@@ -5,7 +5,6 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader, Subset
 
 from simmim.data.checks import check_choice
 from simmim.data.dataset import ImageData, collate
+from simmim.data.mapped import cache_folder
 from simmim.data.sampler import choose
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel, in 0..1
@@ -64,7 +64,10 @@ def measured_statistics(data: ImageData, num_workers: int = 0) -> Statistics:
         num_workers: Processes that read.
     """
     places = choose(len(data), MAX_IMAGES).tolist()
-    file = _cache_folder() / f"statistics-{_key(data, places)}.json"
+    cache = cache_folder()
+    if cache is None:
+        return _measure(data, places, num_workers)
+    file = cache / f"statistics-{_key(data, places)}.json"
     with suppress(OSError, ValueError):
         mean, std = json.loads(file.read_text())
         return tuple(mean), tuple(std)
@@ -104,7 +107,3 @@ def _key(data: ImageData, places: list[int]) -> str:
             status = os.stat(data.container(place))
             digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "simmim"
