@@ -260,4 +260,6 @@ def _to_channels(pixels: Pixels, in_chans: int) -> Pixels:
         gray = pixels @ np.array(LUMINANCE, dtype=np.float32)
         gray = gray.round() if pixels.dtype == np.uint8 else gray
         return gray.astype(pixels.dtype)[..., None]
-    raise ValueError(f"it has {chans} channels, data.in_chans is {in_chans}")
+    raise ValueError(
+        f"it has {chans} channels, data.in_chans is {in_chans} (of a model: --model.in_chans)"
+    )

@@ -8,6 +8,7 @@ import torch
 
 from simmim.data import named
 from simmim.data.checks import (
+    check_choice,
     check_image_size,
     check_number,
     check_range,
@@ -21,7 +22,7 @@ from simmim.data.sampler import EvenSampler, choose
 from simmim.data.scans import Intensity
 from simmim.data.shards import is_packed
 from simmim.data.split import check_group_pattern
-from simmim.data.statistics import Statistics, check_statistics, measured_statistics
+from simmim.data.statistics import check_statistics
 from simmim.data.transforms import CenterCrop, RandomCrop, flip_marked
 
 
@@ -64,6 +65,9 @@ class ImageFolderData(LoaderModule):
             the three for other than three channels), measured (from the training images, at most
             10,000), or your own [[means], [stds]] on a scale of 0 to 1.
         percentiles: Deeper scans: the percentiles of each image that become 0 and 1.
+        percentiles_of: Deeper scans: whether each image has percentiles of its own (image: what is
+            bright in one need not be in another), or all have those of the training images, or of
+            1,000 of them, which are measured once and kept in the checkpoints (dataset).
         window: Deeper scans: the values that become 0 and 1 (such as [-160, 240] Hounsfield units)
             for all images, instead of percentiles.
         bad_files: What a file that cannot be read does: skip (another image takes its place; it is
@@ -99,6 +103,7 @@ class ImageFolderData(LoaderModule):
         val_crop: float = 1.0,
         statistics: Literal["imagenet", "measured"] | list[list[float]] = "imagenet",
         percentiles: tuple[float, float] = (0.5, 99.5),
+        percentiles_of: Literal["image", "dataset"] = "image",
         window: tuple[float, float] | None = None,
         bad_files: Literal["skip", "raise"] = "skip",
         max_bad_share: float = 0.5,
@@ -121,6 +126,8 @@ class ImageFolderData(LoaderModule):
         check_number("val_crop", val_crop, 0.01, 1)
         check_group_pattern(group_pattern)
         check_statistics(statistics, in_chans)
+        check_choice("percentiles_of", percentiles_of, ("image", "dataset"))
+        self.percentiles_of = percentiles_of
         self.intensity = Intensity(
             check_range("percentiles", percentiles, 0, 100),
             None if window is None else check_range("window", window),
@@ -143,9 +150,10 @@ class ImageFolderData(LoaderModule):
             fetch(self.url, self.root)
         if self.dataset is not None:
             named.prepare(self.dataset, self.data_dir)
-        if self.statistics == "measured" and self._trains():
+        if self._measures():  # into the cache, for the other processes
             self._setup_parts()
-            self._statistics()  # into the cache, for the other processes
+            if self._trains():
+                self._statistics()
 
     def setup(self, stage: str | None = None) -> None:
         """Index the folder, and split it where it is not split.
@@ -214,6 +222,7 @@ class ImageFolderData(LoaderModule):
         for part, name in {"val": "validation", "test": "test"}.items():
             if part in parts:
                 self.sets[name] = self._make(parts[part], self.val_transform)
+        self._measure_window()
 
     def _make(
         self, part: Part, transform: Transform, kind: type[ImageData] = ImageData
@@ -228,6 +237,5 @@ class ImageFolderData(LoaderModule):
             on_bad=self.bad_files,
         )
 
-    def _measured(self) -> Statistics:
-        data = self.sets["probe"]
-        return measured_statistics(data, self._workers(data))
+    def _plain(self) -> ImageData:
+        return self.sets["probe"]

@@ -231,7 +231,7 @@ def _check_out(folder: Path) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keep a second packing out of the folder; the system lets go when a process ends, or is killed.
+    """Keep a second packing out of the folder; a process that ends, or is killed, lets go of it.
 
     Raises:
         ValueError: If another process packs into it.
