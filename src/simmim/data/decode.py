@@ -35,6 +35,7 @@ Pixels = npt.NDArray[np.generic]
 ORIENTATION = 0x0112  # EXIF's tag: how the camera was held
 # Raster images alone: Pillow would start Ghostscript for an EPS that is called .png.
 FORMATS = ("JPEG", "MPO", "PNG", "TIFF", "WEBP", "GIF", "BMP", "DIB", "PPM", "AVIF", "JPEG2000")
+PIXELS_PER_BYTE = 512  # of a JPEG at most: a bit for each 8 x 8 block of a gray one
 LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R 601, as in JPEG and Pillow
 
 
@@ -132,7 +133,7 @@ def decode_pixels(
 
 def is_dicom(data: bytes, name: str) -> bool:
     """Whether a file is DICOM; without its preamble, it is told by its name."""
-    return data[128:132] == b"DICM" or name.lower().endswith(".dcm")
+    return data[128:132] == b"DICM" or (bool(data) and name.lower().endswith(".dcm"))
 
 
 def _what_else(data: bytes) -> str:
@@ -150,6 +151,8 @@ def _decode_jpeg(data: bytes, in_chans: int) -> Pixels | None:
     except ValueError:
         return None
     check_size(width, height)
+    if width * height > PIXELS_PER_BYTE * len(data):
+        raise ValueError(f"its header claims {width} x {height} pixels, for which it is too short")
     if colors in ("CMYK", "YCCK"):  # Pillow knows Adobe's inks, but passes over damage
         simplejpeg.decode_jpeg(data, "CMYK", strict=True)
     if colors not in ("YCbCr", "RGB", "Gray"):

@@ -24,6 +24,7 @@ from simmim.data.shards import is_packed
 from simmim.data.split import check_group_pattern
 from simmim.data.statistics import check_statistics
 from simmim.data.transforms import CenterCrop, RandomCrop, flip_marked
+from simmim.data.workers import default_workers
 
 
 class ImageFolderData(LoaderModule):
@@ -198,7 +199,9 @@ class ImageFolderData(LoaderModule):
             places = choose(len(data), limit)
             kept = places if data.places is None else data.places.numpy()[places]
             data = self._make(Part(data.files, kept), self.val_transform)
-        return self._loader(data, EvenSampler(data), self.batch_size)
+        # Workers for little would only take memory beside those that train.
+        enough = default_workers(data, self.trainer.num_devices if self.trainer else 1)
+        return self._loader(data, EvenSampler(data), self.batch_size, max_workers=enough)
 
     @property
     def class_to_idx(self) -> dict[str, int]:

@@ -211,9 +211,14 @@ class LoaderModule(L.LightningDataModule):
         return self._loader(data, EvenSampler(data, replicas, rank), batch_size)
 
     def _loader(
-        self, data: ImageData, sampler: Sampler[Key], batch_size: int, drop_last: bool = False
+        self,
+        data: ImageData,
+        sampler: Sampler[Key],
+        batch_size: int,
+        drop_last: bool = False,
+        max_workers: int = 1024,
     ) -> Loader[Batch]:
-        workers = min(self._workers(data), -(-len(data) // batch_size))
+        workers = min(self._workers(data), -(-len(data) // batch_size), max_workers)
         if workers:
             data.unreadable.share_memory_()
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"

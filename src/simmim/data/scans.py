@@ -177,6 +177,8 @@ def check_pydicom() -> None:
 def decode_dicom(data: bytes, intensity: Intensity) -> Pixels:
     """Decode the first frame of a DICOM file, with its rescale slope, palette and MONOCHROME1.
 
+    Its own window centre and width, which are for one look at one image, are not used.
+
     Returns:
         float32 in 0..1 for a scan, (H, W, 1); uint8 for colour, (H, W, 3).
 
@@ -189,6 +191,8 @@ def decode_dicom(data: bytes, intensity: Intensity) -> Pixels:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of values against the standard: they are many
         scan: Any = dcmread(BytesIO(data), force=True)
+        if "PixelData" not in scan or "Rows" not in scan or "Columns" not in scan:
+            raise ValueError("it is a DICOM file without pixels, or no DICOM file")
         check_size(int(scan.Columns), int(scan.Rows))
         values = pixel_array(scan, index=0)
         colors = scan.PhotometricInterpretation
@@ -196,5 +200,7 @@ def decode_dicom(data: bytes, intensity: Intensity) -> Pixels:
             values = apply_color_lut(values, scan)
         if values.ndim == 3:
             return values if values.dtype == np.uint8 else (values >> 8).astype(np.uint8)
+        padded = values == scan.get("PixelPaddingValue")  # outside of a CT's round field
         values = apply_modality_lut(values, scan)
+        values = np.where(padded, np.nan, values) if np.any(padded) else values
         return intensity(values, inverted=colors == "MONOCHROME1")[..., None]
