@@ -197,7 +197,7 @@ def _rotate(pixels: Pixels, orientation: int) -> Pixels:
 
 
 def _decode_deep_png(data: bytes, in_chans: int, intensity: Intensity) -> Pixels:
-    values = _rotate(decode_deep_png(data), _orientation(data))
+    values = _rotate(decode_deep_png(data), _orientation(data)).astype(np.uint16, copy=False)
     if values.shape[2] == 3:
         return intensity(values)
     if values.shape[2] == in_chans == 4:

@@ -103,14 +103,14 @@ def decode_deep_png(data: bytes) -> npt.NDArray[np.uint16]:
         high, low = halves[..., ::2], halves[..., 1::2]
     else:
         high, low = (_png_bytes(data, ("RGB;16" if data[25] == 2 else "RGBA;16") + x) for x in "BL")
-    return high.astype(np.uint16) << 8 | low
+    return (high.astype(np.uint16) << 8 | low).astype(np.uint16, copy=False)
 
 
 def _png_bytes(data: bytes, rawmode: str) -> npt.NDArray[np.uint8]:
     """Decode a PNG with the bytes of a pixel read in this manner of Pillow's."""
     with Image.open(BytesIO(data), formats=("PNG",)) as image:
         check_size(*image.size)
-        image.tile = [tile._replace(args=rawmode) for tile in image.tile]  # type: ignore[attr-defined]
+        image.tile = [tile._replace(args=rawmode) for tile in image.tile]
         return np.array(image)
 
 
