@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import tifffile
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from simmim.cli import main
@@ -267,6 +269,33 @@ def test_what_is_packed_is_not_packed_again(root: Path) -> None:
     assert len(read_folder(str(again))) == 16
 
 
+def test_two_into_one_folder(root: Path) -> None:
+    out = root.parent / "packed"
+    out.mkdir()
+    with FileLock(out / "packing.lock"), pytest.raises(ValueError, match="another simmim pack wri"):
+        packed(root)
+    assert {f.name for f in packed(root).iterdir()} == {  # the lock is gone, also the other's
+        "packed.json", "images.feather", "images-00000.arrow"
+    }  # fmt: skip
+
+
+def test_images_of_many_channels(tmp_path: Path) -> None:
+    root, random = tmp_path / "bands", np.random.default_rng(0)
+    root.mkdir()
+    for i, kind in enumerate((np.uint8, np.uint16, np.float32)):
+        bands = (random.random((40, 30, 5)) * 200).astype(kind)
+        tifffile.imwrite(root / f"{i}.tif", bands, photometric="minisblack", planarconfig="contig")
+        np.save(root / f"{i}.npy", bands)
+    for options in ({"format": "jpeg"}, {"format": "original"}, {"format": "raw"}):
+        ours = pixels_of(packed(root, options["format"], **options), in_chans=5)
+        assert len(ours) == 6
+        assert all(
+            torch.equal(a, b) for a, b in zip(ours, pixels_of(root, in_chans=5), strict=True)
+        )
+    small = pixels_of(packed(root, "small", format="raw", short_side=20), in_chans=5)
+    assert [tuple(image.shape) for image in small] == [(5, 40, 30), (5, 27, 20)] * 3  # .npy, .tif
+
+
 def test_nothing_else_is_overwritten(root: Path, tmp_path: Path) -> None:
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed" / "thesis.txt").write_text("years")
@@ -385,7 +414,7 @@ def test_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert Packed.load(out).complete
     for arguments, sentence in (
         (["--root", str(root)], "--out must be given"),
-        (["--root", str(tmp_path / "no"), "--out", "x"], "does not exist: give a folder of images"),
+        (["--root", str(tmp_path / "no"), "--out", "x"], "no' does not exist: give a folder of"),
         (["--root", str(root), "--out", "x", "--quality", "0"], "--quality 0 is out of range"),
         (["--root", str(root), "--out", "x", "--format", "jpg"], "did you mean jpeg?"),
     ):

@@ -80,3 +80,56 @@ def test_only_training_needs_them(root: Path) -> None:
     module = ImageFolderData(root=str(root), statistics="measured")
     module.setup("validate")
     assert module.mean is None
+
+
+def scans(root: Path) -> Path:
+    """Dim and bright scans of 16 bits, and a photograph."""
+    (root / "a").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for i in range(12):
+        values = random.integers(0, 500 + 500 * (i % 4), (24, 24), dtype=np.uint16)
+        Image.fromarray(values).save(root / "a" / f"{i:02d}.png")
+    Image.new("L", (24, 24), 200).save(root / "a" / "photo.png")
+    (root / "a" / "bad.png").write_bytes(b"")
+    return root
+
+
+def test_percentiles_of_the_data_set(tmp_path: Path, cache: Path) -> None:
+    root = scans(tmp_path / "scans")
+    options = {"in_chans": 1, "percentiles": (1, 99), "val_fraction": 0.0, "statistics": "measured"}
+    module = fitted(root, percentiles_of="dataset", **options)
+    files = sorted((root / "a").glob("[0-9]*"))
+    values = np.concatenate([np.asarray(Image.open(f)).ravel() for f in files])
+    window = module.intensity.window
+    assert window == pytest.approx(np.percentile(values, (1, 99)), abs=10)
+    images = [module.sets["training"].read(i) for i in range(12)]
+    low, high = window
+    for file, image in zip(files, images, strict=True):
+        wanted = ((np.asarray(Image.open(file)) - low) / (high - low)).clip(0, 1)
+        np.testing.assert_allclose(image[0], wanted, atol=1e-6)
+    assert images[0].max() < 0.3 < 0.9 < images[3].max()  # the dim ones stay dim
+    assert module.mean is not None
+    assert fitted(root, **options).sets["training"].read(0).max() == 1  # of each image: not
+
+    again = fitted(root, percentiles_of="dataset", num_workers=2, **options)  # out of the cache
+    assert again.intensity.window == window
+    for file in cache.rglob("*.json"):
+        file.unlink()
+    anew = fitted(root, percentiles_of="dataset", num_workers=2, **options)
+    assert anew.intensity.window == window
+
+
+def test_the_window_is_in_the_checkpoint(tmp_path: Path, cache: Path) -> None:
+    options = {"in_chans": 1, "val_fraction": 0.0, "percentiles_of": "dataset"}
+    saved = fitted(scans(tmp_path / "scans"), **options).state_dict()
+    other = ImageFolderData(str(scans(tmp_path / "others")), img_size=8, **options)
+    other.setup("predict")
+    other.load_state_dict(saved)
+    assert other.sets["predict"].intensity.window == saved["window"] == other.intensity.window
+    given = ImageFolderData(str(tmp_path / "others"), img_size=8, in_chans=1)
+    given.load_state_dict(saved)
+    assert given.intensity.window is None  # each image for itself, as it was asked for
+
+
+def test_photographs_have_no_window(root: Path) -> None:
+    assert fitted(root, percentiles_of="dataset").intensity.window is None

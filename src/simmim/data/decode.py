@@ -18,13 +18,24 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from simmim.data.index import read_file
-from simmim.data.scans import Intensity, check_size, decode_dicom, decode_npy
+from simmim.data.scans import (
+    MAX_PIXELS,
+    Intensity,
+    check_size,
+    decode_deep_png,
+    decode_dicom,
+    decode_npy,
+    flatten_deep,
+    is_deep_png,
+)
+from simmim.data.tiff import NO_DATA, decode_tiff, is_picture, is_tiff, without_no_data
 
 Pixels = npt.NDArray[np.generic]
 
 ORIENTATION = 0x0112  # EXIF's tag: how the camera was held
 # Raster images alone: Pillow would start Ghostscript for an EPS that is called .png.
 FORMATS = ("JPEG", "MPO", "PNG", "TIFF", "WEBP", "GIF", "BMP", "DIB", "PPM", "AVIF", "JPEG2000")
+PIXELS_PER_BYTE = 512  # of a JPEG at most: a bit for each 8 x 8 block of a gray one
 LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R 601, as in JPEG and Pillow
 
 
@@ -67,6 +78,8 @@ def reason_of(error: Exception, data: bytes | memoryview) -> str:
     """Say in one line why the bytes of a file could not be decoded."""
     if isinstance(error, UnidentifiedImageError):
         return _what_else(bytes(data))
+    if isinstance(error, Image.DecompressionBombError):
+        return f"its header claims far more than {MAX_PIXELS:,} pixels"
     return str(error).partition("\n")[0] or type(error).__name__
 
 
@@ -111,12 +124,16 @@ def decode_pixels(
         pixels = _decode_jpeg(data, in_chans)
     elif is_dicom(data, name):
         pixels = decode_dicom(data, intensity)
+    elif is_deep_png(data):
+        pixels = _decode_deep_png(data, in_chans, intensity)
+    elif is_tiff(data):
+        pixels = _decode_tiff(data, intensity)
     return _decode_by_pillow(data, in_chans, intensity) if pixels is None else pixels
 
 
 def is_dicom(data: bytes, name: str) -> bool:
     """Whether a file is DICOM; without its preamble, it is told by its name."""
-    return data[128:132] == b"DICM" or name.lower().endswith(".dcm")
+    return data[128:132] == b"DICM" or (bool(data) and name.lower().endswith(".dcm"))
 
 
 def _what_else(data: bytes) -> str:
@@ -134,6 +151,10 @@ def _decode_jpeg(data: bytes, in_chans: int) -> Pixels | None:
     except ValueError:
         return None
     check_size(width, height)
+    if width * height > PIXELS_PER_BYTE * len(data):
+        raise ValueError(f"its header claims {width} x {height} pixels, for which it is too short")
+    if colors in ("CMYK", "YCCK"):  # Pillow knows Adobe's inks, but passes over damage
+        simplejpeg.decode_jpeg(data, "CMYK", strict=True)
     if colors not in ("YCbCr", "RGB", "Gray"):
         return None
     gray = colors == "Gray" or in_chans == 1
@@ -158,7 +179,7 @@ def _orientation(data: bytes) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with Image.open(BytesIO(data), formats=("JPEG",)) as image:
+            with Image.open(BytesIO(data), formats=_formats()) as image:
                 return int(image.getexif().get(ORIENTATION, 1))
         except Exception:  # nonsense in the EXIF block is no reason to refuse the pixels
             return 1
@@ -175,6 +196,29 @@ def _rotate(pixels: Pixels, orientation: int) -> Pixels:
     return pixels
 
 
+def _decode_deep_png(data: bytes, in_chans: int, intensity: Intensity) -> Pixels:
+    values = _rotate(decode_deep_png(data), _orientation(data)).astype(np.uint16, copy=False)
+    if values.shape[2] == 3:
+        return intensity(values)
+    if values.shape[2] == in_chans == 4:
+        colours, alpha = intensity(values[..., :3]), values[..., 3:] / np.float32(65535)
+        return np.concatenate([colours, alpha], axis=2)
+    return intensity(flatten_deep(values))
+
+
+def _decode_tiff(data: bytes, intensity: Intensity) -> Pixels | None:
+    """Decode what Pillow would read in part; None for what it reads whole."""
+    with warnings.catch_warnings(), suppress(UnidentifiedImageError):
+        warnings.simplefilter("ignore")
+        with Image.open(BytesIO(data), formats=("TIFF",)) as image:
+            check_size(*image.size)
+            if is_picture(image):
+                return None
+    values, orientation = decode_tiff(data)
+    values = _rotate(values, orientation)
+    return values if values.dtype == np.uint8 else intensity(values)
+
+
 def _decode_by_pillow(data: bytes, in_chans: int, intensity: Intensity) -> Pixels:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of sizes, which we check, and of EXIF blocks
@@ -184,7 +228,8 @@ def _decode_by_pillow(data: bytes, in_chans: int, intensity: Intensity) -> Pixel
             with suppress(Exception):  # nonsense in the EXIF block
                 ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith(("I", "F")):
-                return intensity(np.asarray(image))[..., None]
+                marker = getattr(image, "tag_v2", {}).get(NO_DATA)
+                return intensity(without_no_data(np.asarray(image), marker))[..., None]
             return np.atleast_3d(np.array(_flatten(image, keep_alpha=in_chans == 4)))
 
 
@@ -218,4 +263,6 @@ def _to_channels(pixels: Pixels, in_chans: int) -> Pixels:
         gray = pixels @ np.array(LUMINANCE, dtype=np.float32)
         gray = gray.round() if pixels.dtype == np.uint8 else gray
         return gray.astype(pixels.dtype)[..., None]
-    raise ValueError(f"it has {chans} channels, data.in_chans is {in_chans}")
+    raise ValueError(
+        f"it has {chans} channels, data.in_chans is {in_chans} (of a model: --model.in_chans)"
+    )

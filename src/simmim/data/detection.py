@@ -19,7 +19,13 @@ from simmim.data.annotated import (
 )
 from simmim.data.annotations import read_coco
 from simmim.data.boxes import Fit, Jitter
-from simmim.data.checks import check_image_size, check_number, check_range, find_root
+from simmim.data.checks import (
+    check_choice,
+    check_image_size,
+    check_number,
+    check_range,
+    find_root,
+)
 from simmim.data.dataset import ImageData, Key, WholeFolder, collate
 from simmim.data.decode import UnreadableImage
 from simmim.data.draws import uniforms
@@ -27,7 +33,7 @@ from simmim.data.layout import read_folder
 from simmim.data.loaders import LoaderModule
 from simmim.data.scans import Intensity
 from simmim.data.split import check_group_pattern
-from simmim.data.statistics import Statistics, check_statistics, measured_statistics
+from simmim.data.statistics import check_statistics
 from simmim.data.transforms import Box, CenterCrop, crop_and_resize
 
 LISTS = ("target", "truth", "picture")  # of a batch: what differs in size from image to image
@@ -72,6 +78,9 @@ class DetectionData(LoaderModule):
             images), or your own [[means], [stds]] on a scale of 0 to 1. Those of the model's
             weights come first.
         percentiles: Deeper scans: the percentiles of each image that become 0 and 1.
+        percentiles_of: Deeper scans: whether each image has percentiles of its own (image: what is
+            bright in one need not be in another), or all have those of the training images, or of
+            1,000 of them, which are measured once and kept in the checkpoints (dataset).
         window: Deeper scans: the values that become 0 and 1 for all images, instead of percentiles.
         bad_files: What a file that cannot be read does: skip (another image takes its place; it is
             listed in bad_files.txt in the run's folder) or raise (the run stops and names it).
@@ -102,6 +111,7 @@ class DetectionData(LoaderModule):
         hflip: float = 0.5,
         statistics: Literal["imagenet", "measured"] | list[list[float]] = "imagenet",
         percentiles: tuple[float, float] = (0.5, 99.5),
+        percentiles_of: Literal["image", "dataset"] = "image",
         window: tuple[float, float] | None = None,
         bad_files: Literal["skip", "raise"] = "skip",
         max_bad_share: float = 0.5,
@@ -122,6 +132,8 @@ class DetectionData(LoaderModule):
         check_number("hflip", hflip, 0, 1)
         check_group_pattern(group_pattern)
         check_statistics(statistics, in_chans)
+        check_choice("percentiles_of", percentiles_of, ("image", "dataset"))
+        self.percentiles_of = percentiles_of
         self.intensity = Intensity(
             check_range("percentiles", percentiles, 0, 100),
             None if window is None else check_range("window", window),
@@ -199,6 +211,7 @@ class DetectionData(LoaderModule):
         for part, name in {"val": "validation", "test": "test"}.items():
             if part in parts:
                 self.sets[name] = self._make(part, self.val_transform, Evaluated)
+        self._measure_window()
 
     def _make(self, name: str, transform: Fit, kind: "type[Annotated]") -> "Annotated":
         part = self._parts[name]
@@ -215,11 +228,10 @@ class DetectionData(LoaderModule):
             "labelled": False,
         }
 
-    def _measured(self) -> Statistics:
+    def _plain(self) -> ImageData:
         part = self._parts["train"]
         middle = CenterCrop(self.img_size)  # what is empty of a canvas would count as black
-        data = ImageData(part.files, middle, part.places, **self._reading())
-        return measured_statistics(data, self._workers(data))
+        return ImageData(part.files, middle, part.places, **self._reading())
 
 
 class Annotated(ImageData):

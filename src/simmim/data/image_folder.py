@@ -9,6 +9,7 @@ import torch
 
 from simmim.data import named
 from simmim.data.checks import (
+    check_choice,
     check_image_size,
     check_number,
     check_range,
@@ -22,8 +23,9 @@ from simmim.data.sampler import EvenSampler, choose
 from simmim.data.scans import Intensity
 from simmim.data.shards import is_packed
 from simmim.data.split import check_group_pattern
-from simmim.data.statistics import Statistics, check_statistics, measured_statistics
+from simmim.data.statistics import check_statistics
 from simmim.data.transforms import CenterCrop, RandomCrop, flip_marked
+from simmim.data.workers import default_workers
 
 
 class ImageFolderData(LoaderModule):
@@ -65,6 +67,9 @@ class ImageFolderData(LoaderModule):
             the three for other than three channels), measured (from the training images, at most
             10,000), or your own [[means], [stds]] on a scale of 0 to 1.
         percentiles: Deeper scans: the percentiles of each image that become 0 and 1.
+        percentiles_of: Deeper scans: whether each image has percentiles of its own (image: what is
+            bright in one need not be in another), or all have those of the training images, or of
+            1,000 of them, which are measured once and kept in the checkpoints (dataset).
         window: Deeper scans: the values that become 0 and 1 (such as [-160, 240] Hounsfield units)
             for all images, instead of percentiles.
         bad_files: What a file that cannot be read does: skip (another image takes its place; it is
@@ -100,6 +105,7 @@ class ImageFolderData(LoaderModule):
         val_crop: float = 1.0,
         statistics: Literal["imagenet", "measured"] | list[list[float]] = "imagenet",
         percentiles: tuple[float, float] = (0.5, 99.5),
+        percentiles_of: Literal["image", "dataset"] = "image",
         window: tuple[float, float] | None = None,
         bad_files: Literal["skip", "raise"] = "skip",
         max_bad_share: float = 0.5,
@@ -122,6 +128,8 @@ class ImageFolderData(LoaderModule):
         check_number("val_crop", val_crop, 0.01, 1)
         check_group_pattern(group_pattern)
         check_statistics(statistics, in_chans)
+        check_choice("percentiles_of", percentiles_of, ("image", "dataset"))
+        self.percentiles_of = percentiles_of
         self.intensity = Intensity(
             check_range("percentiles", percentiles, 0, 100),
             None if window is None else check_range("window", window),
@@ -144,9 +152,10 @@ class ImageFolderData(LoaderModule):
             fetch(self.url, self.root)
         if self.dataset is not None:
             named.prepare(self.dataset, self.data_dir)
-        if self.statistics == "measured" and self._trains():
+        if self._measures():  # into the cache, for the other processes
             self._setup_parts()
-            self._statistics()  # into the cache, for the other processes
+            if self._trains():
+                self._statistics()
         elif self._trains() and self._process()[0] > 1:
             with suppress(ValueError):  # setup says it, in every process: none must wait
                 self._setup_parts()  # the index, and its split, likewise
@@ -194,7 +203,9 @@ class ImageFolderData(LoaderModule):
             places = choose(len(data), limit)
             kept = places if data.places is None else data.places.numpy()[places]
             data = self._make(Part(data.files, kept), self.val_transform)
-        return self._loader(data, EvenSampler(data), self.batch_size)
+        # Workers for little would only take memory beside those that train.
+        enough = default_workers(data, self.trainer.num_devices if self.trainer else 1)
+        return self._loader(data, EvenSampler(data), self.batch_size, max_workers=enough)
 
     @property
     def class_to_idx(self) -> dict[str, int]:
@@ -218,6 +229,7 @@ class ImageFolderData(LoaderModule):
         for part, name in {"val": "validation", "test": "test"}.items():
             if part in parts:
                 self.sets[name] = self._make(parts[part], self.val_transform)
+        self._measure_window()
 
     def _make(
         self, part: Part, transform: Transform, kind: type[ImageData] = ImageData
@@ -232,6 +244,5 @@ class ImageFolderData(LoaderModule):
             on_bad=self.bad_files,
         )
 
-    def _measured(self) -> Statistics:
-        data = self.sets["probe"]
-        return measured_statistics(data, self._workers(data))
+    def _plain(self) -> ImageData:
+        return self.sets["probe"]

@@ -107,16 +107,20 @@ def read_file(path: str) -> bytes:
         return file.read()
 
 
-def check_folder(root: str) -> None:
+def check_folder(root: str, option: str = "data.root") -> None:
     """Refuse what is no folder.
+
+    Args:
+        root: What was given.
+        option: Where.
 
     Raises:
         ValueError: If there is nothing there, or a file.
     """
     if os.path.isfile(root):
-        raise ValueError(f"data.root {root!r} is a file: give the folder that holds the images")
+        raise ValueError(f"{option} {root!r} is a file: give the folder that holds the images")
     if not os.path.isdir(root):
-        raise ValueError(f"data.root {root!r} does not exist: give a folder of images")
+        raise ValueError(f"{option} {root!r} does not exist: give a folder of images")
 
 
 def find_parts(root: str) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Data sets -> loaders: exact order, exact going on, the same share for every process."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning as L
@@ -12,7 +13,14 @@ from simmim.data.bad_files import BadFiles
 from simmim.data.checks import check_choice, check_number
 from simmim.data.dataset import ImageData, Key, Loader, collate
 from simmim.data.sampler import EpochSampler, EvenSampler, even_batch_size, limited, position
-from simmim.data.statistics import Statistics, given_statistics, imagenet_statistics
+from simmim.data.scans import Intensity
+from simmim.data.statistics import (
+    Statistics,
+    given_statistics,
+    imagenet_statistics,
+    measured_statistics,
+    measured_window,
+)
 from simmim.data.workers import default_workers, outlive_the_first_signal
 
 Batch = dict[str, Any]
@@ -35,12 +43,17 @@ class LoaderModule(L.LightningDataModule):
         root: The folder.
         in_chans: Channels of the images.
         val_fraction: Share of the images that validates where there is no val/.
+        intensity: How deeper scans become 0..1.
+        percentiles_of: Whether each image has percentiles of its own, or all have those of the
+            training images.
         statistics: Which mean and standard deviation: imagenet, measured, or the numbers.
     """
 
     root: str
     in_chans: int
     val_fraction: float
+    intensity: Intensity
+    percentiles_of: Literal["image", "dataset"]
     statistics: str | list[list[float]]
 
     def __init__(
@@ -101,12 +114,15 @@ class LoaderModule(L.LightningDataModule):
         return self._in_order(self.sets["predict"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep the number of steps: loaders may be made before the trainer knows it again."""
-        return {"global_step": self.trainer.global_step if self.trainer else 0}
+        """Keep the number of steps, which loaders may need before the trainer, and the window."""
+        step = self.trainer.global_step if self.trainer else 0
+        return {"global_step": step, "window": self.intensity.window}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after these steps."""
+        """Go on after these steps, with scans seen as before."""
         self._resumed_step = int(state_dict["global_step"])
+        if self.percentiles_of == "dataset" and state_dict.get("window") is not None:
+            self._use_window(state_dict["window"])
 
     def batches_per_epoch(self, world_size: int = 1) -> int:
         """Count the training batches of an epoch, of each of so many processes.
@@ -147,10 +163,41 @@ class LoaderModule(L.LightningDataModule):
 
     def _measured(self) -> Statistics:
         """Mean and standard deviation of the training images."""
+        data = self._plain()
+        return measured_statistics(data, self._workers(data))
+
+    def _plain(self) -> ImageData:
+        """The training images alone, with a transform that has no chance in it."""
         raise NotImplementedError
+
+    def _measure_window(self) -> None:
+        """Take the percentiles of deeper scans over the training images, where that is wanted."""
+        if self.percentiles_of == "image" or self.intensity.window is not None:
+            return
+        data = self._plain()
+        window = measured_window(data, self._workers(data))
+        if window is not None:
+            low, high = self.intensity.percentiles
+            rank_zero_info(
+                f"scans: {window[0]:g} becomes 0 and {window[1]:g} becomes 1, the percentiles "
+                f"{low:g} and {high:g} of the training images; the checkpoints keep them, other "
+                f"commands take --data.window '[{window[0]:g}, {window[1]:g}]'"
+            )
+            self._use_window(window)
+
+    def _use_window(self, window: Sequence[float]) -> None:
+        self.intensity = replace(self.intensity, window=(window[0], window[1]))
+        for data in self.sets.values():
+            data.intensity = self.intensity
 
     def _trains(self) -> bool:
         return self.trainer is None or self.trainer.state.fn in (None, "fit")
+
+    def _measures(self) -> bool:
+        """Whether something of the training images is to be measured."""
+        predicts = self.trainer is not None and self.trainer.state.fn == "predict"
+        statistics = self.statistics == "measured" and self._trains()
+        return statistics or (self.percentiles_of == "dataset" and not predicts)
 
     def _add_report(self) -> None:
         if self.trainer is not None and self.bad_files == "skip":
@@ -164,9 +211,14 @@ class LoaderModule(L.LightningDataModule):
         return self._loader(data, EvenSampler(data, replicas, rank), batch_size)
 
     def _loader(
-        self, data: ImageData, sampler: Sampler[Key], batch_size: int, drop_last: bool = False
+        self,
+        data: ImageData,
+        sampler: Sampler[Key],
+        batch_size: int,
+        drop_last: bool = False,
+        max_workers: int = 1024,
     ) -> Loader[Batch]:
-        workers = min(self._workers(data), -(-len(data) // batch_size))
+        workers = min(self._workers(data), -(-len(data) // batch_size), max_workers)
         if workers:
             data.unreadable.share_memory_()
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from io import BytesIO
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from simmim.data.bad_files import escape
 from simmim.data.decode import UnreadableImage, decode_pixels, is_dicom, reason_of
-from simmim.data.index import FileIndex
+from simmim.data.index import FileIndex, check_folder
 from simmim.data.layout import read_folder, read_split
 from simmim.data.scans import Intensity
 from simmim.data.shards import (
@@ -40,6 +41,7 @@ from simmim.data.workers import cpu_count
 BATCH_BYTES = 16 * 2**20  # of a record batch: what other tools read at once
 SAMPLE = 32  # images that the size of all is estimated from
 BAD_FILES = "bad_files.txt"
+LOCK = "packing.lock"
 
 
 def pack(
@@ -95,14 +97,19 @@ def pack(
     check_pyarrow()
     out, folder = os.path.expanduser(out), Path(os.path.expanduser(out))
     encode = Encoder(format, short_side, quality)
-    files, parts = _plan(os.path.expanduser(root))
-    packed = _begin(folder, files, parts, {**asdict(encode), "shard_mb": shard_mb})
-    if packed.complete:
-        return f"{out} is packed already: to pack it anew, remove it or use another --out"
-    _check_disk(folder, files, packed, encode)
-    workers = cpu_count() if workers is None else workers
-    limit = max_bad_share if bad_files == "skip" else None
-    _write(folder, files, packed, encode, workers, limit)
+    root = os.path.expanduser(root)
+    check_folder(root, "--root")
+    files, parts = _plan(root)
+    options = {**asdict(encode), "shard_mb": shard_mb}
+    _check_out(folder)
+    with _alone(folder):
+        packed = _begin(folder, files, parts, options)
+        if packed.complete:
+            return f"{out} is packed already: to pack it anew, remove it or use another --out"
+        _check_disk(folder, files, packed, encode)
+        workers = cpu_count() if workers is None else workers
+        limit = max_bad_share if bad_files == "skip" else None
+        _write(folder, files, packed, encode, workers, limit)
     return _report(out, packed)
 
 
@@ -130,8 +137,8 @@ class Encoder:
         deep = pixels.dtype != np.uint8
         if data[:6] == b"\x93NUMPY" or is_dicom(data, name):
             return Encoded(data, kept=True)
-        if self.format == "original":
-            return Encoded(data, kept=deep)
+        if self.format == "original" or (deep and not np.isfinite(pixels).all()):
+            return Encoded(data, kept=deep)  # what was not measured would spread when reduced
         small = _reduce(pixels, self.short_side)
         if self.format == "raw":
             return Encoded(_as_npy(small), kept=False)
@@ -152,7 +159,7 @@ class Encoded(NamedTuple):
 class _AsIs(Intensity):
     """Leaves a scan its own numbers."""
 
-    def __call__(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def __call__(self, values: npt.NDArray[Any], inverted: bool = False) -> npt.NDArray[Any]:
         return values
 
 
@@ -209,16 +216,53 @@ def _plan(root: str) -> tuple[dict[str, FileIndex], dict[str, PackedPart]]:
     return files, parts
 
 
+def _check_out(folder: Path) -> None:
+    """Make the folder.
+
+    Raises:
+        ValueError: If it holds something else.
+    """
+    if not is_packed(str(folder)) and (
+        folder.is_file() or (folder.is_dir() and {p.name for p in folder.iterdir()} - {LOCK})
+    ):
+        raise ValueError(f"--out {folder} holds something else: give a new or an empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep a second packing out of the folder; a process that ends, or is killed, lets go of it.
+
+    Raises:
+        ValueError: If another process packs into it.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(
+            f"another simmim pack writes into {folder}: wait for it, or use another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows keeps what is open
+            (folder / LOCK).unlink()
+        lock.release()
+
+
 def _begin(
     folder: Path,
     files: dict[str, FileIndex],
     parts: dict[str, PackedPart],
     options: dict[str, Any],
 ) -> Packed:
-    """Make the folder, or find what was packed into it before.
+    """Begin, or find what was packed into the folder before.
 
     Raises:
-        ValueError: If it holds something else, or was begun otherwise.
+        ValueError: If it was begun otherwise.
     """
     source = _hash(files)
     if is_packed(str(folder)):
@@ -234,9 +278,6 @@ def _begin(
         for leftover in folder.glob("*.partial"):
             leftover.unlink(missing_ok=True)
         return packed
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ValueError(f"--out {folder} holds something else: give a new or an empty folder")
-    folder.mkdir(parents=True, exist_ok=True)
     packed = Packed(options, source, parts)
     packed.save(folder)
     return packed

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 Pixels = npt.NDArray[np.generic]
 
 MAX_PIXELS = 2**30 // 12  # 89 megapixels, 256 MB of RGB: where Pillow begins to warn of bombs
+MAX_VALUES = 3 * MAX_PIXELS  # of a scan with many channels; a GB as float32
 SAMPLE = 2**18  # pixels, evenly spread, that percentiles are read from
 
 
@@ -33,13 +35,22 @@ class Intensity:
     percentiles: tuple[float, float] = (0.5, 99.5)
     window: tuple[float, float] | None = None
 
-    def __call__(self, values: Pixels) -> npt.NDArray[np.float32]:
-        """Map values, of any number type, to float32 in 0..1."""
-        floats = values.astype(np.float32)
-        low, high = self.window or self._range(floats)
+    def __call__(self, values: Pixels, inverted: bool = False) -> npt.NDArray[np.float32]:
+        """Map values, of any number type, to float32 in 0..1.
+
+        Args:
+            values: Of one image, all its channels on one scale.
+            inverted: Whether the lowest value is white.
+        """
+        unit = values.astype(np.float32)
+        low, high = self.window or self._range(unit)
         with np.errstate(over="ignore", invalid="ignore"):  # a window without width is a step
-            unit = (floats - low) / max(float(high - low), 1e-30)
-        return np.nan_to_num(unit.clip(0, 1), copy=False)
+            unit -= low  # in place: an enormous scan is in memory once
+            unit /= max(float(high - low), 1e-30)
+        np.clip(unit, 0, 1, out=unit)
+        if inverted:
+            np.subtract(1, unit, out=unit)
+        return np.nan_to_num(unit, copy=False)
 
     def _range(self, values: npt.NDArray[np.float32]) -> tuple[float, float]:
         flat = values.ravel()
@@ -63,11 +74,58 @@ def check_size(width: int, height: int) -> None:
         raise ValueError(f"its header claims {width} x {height} pixels, at most {MAX_PIXELS:,} go")
 
 
-def decode_npy(data: bytes | memoryview, in_chans: int, intensity: Intensity) -> Pixels:
-    """Decode a NumPy array of shape (H, W), (H, W, C) or (C, H, W).
+def check_values(count: int) -> None:
+    """Refuse a scan of so many channels that it would fill the memory.
 
-    uint8 is kept as it is, a view of the data if that is a memoryview; anything else is a scan, all
-    its channels on one scale.
+    Raises:
+        ValueError: If it has more than `MAX_VALUES` numbers.
+    """
+    if count > MAX_VALUES:
+        raise ValueError(f"its header claims {count:,} values, at most {MAX_VALUES:,} go")
+
+
+def is_deep_png(data: bytes) -> bool:
+    """Whether a file is a PNG of 16 bits with colour or alpha, which Pillow cuts to 8."""
+    return data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:25] == b"\x10" and data[25] in (2, 4, 6)
+
+
+def decode_deep_png(data: bytes) -> npt.NDArray[np.uint16]:
+    """Decode colour, or gray and alpha, of 16 bits; Pillow gives the bytes of a number apart.
+
+    Returns:
+        (H, W, C), with C 2 (gray, alpha), 3 (RGB) or 4 (RGBA).
+
+    Raises:
+        Exception: Of many kinds, where the file is damaged.
+    """
+    if data[25] == 4:  # four bytes a pixel: high and low of gray, high and low of alpha
+        halves = _png_bytes(data, "RGBA")
+        high, low = halves[..., ::2], halves[..., 1::2]
+    else:
+        high, low = (_png_bytes(data, ("RGB;16" if data[25] == 2 else "RGBA;16") + x) for x in "BL")
+    return (high.astype(np.uint16) << 8 | low).astype(np.uint16, copy=False)
+
+
+def _png_bytes(data: bytes, rawmode: str) -> npt.NDArray[np.uint8]:
+    """Decode a PNG with the bytes of a pixel read in this manner of Pillow's."""
+    with Image.open(BytesIO(data), formats=("PNG",)) as image:
+        check_size(*image.size)
+        image.tile = [tile._replace(args=rawmode) for tile in image.tile]
+        return np.array(image)
+
+
+def flatten_deep(values: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
+    """Put colour, (H, W, C with the last alpha), on a ground as bright as its brightest value."""
+    colours, alpha = values[..., :-1].astype(np.float32), values[..., -1:] / np.float32(65535)
+    return (colours * alpha + colours.max() * (1 - alpha)).round().astype(np.uint16)
+
+
+def decode_npy(data: bytes | memoryview, in_chans: int, intensity: Intensity) -> Pixels:
+    """Decode a NumPy array of shape (H, W), (H, W, C) or (C, H, W); pickled objects are refused.
+
+    Three axes are (H, W, C), unless the first alone is as long as there are channels wanted. uint8
+    is kept as it is, a view of the data if that is a memoryview; anything else is a scan, all its
+    channels on one scale.
 
     Raises:
         ValueError: If it is something else, or holds less than its header claims.
@@ -85,6 +143,7 @@ def decode_npy(data: bytes | memoryview, in_chans: int, intensity: Intensity) ->
     elif values.shape[0] == in_chans != values.shape[2]:
         values = np.moveaxis(values, 0, 2)  # CHW -> HWC
     check_size(values.shape[1], values.shape[0])
+    check_values(values.size)
     if values.dtype != np.uint8:
         return intensity(values)
     return values if isinstance(data, memoryview) else values.copy()  # bytes cannot be written to
@@ -118,6 +177,8 @@ def check_pydicom() -> None:
 def decode_dicom(data: bytes, intensity: Intensity) -> Pixels:
     """Decode the first frame of a DICOM file, with its rescale slope, palette and MONOCHROME1.
 
+    Its own window centre and width, which are for one look at one image, are not used.
+
     Returns:
         float32 in 0..1 for a scan, (H, W, 1); uint8 for colour, (H, W, 3).
 
@@ -130,6 +191,8 @@ def decode_dicom(data: bytes, intensity: Intensity) -> Pixels:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of values against the standard: they are many
         scan: Any = dcmread(BytesIO(data), force=True)
+        if "PixelData" not in scan or "Rows" not in scan or "Columns" not in scan:
+            raise ValueError("it is a DICOM file without pixels, or no DICOM file")
         check_size(int(scan.Columns), int(scan.Rows))
         values = pixel_array(scan, index=0)
         colors = scan.PhotometricInterpretation
@@ -137,5 +200,7 @@ def decode_dicom(data: bytes, intensity: Intensity) -> Pixels:
             values = apply_color_lut(values, scan)
         if values.ndim == 3:
             return values if values.dtype == np.uint8 else (values >> 8).astype(np.uint8)
-        unit = intensity(apply_modality_lut(values, scan))
-    return (1 - unit if colors == "MONOCHROME1" else unit)[..., None]
+        padded = values == scan.get("PixelPaddingValue")  # outside of a CT's round field
+        values = apply_modality_lut(values, scan)
+        values = np.where(padded, np.nan, values) if np.any(padded) else values
+        return intensity(values, inverted=colors == "MONOCHROME1")[..., None]

@@ -7,7 +7,13 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from simmim.data.checks import check_image_size, check_number, check_range, find_root
+from simmim.data.checks import (
+    check_choice,
+    check_image_size,
+    check_number,
+    check_range,
+    find_root,
+)
 from simmim.data.dataset import ImageData, Transform, WholeFolder, collate
 from simmim.data.index import FileIndex
 from simmim.data.joint import PairCrop, Whole
@@ -25,7 +31,7 @@ from simmim.data.loaders import LoaderModule
 from simmim.data.pairs import Pairs, read_pairs, without_masks
 from simmim.data.scans import Intensity
 from simmim.data.split import check_group_pattern
-from simmim.data.statistics import Statistics, check_statistics, measured_statistics
+from simmim.data.statistics import check_statistics
 from simmim.data.transforms import CenterCrop
 
 
@@ -70,6 +76,9 @@ class SegmentationData(LoaderModule):
             the three for other than three channels), measured (from the training images, at most
             10,000), or your own [[means], [stds]] on a scale of 0 to 1.
         percentiles: Deeper scans: the percentiles of each image that become 0 and 1.
+        percentiles_of: Deeper scans: whether each image has percentiles of its own (image: what is
+            bright in one need not be in another), or all have those of the training images, or of
+            1,000 of them, which are measured once and kept in the checkpoints (dataset).
         window: Deeper scans: the values that become 0 and 1 for all images, instead.
         bad_files: What a file that cannot be read does: skip (another image takes its place; it is
             listed in bad_files.txt in the run's folder) or raise (the run stops and names it).
@@ -105,6 +114,7 @@ class SegmentationData(LoaderModule):
         jitter: bool = True,
         statistics: Literal["imagenet", "measured"] | list[list[float]] = "imagenet",
         percentiles: tuple[float, float] = (0.5, 99.5),
+        percentiles_of: Literal["image", "dataset"] = "image",
         window: tuple[float, float] | None = None,
         bad_files: Literal["skip", "raise"] = "skip",
         max_bad_share: float = 0.5,
@@ -126,6 +136,8 @@ class SegmentationData(LoaderModule):
         check_number("short_side", 1 if short_side is None else short_side, 1)
         check_group_pattern(group_pattern)
         check_statistics(statistics, in_chans)
+        check_choice("percentiles_of", percentiles_of, ("image", "dataset"))
+        self.percentiles_of = percentiles_of
         self.intensity = Intensity(
             check_range("percentiles", percentiles, 0, 100),
             None if window is None else check_range("window", window),
@@ -142,9 +154,10 @@ class SegmentationData(LoaderModule):
 
     def prepare_data(self) -> None:
         """Measure statistics, once on each machine."""
-        if self.statistics == "measured" and self._trains():
+        if self._measures():  # into the cache, for the other processes
             self._setup_parts()
-            self._statistics()  # into the cache, for the other processes
+            if self._trains():
+                self._statistics()
 
     def setup(self, stage: str | None = None) -> None:
         """Pair images with masks, find the classes, and split where there is no split.
@@ -196,6 +209,7 @@ class SegmentationData(LoaderModule):
         for part, name in {"val": "validation", "test": "test"}.items():
             if part in parts:
                 self.sets[name] = self._make(parts[part], self.val_transform)
+        self._measure_window()
 
     def _find_legend(self, training: Pairs) -> Legend:
         file = self.classes_file or os.path.join(self.root, FILE)
@@ -227,9 +241,9 @@ class SegmentationData(LoaderModule):
             labelled=False,
         )
 
-    def _measured(self) -> Statistics:
+    def _plain(self) -> ImageData:
         training = self.sets["training"]
-        middle = ImageData(
+        return ImageData(
             training.files,
             CenterCrop(self.img_size),
             None if training.places is None else training.places.numpy(),
@@ -237,7 +251,6 @@ class SegmentationData(LoaderModule):
             intensity=self.intensity,
             on_bad=self.bad_files,
         )
-        return measured_statistics(middle, self._workers(middle))
 
 
 class MaskedImages(ImageData):

@@ -2,24 +2,31 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from copy import copy
 from hashlib import blake2b
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from torch.utils.data import DataLoader, Subset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from simmim.data.checks import check_choice
 from simmim.data.dataset import ImageData, collate
+from simmim.data.decode import UnreadableImage
 from simmim.data.mapped import cache_folder
 from simmim.data.sampler import choose
+from simmim.data.scans import Intensity, Pixels
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel, in 0..1
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0..1; torchvision's and timm's constants
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_SCANS, SCAN_SAMPLE = 1_000, 2**12  # scans, and values of each: four million in all
 MAX_IMAGES = 10_000  # their mean is known to a few thousandths of its standard deviation
 
 
@@ -64,20 +71,84 @@ def measured_statistics(data: ImageData, num_workers: int = 0) -> Statistics:
         num_workers: Processes that read.
     """
     places = choose(len(data), MAX_IMAGES).tolist()
+    mean, std = _once("statistics", data, places, lambda: _measure(data, places, num_workers))
+    return tuple(mean), tuple(std)
+
+
+def measured_window(data: ImageData, num_workers: int = 0) -> tuple[float, float] | None:
+    """Take the percentiles of the data's intensity over all images, or 1,000 chosen at random.
+
+    Each image counts the same, however large it is. Kept like the statistics.
+
+    Args:
+        data: The training images.
+        num_workers: Processes that read.
+
+    Returns:
+        The two values; None where no image is deeper than 8 bits.
+    """
+    places = choose(len(data), MAX_SCANS).tolist()
+    window = _once("window", data, places, lambda: _percentiles(data, places, num_workers))
+    return None if window is None else (window[0], window[1])
+
+
+def _once(kind: str, data: ImageData, places: list[int], measure: Callable[[], Any]) -> Any:
+    """Measure, unless it is in the user's cache folder, and put it there."""
     cache = cache_folder()
     if cache is None:
-        return _measure(data, places, num_workers)
-    file = cache / f"statistics-{_key(data, places)}.json"
+        return measure()
+    file = cache / f"{kind}-{_key(data, places)}.json"
     with suppress(OSError, ValueError):
-        mean, std = json.loads(file.read_text())
-        return tuple(mean), tuple(std)
-    mean, std = _measure(data, places, num_workers)
+        return json.loads(file.read_text())
+    measured = measure()
     with suppress(OSError):  # a home that cannot be written costs the next run a few seconds
         file.parent.mkdir(parents=True, exist_ok=True)
         beside = file.with_suffix(f".{os.getpid()}")
-        beside.write_text(json.dumps([mean, std]))
+        beside.write_text(json.dumps(measured))
         beside.replace(file)
-    return mean, std
+    return measured
+
+
+class _OwnUnits(Intensity):
+    """Leaves a scan its own numbers, as floats."""
+
+    def __call__(self, values: Pixels, inverted: bool = False) -> npt.NDArray[np.float32]:
+        return values.astype(np.float32)
+
+
+class _Values(Dataset[Tensor]):
+    """Some values of each scan in its own units, evenly spread; none of what has 8 bits."""
+
+    def __init__(self, data: ImageData, places: list[int]) -> None:
+        self.data, self.places = copy(data), places
+        self.data.intensity = _OwnUnits()
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, place: int) -> Tensor:
+        try:
+            image = self.data.read(self.places[place])
+        except UnreadableImage:  # which the epoch reports
+            return torch.empty(0)
+        if image.dtype == torch.uint8:
+            return torch.empty(0)
+        values = image[torch.isfinite(image)]
+        return values[torch.linspace(0, max(len(values) - 1, 0), SCAN_SAMPLE).long()]
+
+
+def _percentiles(data: ImageData, places: list[int], num_workers: int) -> list[float] | None:
+    loader: DataLoader[Any] = DataLoader(
+        _Values(data, places), batch_size=None, num_workers=num_workers
+    )
+    bar = Tqdm(loader, desc="Intensities", leave=False, disable=len(places) < 1000)
+    values = torch.cat(list(bar)).numpy()
+    if not values.size:
+        return None
+    low, high = np.percentile(values, data.intensity.percentiles)
+    if low == high:  # a few bright spots on a black ground
+        low, high = values.min(), values.max()
+    return [float(low), float(high)]
 
 
 def _measure(data: ImageData, places: list[int], num_workers: int) -> Statistics:

@@ -125,7 +125,7 @@ def embed(
     ks = [k] if isinstance(k, int) else list(k)
     _check(ks, temperature, l2, map_points, neighbours)
     check_map(map)
-    check_folder(root)
+    check_folder(root, "--root")
     fabric = _fabric(accelerator, precision)
     queries = [find_query(root, name) for name in query or ()]
     backbone = open_backbone(

@@ -1,0 +1,359 @@
+"""A folder of every kind of awkward file: each is read as a person would, or named; a run goes on.
+
+The files are made here; where the shared zoo is, it goes the same way.
+"""
+
+import io
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from simmim.data import ImageFolderData
+from simmim.data.decode import UnreadableImage, read_image
+from simmim.data.scans import Intensity, decode_deep_png
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+MEMORY = 4 * 2**30  # of a run and all its workers
+SIDE = 48
+
+
+def picture(width: int = 64, height: int = SIDE) -> Image.Image:
+    """Left dark, right bright, a red disc: whoever turns or cuts it is found out."""
+    y, x = np.mgrid[:height, :width]
+    pixels = np.stack([x * 255 // width, y * 255 // height, 255 - x * 255 // width], axis=-1)
+    pixels[(x - width // 4) ** 2 + (y - height // 4) ** 2 < 60] = (250, 10, 10)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format, **options)
+    return stream.getvalue()
+
+
+def png(width: int, height: int, depth: int, colour: int, rows: bytes, extra: bytes = b"") -> bytes:
+    """A PNG by hand, also one that no library writes."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    parts = {b"IHDR": header, b"xtRa": extra, b"IDAT": zlib.compress(rows), b"IEND": b""}
+    chunks = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in parts.items()
+        if name != b"xtRa" or extra
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def png16(values: np.ndarray) -> bytes:
+    """A PNG of 16 bits, each row with the filter that subtracts the pixel to the left."""
+    height, width, chans = values.shape
+    raw = values.astype(">u2").view(np.uint8).reshape(height, -1)
+    rows = raw.copy()
+    rows[:, 2 * chans :] -= raw[:, : -2 * chans]
+    lines = b"".join(b"\1" + row.tobytes() for row in rows)
+    return png(width, height, 16, {2: 4, 3: 2, 4: 6}[chans], lines)
+
+
+def deep(high: int = 4000) -> np.ndarray:
+    return (np.asarray(picture()).astype(np.uint32) * high // 255).astype(np.uint16)
+
+
+def with_size(jpeg: bytes, width: int, height: int) -> bytes:
+    """Let a JPEG's header claim another size."""
+    at = jpeg.index(b"\xff\xc0") + 5
+    return jpeg[:at] + struct.pack(">HH", height, width) + jpeg[at + 4 :]
+
+
+def odd() -> dict[str, bytes]:
+    """Files that are unusual, and right."""
+    scene, gray = picture(), picture().convert("L")
+    faded = scene.convert("RGBA")
+    faded.putalpha(Image.linear_gradient("L").resize(scene.size))
+    others = [Image.new("RGB", scene.size, colour) for colour in ("lime", "blue")]
+    frames: dict[str, Any] = {"save_all": True, "append_images": others}
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    jpeg, gray16 = encoded(scene, "JPEG", quality=95), deep()[..., 0]
+    floats = Image.fromarray(gray16.astype(np.float32) / 4000)
+    nonsense = b"Exif\0\0MM\0*\0\0\xff\xff\xff\xff"
+    return {
+        "cmyk.jpg": encoded(scene.convert("CMYK"), "JPEG", quality=95),
+        "gray.jpg": encoded(gray, "JPEG"),
+        "progressive.jpg": encoded(scene, "JPEG", progressive=True),
+        "turned.jpg": encoded(scene.rotate(90, expand=True), "JPEG", quality=95, exif=turned),
+        "bad_exif.jpg": encoded(scene, "JPEG", exif=nonsense),
+        "tail.jpg": jpeg + bytes(range(256)) * 9,
+        "twice.jpg": jpeg + jpeg,
+        "palette.png": encoded(scene.quantize(64), "PNG"),
+        "palette_clear.png": encoded(scene.quantize(64), "PNG", transparency=bytes([0, 99, 255])),
+        "rgba.png": encoded(faded, "PNG"),
+        "gray_alpha.png": encoded(faded.convert("LA"), "PNG"),
+        "bilevel.png": encoded(scene.convert("1"), "PNG"),
+        "gray16.png": encoded(Image.fromarray(gray16), "PNG"),
+        "gray16.tif": encoded(Image.fromarray(gray16), "TIFF"),
+        "float.tif": encoded(floats, "TIFF"),
+        "rgb16.png": png16(deep()),
+        "animated.gif": encoded(scene, "GIF", **frames),
+        "animated.png": encoded(scene, "PNG", **frames),
+        "animated.webp": encoded(scene, "WEBP", **frames),
+        "pages.tif": encoded(scene, "TIFF", **frames),
+        "lzw.tif": encoded(scene, "TIFF", compression="tiff_lzw"),
+        "one.png": encoded(Image.new("RGB", (1, 1), "teal"), "PNG"),
+        "one.jpg": encoded(Image.new("RGB", (1, 1), "teal"), "JPEG"),
+        "wide.png": encoded(picture(3000, 1), "PNG"),
+        "tall.jpg": encoded(picture(1, 3000), "JPEG"),
+        "large.jpg": encoded(picture(400, 300).resize((4000, 3000)), "JPEG", quality=30),
+        "png.jpg": encoded(scene, "PNG"),
+        "jpeg.png": jpeg,
+        "photo.bmp": encoded(scene, "BMP"),
+        "UPPER.JPG": jpeg,
+        "array.npy": npy(deep()),
+        "  spaces, commas;.jpg": jpeg,
+        "画像🐈.jpg": jpeg,
+        "[glob]%20'.jpg": jpeg,
+    }
+
+
+def bad() -> dict[str, tuple[bytes, str]]:
+    """Files that are damaged, or no images, and what is said of each."""
+    noise = Image.effect_noise((160, 120), 60).convert("RGB")
+    jpeg, whole = encoded(noise, "JPEG"), encoded(noise, "PNG")
+    inks = encoded(noise.convert("CMYK"), "JPEG")
+    rubbish = np.random.default_rng(2).bytes(300)
+    half, quarter = len(jpeg) // 2, len(inks) // 4
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 0xFF
+    webp, tiff = encoded(noise, "WEBP"), encoded(noise, "TIFF", compression="tiff_lzw")
+    return {
+        "empty.jpg": (b"", "the file is empty"),
+        "zeros.jpg": (bytes(5000), "nothing but zeros"),
+        "text.jpg": (b"<html>not found</html>", "it is no image"),
+        "random.png": (rubbish, "it is no image"),
+        "pointer.jpg": (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        "half.jpg": (jpeg[:half], "Premature end of JPEG"),
+        "no_end.jpg": (jpeg[:-2], "Premature end of JPEG"),
+        "head.jpg": (jpeg[:40], "truncated|Truncated"),
+        "middle.jpg": (jpeg[:half] + rubbish + jpeg[half + 300 :], "JPEG|marker|Huffman"),
+        "inks.jpg": (inks[:quarter] + rubbish + inks[quarter + 300 :], "JPEG|marker|Huffman"),
+        "half.png": (whole[: len(whole) // 2], "truncated"),
+        "sum.png": (bytes(flipped), "broken|data stream"),
+        "half.webp": (webp[: len(webp) // 2], "decode"),
+        "half.tif": (tiff[: len(tiff) // 2], ""),
+        "half.gif": (encoded(noise, "GIF")[:3000], "truncated"),
+        "short.npy": (npy(deep())[:-9], "too short"),
+        "code.npy": (npy(np.array([{"run": "me"}])), "is no image"),
+        "bomb.png": (png(60_000, 60_000, 8, 2, b"\0" * 64), "claims far more than 89,478,485"),
+        "bomb.jpg": (with_size(jpeg, 65_500, 65_500), "claims 65500 x 65500 pixels"),
+        "big.jpg": (
+            with_size(jpeg, 9_400, 9_400),
+            "claims 9400 x 9400 pixels, for which it is too short",
+        ),
+        "bomb.npy": (
+            npy(np.zeros((9, 9))).replace(b"(9, 9), }    ", b"(99999, 9999), }"),
+            "claims|short|ead",
+        ),
+        "no_height.jpg": (with_size(jpeg, 160, 0), "it is no image"),
+        "no_width.png": (png(0, 9, 8, 2, b""), "it is no image"),
+    }
+
+
+def npy(values: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, values, allow_pickle=True)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("name", odd())
+def test_odd_files_look_like_their_picture(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(odd()[name])
+    image = read_image(str(tmp_path / name), 3, Intensity((0, 100)))
+    unit = image.float() / 255 if image.dtype == torch.uint8 else image
+    gray = any(word in name for word in ("gray", "bilevel", "float"))
+    if "16" in name or name in ("array.npy", "float.tif"):
+        assert image.dtype == torch.float32
+    if min(unit.shape[1:]) == 1 or "large" in name:
+        assert unit.shape[1:] in {(1, 1), (1, 3000), (3000, 1), (3000, 4000)}
+        assert 0.15 < unit.mean() < 0.7
+        return
+    wanted = torch.from_numpy(np.asarray(picture()).copy()).permute(2, 0, 1).float() / 255
+    assert unit.shape == wanted.shape
+    if "alpha" in name or "rgba" in name:
+        alpha = torch.from_numpy(np.array(Image.linear_gradient("L").resize((64, SIDE)))) / 255
+        wanted = wanted * alpha + 1 - alpha
+    if gray:
+        assert torch.equal(unit[0], unit[1])
+        return
+    off = (unit - wanted).abs().mean()
+    assert off < (0.1 if "palette" in name else 0.02), off
+
+
+@pytest.mark.parametrize("name", bad())
+def test_bad_files_are_named(tmp_path: Path, name: str) -> None:
+    data, reason = bad()[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UnreadableImage, match=rf"{name}' cannot be read: .*({reason})"):
+        read_image(str(tmp_path / name), 3, Intensity())
+
+
+@pytest.mark.parametrize("chans", [2, 3, 4])
+def test_colour_of_16_bits_keeps_them(chans: int) -> None:
+    values = np.random.default_rng(0).integers(0, 4000, (20, 30, chans), dtype=np.uint16)
+    assert np.array_equal(decode_deep_png(png16(values)), values)
+
+
+def ours(folder: Path) -> list[str]:
+    """Fill a folder with all of them; the names of those that cannot be read."""
+    for name, data in odd().items():
+        (folder / "odd").mkdir(parents=True, exist_ok=True)
+        (folder / "odd" / name).write_bytes(data)
+    for name, (data, _) in bad().items():
+        (folder / "bad").mkdir(exist_ok=True)
+        (folder / "bad" / name).write_bytes(data)
+    names = [f"bad/{name}" for name in bad()]
+    if os.name == "posix":
+        (folder / "bad" / "nowhere.jpg").symlink_to("missing.jpg")
+        (folder / "bad" / "circle.jpg").symlink_to("circle.jpg")
+        os.mkfifo(folder / "bad" / "pipe.jpg")  # left out: to open it would wait for ever
+        (folder / "odd" / "new\nline.jpg").write_bytes(odd()["tail.jpg"])
+        names += ["bad/nowhere.jpg", "bad/circle.jpg"]
+    (folder / "bad" / "folder.jpg").mkdir()
+    (folder / "empty").mkdir()
+    (folder / "odd" / "._mac.jpg").write_bytes(b"\0\5\x16\7")
+    (folder / "odd" / "Thumbs.db").write_bytes(b"\xd0\xcf")
+    return names
+
+
+def theirs(folder: Path) -> list[str]:
+    """Build the shared zoo."""
+    script = SHARED / "corrupt" / "build_corrupt.py"
+    if not script.exists():
+        pytest.skip("no ../shared/data")
+    subprocess.run([sys.executable, str(script), str(folder)], check=True, capture_output=True)
+    names = [f"bad/{file.name}" for file in (folder / "bad").iterdir() if not file.is_dir()]
+    return [n for n in names if n != "bad/unreadable.jpg" or not os.access(folder / n, os.R_OK)]
+
+
+@pytest.fixture(scope="module", params=[ours, theirs], ids=["ours", "theirs"])
+def zoo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    root = tmp_path_factory.mktemp("zoo") / "zoo"
+    return root, request.param(root)
+
+
+@pytest.fixture
+def mixed(zoo: Any, tmp_path: Path, make_images: Callable[..., Path]) -> tuple[Path, list[str]]:
+    """The zoo as one folder of a good one."""
+    make_images(tmp_path / "mixed" / "photos", 40, size=SIDE)
+    shutil.copytree(
+        zoo[0], tmp_path / "mixed" / "zoo", symlinks=True, copy_function=_copy,
+        ignore=lambda folder, names: [n for n in names if n == "pipe.jpg"],
+    )  # fmt: skip
+    return tmp_path / "mixed", [f"zoo/{name}" for name in zoo[1]]
+
+
+def _copy(source: str, target: str) -> None:
+    shutil.copy(source, target, follow_symlinks=False)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_entry_is_read_or_marked(zoo: Any, workers: int) -> None:
+    root, names = zoo
+    module = ImageFolderData(
+        str(root), img_size=32, batch_size=8, num_workers=workers, val_fraction=0.0
+    )
+    module.setup("predict")
+    data = module.sets["predict"]
+    seen = [path for batch in module.predict_dataloader() for path in batch["path"]]
+    marked = {data.name(i) for i in data.unreadable.nonzero()[:, 0].tolist()}
+    assert marked == set(names)
+    assert len(set(seen)) == len(data) - len(names)
+
+
+def run(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], int]:
+    """Run `simmim` in a folder, with a limit; and the most memory that it and its workers had."""
+    command = [sys.executable, "-m", "simmim", *arguments]
+    with (folder / "err").open("w+") as err, (folder / "out").open("w+") as out:
+        process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=err, text=True)
+        peak, deadline = 0, time.monotonic() + 120
+        while process.poll() is None:
+            assert time.monotonic() < deadline, "it hangs"
+            peak = max(peak, sum(_memory(psutil.Process(process.pid))))
+            time.sleep(0.05)
+        err.seek(0), out.seek(0)
+        text = out.read(), err.read()
+    return subprocess.CompletedProcess(command, process.returncode, *text), peak
+
+
+def _memory(process: Any) -> Iterator[int]:
+    """What is resident of a process and its children; pages that several share count once."""
+    try:
+        for one in [process, *process.children(recursive=True)]:
+            info = one.memory_full_info()
+            yield getattr(info, "pss", info.uss)
+    except (psutil.NoSuchProcess, psutil.AccessDenied):  # it ended meanwhile
+        return
+
+
+def fit(root: Path, *options: str) -> list[str]:
+    return [
+        "pretrain", "fit", "--data.root", str(root), "--trainer.max_epochs", "1",
+        "--model.encoder", "vit_tiny_patch16_224", "--model.img_size", "32",
+        "--model.mask_patch_size", "16", "--data.batch_size", "8", "--trainer.accelerator", "cpu",
+        "--model.encoder_kwargs", "{depth: 3, embed_dim: 48, num_heads: 3}",
+        "--data.val_fraction", "0.2", "--model.target", "pixels", *options,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("zoo", "workers"),
+    [
+        (ours, "0"),
+        (theirs, "2"),
+        pytest.param(ours, "2", marks=pytest.mark.slow),
+        pytest.param(theirs, "0", marks=pytest.mark.slow),
+    ],
+    indirect=["zoo"],
+)
+def test_a_run_on_the_mix_goes_on(
+    mixed: tuple[Path, list[str]], tmp_path: Path, workers: str
+) -> None:
+    root, names = mixed
+    done, peak = run(tmp_path, *fit(root, "--data.num_workers", workers))
+    assert done.returncode == 0, done.stderr
+    assert 2**26 < peak < MEMORY
+    assert "could not be read and were replaced by others: see" in done.stderr
+    (listed,) = tmp_path.glob("runs/*/*/bad_files.txt")
+    lines = [line.split("\t") for line in listed.read_text("utf-8").splitlines()]
+    below = [os.path.relpath(path, root).replace(os.sep, "/") for path, _ in lines]
+    assert set(below) <= set(names)
+    assert len(below) == len(set(below)) >= 0.8 * len(names)  # an epoch leaves a few images out
+    assert all(reason and "second time" not in reason for _, reason in lines)
+
+
+@pytest.mark.parametrize("zoo", [ours], indirect=True)
+def test_too_many_stop_it_in_one_sentence(mixed: tuple[Path, list[str]], tmp_path: Path) -> None:
+    done, _ = run(tmp_path, *fit(mixed[0], "--data.max_bad_share", "0.05"))
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert "which is more than data.max_bad_share 0.05 allows; one is '" in done.stderr
+
+
+@pytest.mark.parametrize("zoo", [ours], indirect=True)
+def test_raise_stops_at_the_first(mixed: tuple[Path, list[str]], tmp_path: Path) -> None:
+    options = "--data.bad_files", "raise", "--data.num_workers", "2"
+    done, peak = run(tmp_path, *fit(mixed[0], *options))
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert " cannot be read: " in done.stderr
+    assert peak < MEMORY
