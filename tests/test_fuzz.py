@@ -25,6 +25,7 @@ from safetensors.torch import save
 
 from fuzzing import READERS, File, Process, mutated, pack_up
 from simmim.data.pack import pack
+from simmim.data.shards import Packed
 
 MINUTES = float(os.environ.get("SIMMIM_FUZZ_MINUTES", "0"))
 EXAMPLES = {"image": 4000, "weights": 500, "packed": 600}  # others: 800; three minutes in all
@@ -188,8 +189,8 @@ def fuzz(process: Process, kind: str, examples: int, start: int | None = None) -
     @given(mutated(seeds(kind)))
     def read(file: File) -> None:
         said = process.read(kind, Path(file.name).suffix, file.data)
-        text = base64.b64encode(file.data[:3000]).decode()
-        assert not said, f"{file.name}: {said}\n{text}"
+        text = base64.b64encode(file.data).decode()
+        assert not said, f"{file.name}: {said}\n{text[:4000]}"
 
     (read if start is None else seed(start)(read))()
 
@@ -216,3 +217,33 @@ def test_many_damaged_files(process: Process, kind: str) -> None:
         start = secrets.randbits(32)
         print(f"seed {start}")
         fuzz(process, kind, 500, start)
+
+
+FOUND = {  # what was found so far, made small
+    "brackets.coco": b"[" * 100_000,
+    "digits.coco": b'{"images": [{"id": ' + b"9" * 5000 + b"}]}",
+    "height.coco": b'{"images": [{"id": 1, "file_name": "a", "height": 1' + b"0" * 400 + b"}]}",
+    "unknown.voc": b'<?xml version="1.0" encoding="utf-99"?><a/>',
+    "two_bytes.voc": b'<?xml version="1.0" encoding="shift_jis"?><a/>',
+    "cell.labels": b'path,label\na.jpg,"' + b"x" * 200_000 + b'"\n',
+    "infinity.classes": b'{"classes": ["a", "b"], "ignore_index": 1e999}',
+    "brackets.classes": b"[" * 100_000,
+    "header.weights": (2**40).to_bytes(8, "little") + b"{}",
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found(process: Process, name: str) -> None:
+    kind = name.rpartition(".")[2]
+    suffix = ".safetensors" if kind == "weights" else ".x"
+    assert process.read(kind, suffix, FOUND[name]) == ""
+
+
+@pytest.mark.parametrize("name", ["../x.arrow", "a/x.arrow", "C:x.arrow", "..\\x.arrow"])
+def test_a_packed_folder_names_no_file_outside(tmp_path: Path, name: str) -> None:
+    table = {"file": name, "rows": 1, "size": 1, "kept": 0}
+    part = {"folder": "", "classes": [], "suffixes": [], "files": 1, "shards": [table], "bad": {}}
+    told = {"version": 1, "options": {}, "source": "", "complete": True, "parts": {"train": part}}
+    (tmp_path / "packed.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match="which is not in the folder"):
+        Packed.load(tmp_path)

@@ -176,6 +176,8 @@ def test_weights_at_a_url_are_those_that_are_there_now(served: str, tmp_path: Pa
 def damaged() -> dict[str, bytes]:
     """Files that are no checkpoints, or damaged ones."""
     stream, code = io.BytesIO(), content(None)
+    hparams = {"encoder": "vit_tiny_patch16_224", "mask_ratio": 0.6}  # of pretraining
+    ours = {**code, "hyper_parameters": hparams}
     torch.save(code, stream)
     whole = stream.getvalue()
     flipped = bytearray(whole)
@@ -197,7 +199,7 @@ def damaged() -> dict[str, bytes]:
         "cut.safetensors": (2**40).to_bytes(8, "little") + b"{}",
         "list.pth": pickled([1, 2]),
         "numbers.ckpt": pickled({**code, "hyper_parameters": 3, "state_dict": 4}),
-        "alien.ckpt": pickled({**code, "state_dict": {"encoder.model.x": torch.zeros(1)}}),
+        "alien.ckpt": pickled({**ours, "state_dict": {"encoder.model.x": torch.zeros(1)}}),
         "names.ckpt": pickled({**code, "state_dict": {"encoder.model.x": "y"}}),
     }
 

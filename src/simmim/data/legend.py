@@ -165,14 +165,21 @@ def read_legend(path: str, void: Sequence[int] | None = None) -> Legend:
         values = [int(v) for v in said.get("values", range(len(names)))]
         colors = [_color(c) for c in said.get("palette_rgb") or ()]
         ignored = said.get("ignore_index", ANY_VOID)
+        ignored = tuple(int(v) for v in (ignored if isinstance(ignored, list) else [ignored]))
     except OSError as error:
         raise ValueError(f"data.classes {path!r} cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise ValueError(
             f'{path!r} is no file of classes such as {{"classes": ["road", "tree"], '
             f'"ignore_index": 255}}: {type(error).__name__} {error}'
         ) from error
-    ignored = tuple(ignored) if isinstance(ignored, list) else (int(ignored),)
     void = ignored if void is None else tuple(void)
     kept = [i for i, value in enumerate(values) if value not in void]
     if len(values) != len(names) or len({*values}) != len(values) or len(names) != len({*names}):
