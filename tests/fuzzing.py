@@ -188,7 +188,8 @@ def read_as_classes(path: Path) -> None:
     """Names and colours of the classes of masks."""
     from simmim.data.legend import read_legend
 
-    _or_sentence(lambda p: read_legend(str(p)), path)
+    for legend in _or_sentence(lambda p: read_legend(str(p)), path):
+        assert len(legend._table) > max(legend.values)
 
 
 def read_as_packed(path: Path) -> None:

@@ -227,6 +227,7 @@ FOUND = {  # what was found so far, made small
     "two_bytes.voc": b'<?xml version="1.0" encoding="shift_jis"?><a/>',
     "cell.labels": b'path,label\na.jpg,"' + b"x" * 200_000 + b'"\n',
     "infinity.classes": b'{"classes": ["a", "b"], "ignore_index": 1e999}',
+    "values.classes": b'{"classes": ["a", "b"], "values": [1, 99999]}',
     "brackets.classes": b"[" * 100_000,
     "header.weights": (2**40).to_bytes(8, "little") + b"{}",
 }

@@ -262,7 +262,8 @@ def _read_part(root: str, part: PackedPart) -> PackedIndex:
             fault = "is missing" if size is None else f"has {size:,} bytes, not {shard.size:,}"
             raise ValueError(f"{path} {fault}: copy it again, or pack the images anew")
     schema = {"path": "large_string", **({"label": "int64"} if part.classes else {})}
-    table = _read_table(os.path.join(root, part.index_file), schema, full=True)
+    table = _read_table(os.path.join(root, part.index_file), schema)
+    _check_places(table.column("path"), root)
     starts, names = _buffers(table.column("path").combine_chunks())
     firsts = [0, *accumulate(shard.rows for shard in part.shards)]
     if firsts[-1] != len(starts) - 1:
@@ -313,20 +314,19 @@ def _open(path: str, stamp: int) -> _OpenShard:
     return shard
 
 
-def _read_table(path: str, schema: dict[str, str], *, full: bool = False) -> Any:
+def _read_table(path: str, schema: dict[str, str]) -> Any:
     """Map an Arrow file into memory; the file itself is closed, so that there may be thousands.
 
     Args:
         path: The file.
         schema: Columns that it must have, and how Arrow's names of their types begin.
-        full: Whether to look at every value: Arrow itself follows whatever a file says.
     """
     import pyarrow as pa
 
     try:
         with pa.memory_map(path) as file:
             table = pa.ipc.open_file(file).read_all()
-        table.validate(full=full)
+        table.validate()  # sizes: Arrow itself follows whatever a file says
         types = {column.name: str(column.type) for column in table.schema}
         wrong = [name for name, kind in schema.items() if not types.get(name, "").startswith(kind)]
         if wrong:
@@ -337,6 +337,17 @@ def _read_table(path: str, schema: dict[str, str], *, full: bool = False) -> Any
         raise ValueError(
             f"{path} is damaged ({reason}): copy it again, or pack the images anew"
         ) from error
+
+
+def _check_places(paths: Any, root: str) -> None:
+    """Refuse paths that do not lie behind each other in the file, before they are looked up."""
+    import pyarrow as pa
+
+    try:
+        for chunk in paths.chunks:  # as bytes: a name need not be UTF-8
+            chunk.view(pa.large_binary()).validate(full=True)
+    except pa.ArrowException as error:
+        raise ValueError(f"{root!r} has a damaged table of paths: copy it again") from error
 
 
 def _buffers(strings: Any) -> tuple[Tensor, Tensor]:
