@@ -6,9 +6,11 @@ import math
 import multiprocessing as mp
 import os
 import re
+import signal
 import struct
 import sys
 import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -20,7 +22,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-SECONDS = 20  # a file that takes longer hangs the loader
+SECONDS = 20  # of the processor: a file that takes longer hangs the loader
+WAITING = 300  # seconds by the clock, on a machine that has other work
 MEMORY = 2_000  # MB, of the whole process
 EDGES = (0, 1, 2, 127, 128, 255, 256, 32767, 65535, 2**20, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1)
 
@@ -251,6 +254,27 @@ READERS = {
 }
 
 
+def _crash(path: Path) -> None:
+    data = path.read_bytes()
+    if data == b"raise":
+        raise RuntimeError("as asked")
+    if not data:
+        os._exit(3)
+
+
+def _hang(path: Path) -> None:
+    limit = time.process_time() + 3 * SECONDS
+    while time.process_time() < limit:
+        pass
+
+
+def _fill(path: Path) -> None:
+    bytes(b"x" * (MEMORY * 2**20))
+
+
+FAULTS = {"crash": _crash, "hang": _hang, "memory": _fill}  # to see that they are seen
+
+
 # The process that reads --------------------------------------------------------------------------
 
 
@@ -274,17 +298,19 @@ class Process:
             self._process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
             self._process.start()
             theirs.close()
-            assert self._pipe.poll(120)
+            assert self._pipe.poll(WAITING), "the process does not begin"
             self._pipe.recv()
         self._pipe.send((reader, suffix, data))
-        if not self._pipe.poll(SECONDS):
+        if not self._pipe.poll(WAITING):
             self.stop()
-            return f"it took more than {SECONDS} s"
+            return f"it took more than {WAITING} s"
         try:
             said = str(self._pipe.recv())
         except EOFError:
             self._process.join(10)
             code, self._process = self._process.exitcode, None
+            if code == -getattr(signal, "SIGXCPU", 0):
+                return f"it took more than {SECONDS} s of the processor"
             return f"the process ended with {code}"
         if "MB" in said:
             self.stop()
@@ -312,13 +338,23 @@ def _serve(pipe: Connection) -> None:
             reader, suffix, data = pipe.recv()
             path = Path(folder) / f"x{suffix}"
             path.write_bytes(data)
+            _limit_time()
             try:
-                READERS[reader](path)
+                (READERS | FAULTS)[reader](path)
                 said = ""
             except BaseException as error:
                 said = f"{type(error).__name__}: {error}"
             used = _peak_memory()
             pipe.send(said if used < MEMORY else f"it took {used} MB")
+
+
+def _limit_time() -> None:
+    """Let this process end where the next file takes too long."""
+    if sys.platform != "win32":
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_CPU)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + SECONDS, most))
 
 
 def _peak_memory() -> int:

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import secrets
+import sys
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -217,6 +218,16 @@ def test_many_damaged_files(process: Process, kind: str) -> None:
         start = secrets.randbits(32)
         print(f"seed {start}")
         fuzz(process, kind, 500, start)
+
+
+@pytest.mark.slow
+def test_a_crash_a_hang_and_a_full_memory_are_seen(process: Process) -> None:
+    assert "ended with 3" in process.read("crash", ".x", b"")
+    assert "took" in process.read("memory", ".x", b"")
+    assert process.read("crash", ".x", b"x") == ""
+    assert "RuntimeError: as asked" in process.read("crash", ".x", b"raise")
+    if sys.platform != "win32":
+        assert "s of the processor" in process.read("hang", ".x", b"")
 
 
 FOUND = {  # what was found so far, made small
