@@ -22,6 +22,7 @@ from simmim.training import (
     seed_step,
 )
 from simmim.transfer import Backbone
+from simmim.weights.files import load_safely
 
 
 class Downstream(L.LightningModule):
@@ -47,6 +48,12 @@ class Downstream(L.LightningModule):
     trust: bool
     mean: Tensor
     std: Tensor
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Open a checkpoint as Lightning does, but run no code in it, by path and by URL alike."""
+        load = super().load_from_checkpoint
+        return load_safely(load, checkpoint_path, *args, **kwargs)
 
     # The encoder -------------------------------------------------------------------------------
 

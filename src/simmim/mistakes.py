@@ -45,6 +45,8 @@ def explain(error: BaseException) -> str | None:
             "--trainer.accumulate_grad_batches the lr stays), --trainer.precision bf16-mixed, or "
             "--model.grad_checkpointing true"
         )
+    if found := re.match(r"Error\(s\) in loading state_dict for (\w+):\s*(.*)", str(error)):
+        return f"the checkpoint holds other weights than its {found[1]} has: {found[2][:200]}"
     if kind.__name__ == "MisconfigurationException":  # Lightning's
         return one_line(str(error))
     if kind.__module__.split(".")[0] == "simmim":

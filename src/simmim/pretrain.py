@@ -7,7 +7,7 @@ Modeling", CVPR 2022, arXiv:2111.09886.
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import lightning as L
 import torch
@@ -42,6 +42,7 @@ from simmim.training import (
     seed_step,
 )
 from simmim.weights import Report, load_weights
+from simmim.weights.files import load_safely
 
 HEAD_ALONE = 0.05  # share of the steps in which a new head trains alone on loaded weights
 VAL_SEED = 2111_09886  # the validation masks' own seed: equal in every epoch and every run
@@ -203,6 +204,12 @@ class SimMIM(L.LightningModule):
         self._steps_head_alone = 0
         if weights is not None:
             load_weights(self, weights)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Open a checkpoint as Lightning does, but run no code in it, by path and by URL alike."""
+        load = super().load_from_checkpoint
+        return load_safely(load, checkpoint_path, *args, **kwargs)
 
     # The method ------------------------------------------------------------------------------
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
-from zipfile import ZipFile, is_zipfile
+from zipfile import is_zipfile
 
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from torch import Tensor
 
 from simmim.checkpoints import CHECKPOINTS, LAST, UNFINISHED
 from simmim.configuration import read_config
@@ -197,6 +198,8 @@ def find_start(ckpt_path: str, run_dir: Path, name: str) -> Start:
 
 def _read(file: Path) -> Mapping[str, Any]:
     """Read a checkpoint of ours without running code in it, or say what the file is instead."""
+    from simmim.weights.files import check_archive
+
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=file.suffix != ".pt")
     except Exception as error:  # whatever torch makes of bytes that are something else
@@ -207,11 +210,13 @@ def _read(file: Path) -> Mapping[str, Any]:
             f"{file} is no checkpoint of simmim: Lightning did not write it; begin a run with its "
             f"weights: --model.weights {file}"
         )
-    if "encoder" not in content.get("hyper_parameters", {}):
+    hparams = content.get("hyper_parameters")
+    if not isinstance(hparams, Mapping) or "encoder" not in hparams:
         raise ValueError(f"{file} is no checkpoint of simmim, but of another Lightning project")
-    with ZipFile(file) as archive:  # torch does not look at the check sums
-        if archive.testzip() is not None:
-            raise ValueError(f"{file} is damaged: copy it again, or use an earlier one")
+    state = content.get("state_dict", {})  # none in the meta.pt of a sharded checkpoint
+    if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise ValueError(f"{file} is damaged: its state_dict is no table of tensors")
+    check_archive(file)
     return content
 
 

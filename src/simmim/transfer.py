@@ -203,5 +203,6 @@ def _our_checkpoint(weights: str) -> dict[str, Any] | None:
         raise
     except Exception:  # no zip file of torch's, or asks for code: open_weights says what it is
         return None
-    ours = isinstance(content, dict) and "hyper_parameters" in content and "state_dict" in content
+    tables = ("hyper_parameters", "state_dict")
+    ours = isinstance(content, dict) and all(isinstance(content.get(t), dict) for t in tables)
     return content if ours else None

@@ -146,7 +146,7 @@ def _load(path: str) -> dict[str, Any]:
         raise ValueError(
             f"annotations {path} cannot be read: {(error.strerror or str(error)).lower()}"
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 5,000 brackets
         raise ValueError(f"annotations {path} are no valid json: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(
@@ -217,7 +217,7 @@ def _number(value: object) -> float | None:
     """A finite number; some tools write it as text."""
     try:
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 
@@ -292,7 +292,7 @@ def read_voc(source: str, files: Mapping[str, str]) -> Table:
 def _parse(path: str) -> ElementTree.Element:
     try:
         return ElementTree.parse(path).getroot()
-    except (ElementTree.ParseError, OSError, UnicodeDecodeError) as error:
+    except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:  # of the encoding
         raise ValueError(f"annotations {path} are no valid xml: {error}") from error
 
 

@@ -193,7 +193,7 @@ def read_labels(path: str, *, several: bool) -> LabelTable:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             header, *lines = [line for line in csv.reader(file) if line]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"data.labels {path} cannot be read: {error}") from error
     except ValueError as error:
         raise ValueError(

@@ -165,18 +165,20 @@ def read_legend(path: str, void: Sequence[int] | None = None) -> Legend:
         values = [int(v) for v in said.get("values", range(len(names)))]
         colors = [_color(c) for c in said.get("palette_rgb") or ()]
         ignored = said.get("ignore_index", ANY_VOID)
+        ignored = tuple(int(v) for v in (ignored if isinstance(ignored, list) else [ignored]))
     except OSError as error:
         raise ValueError(f"data.classes {path!r} cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # valid json can hold anything in any place
         raise ValueError(
             f'{path!r} is no file of classes such as {{"classes": ["road", "tree"], '
             f'"ignore_index": 255}}: {type(error).__name__} {error}'
         ) from error
-    ignored = tuple(ignored) if isinstance(ignored, list) else (int(ignored),)
     void = ignored if void is None else tuple(void)
     kept = [i for i, value in enumerate(values) if value not in void]
     if len(values) != len(names) or len({*values}) != len(values) or len(names) != len({*names}):
         raise ValueError(f"{path!r}: give each class one name and one value of its own")
+    if not all(0 <= value < MOST for value in (*values, *void)):
+        raise ValueError(f"{path!r}: a mask has values from 0 to {MOST - 1}, no others")
     if colors and len(colors) < len(names):
         raise ValueError(
             f"{path!r}: palette_rgb has {len(colors)} colours for {len(names)} classes"

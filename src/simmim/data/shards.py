@@ -126,7 +126,13 @@ class Packed:
 def _part(table: dict[str, Any]) -> PackedPart:
     shards = [Shard(**shard) for shard in table["shards"]]
     bad = {int(place): reason for place, reason in table["bad"].items()}
-    return PackedPart(**{**table, "shards": shards, "bad": bad})
+    part = PackedPart(**{**table, "shards": shards, "bad": bad})
+    for name in (part.index_file, *(shard.file for shard in shards)):
+        if re.split(r"[/\\:]", name) != [name]:  # a copy is written where it says
+            raise ValueError(f"it names {name!r}, which is not in the folder")
+    if not all(isinstance(n, int) and n >= 0 for s in shards for n in (s.rows, s.size)):
+        raise ValueError("it has shards of no size")
+    return part
 
 
 def write_beside(path: Path, data: bytes) -> None:
@@ -255,17 +261,21 @@ def _read_part(root: str, part: PackedPart) -> PackedIndex:
         if size != shard.size:
             fault = "is missing" if size is None else f"has {size:,} bytes, not {shard.size:,}"
             raise ValueError(f"{path} {fault}: copy it again, or pack the images anew")
-    table = _read_table(os.path.join(root, part.index_file))
+    schema = {"path": "large_string", **({"label": "int64"} if part.classes else {})}
+    table = _read_table(os.path.join(root, part.index_file), schema)
+    _check_places(table.column("path"), root)
     starts, names = _buffers(table.column("path").combine_chunks())
     firsts = [0, *accumulate(shard.rows for shard in part.shards)]
     if firsts[-1] != len(starts) - 1:
         raise ValueError(f"{root!r} has shards of another pack: pack the images anew")
-    labels = table.column("label").combine_chunks() if part.classes else None
+    labels = table.column("label").to_numpy() if part.classes else None
+    if labels is not None and not ((labels >= 0) & (labels < len(part.classes))).all():
+        raise ValueError(f"{root!r} has labels of no class: copy it again, or pack the images anew")
     return PackedIndex(
         os.path.join(root, part.folder) if part.folder else root,
         names,
         starts,
-        None if labels is None else torch.from_numpy(labels.to_numpy().copy()),
+        None if labels is None else torch.from_numpy(labels.copy()),
         part.classes,
         frozenset(part.suffixes),
         [os.path.join(root, shard.file) for shard in part.shards],
@@ -293,27 +303,51 @@ class _OpenShard:
 def _open(path: str, stamp: int) -> _OpenShard:
     shard = _OpenShard([], [], [])
     row = 0
-    for chunk in _read_table(path).column("image").chunks:
+    for chunk in _read_table(path, {"image": "struct<bytes: binary"}).column("image").chunks:
         _, starts, data = chunk.field("bytes").buffers()
         shard.firsts.append(row)
         shard.starts.append(np.frombuffer(starts, np.int32))
+        if data is None:
+            raise ValueError(f"{path} is damaged: it holds no images")
         shard.data.append(_tensor("uint8", data.size, data).numpy().data)
         row += len(chunk)
     return shard
 
 
-def _read_table(path: str) -> Any:
-    """Map an Arrow file into memory; the file itself is closed, so that there may be thousands."""
+def _read_table(path: str, schema: dict[str, str]) -> Any:
+    """Map an Arrow file into memory; the file itself is closed, so that there may be thousands.
+
+    Args:
+        path: The file.
+        schema: Columns that it must have, and how Arrow's names of their types begin.
+    """
     import pyarrow as pa
 
     try:
         with pa.memory_map(path) as file:
-            return pa.ipc.open_file(file).read_all()
-    except (pa.ArrowInvalid, OSError) as error:
+            table = pa.ipc.open_file(file).read_all()
+        table.validate()  # sizes: Arrow itself follows whatever a file says
+        types = {column.name: str(column.type) for column in table.schema}
+        wrong = [name for name, kind in schema.items() if not types.get(name, "").startswith(kind)]
+        if wrong:
+            raise ValueError(f"it has no {wrong[0]!r} of {schema[wrong[0]]}")
+        return table
+    except (pa.ArrowException, OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"{path} is damaged ({reason}): copy it again, or pack the images anew"
         ) from error
+
+
+def _check_places(paths: Any, root: str) -> None:
+    """Refuse paths that do not lie behind each other in the file, before they are looked up."""
+    import pyarrow as pa
+
+    try:
+        for chunk in paths.chunks:  # as bytes: a name need not be UTF-8
+            chunk.view(pa.large_binary()).validate(full=True)
+    except pa.ArrowException as error:
+        raise ValueError(f"{root!r} has a damaged table of paths: copy it again") from error
 
 
 def _buffers(strings: Any) -> tuple[Tensor, Tensor]:

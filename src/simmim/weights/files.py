@@ -4,8 +4,11 @@ import json
 import pickle
 import re
 from collections import OrderedDict
+from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import torch
 from safetensors.torch import load_file
@@ -15,6 +18,7 @@ from torch import Tensor
 # OrderedDict has both, so that yacs need neither be installed nor trusted.
 SAFE_GLOBALS: list[Any] = [(OrderedDict, "yacs.config.CfgNode")]
 LAST = ("checkpoints/last.ckpt", "last.ckpt")
+T = TypeVar("T")
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -57,23 +61,90 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: If the file asks for code to be run, or cannot be read.
     """
     if path.suffix == ".safetensors":
-        return dict(load_file(path))
+        try:
+            return dict(load_file(path))
+        except Exception as error:  # safetensors has a kind of its own
+            raise ValueError(f"{path} is damaged, or no safetensors: {error}") from error
+    check_archive(path)
     try:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # A text that begins like a pickle names no such thing.
-        code = re.search(r"GLOBAL ([A-Za-z_][\w.]*) (?:was|whose)", str(error))
-        if code is None:
-            raise ValueError(f"{path} is not a file of weights that torch can read") from error
-        raise ValueError(
-            f"{path} asks to run {code[1]} while it is opened, which no file of weights needs: "
-            "it was not opened"
-        ) from error
     except Exception as error:  # what is no pickle fails in any way
-        raise ValueError(f"{path} is not a file of weights that torch can read") from error
+        raise ValueError(_refusal(path, error)) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a table of weights")
+    return content
+
+
+def load_safely(load: Callable[..., T], source: Any, *args: Any, **kwargs: Any) -> T:
+    """Call Lightning's `load_from_checkpoint` such that no code in the file is run.
+
+    By itself it would run that of a file at a URL.
+
+    Args:
+        load: The method.
+        source: A path, a URL or an open file.
+        args: As it takes them.
+        kwargs: As it takes them; weights_only=False trusts the file.
+
+    Raises:
+        ValueError: If the file asks for code to be run, or is no file of torch.
+    """
+    opened: Any = source
+    if isinstance(source, str | Path) and str(source).startswith("http"):
+        import fsspec  # torch's own download would take an older file of that name for it
+
+        with fsspec.open(str(source), "rb") as stream:
+            opened = BytesIO(stream.read())
+    try:
+        return load(opened, *args, **{"weights_only": True, **kwargs})
+    except pickle.UnpicklingError as error:
+        raise ValueError(_refusal(source, error)) from error
+
+
+def check_archive(path: Path) -> None:
+    """Compare a checkpoint with the check sums that are in it, which torch does not look at.
+
+    Raises:
+        ValueError: If they differ, or if it would fill the memory: torch packs nothing, so that
+            no file is larger when it is open.
+    """
+    if not is_zipfile(path):  # before torch 1.6 it was none
+        return
+    try:
+        with ZipFile(path) as archive:
+            claimed = sum(entry.file_size for entry in archive.infolist())
+            is_whole = claimed <= path.stat().st_size and archive.testzip() is None
+    except (BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not is_whole:
+        raise ValueError(f"{path} is damaged: copy it again, or use an earlier one")
+
+
+def _refusal(path: Any, error: Exception) -> str:
+    """Say why torch does not open a file."""
+    # A text that begins like a pickle names no such thing.
+    code = re.search(r"GLOBAL ([A-Za-z_][\w.]*) (?:was|whose)", str(error))
+    if code is None or not isinstance(error, pickle.UnpicklingError):
+        return f"{path} is not a file of weights that torch can read"
+    return (
+        f"{path} asks to run {code[1]} while it is opened, which no file of weights needs: "
+        "it was not opened"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read the table that lies beside weights.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, or no json: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a table of options")
     return content
 
 
@@ -88,7 +159,12 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
             return read_checkpoint(folder / stem)
         index = folder / f"{stem}.index.json"
         if index.is_file():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            places = read_json(index).get("weight_map")
+            if not isinstance(places, dict):
+                raise ValueError(
+                    f"{index} does not say where the weights are: it has no weight_map"
+                )
+            shards = sorted({str(shard) for shard in places.values()})
             return {
                 name: tensor
                 for shard in shards

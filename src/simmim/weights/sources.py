@@ -1,15 +1,14 @@
 """Any source of weights -> its tensors under our names, and the model that they are for."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
-from torch import nn
+from torch import Tensor, nn
 
 from simmim.encoder import _create_model
-from simmim.weights.files import find_checkpoint, is_url, read_checkpoint, read_folder
+from simmim.weights.files import find_checkpoint, is_url, read_checkpoint, read_folder, read_json
 from simmim.weights.fit import HEAD, MODEL, TOKEN, Architecture, Weights
 from simmim.weights.huggingface import hugging_face_weights
 from simmim.weights.official import official_weights
@@ -35,7 +34,7 @@ def open_weights(source: str | Path, timm_kwargs: Mapping[str, Any]) -> Weights:
         return _timm_weights(str(source), timm_kwargs)
     folder = Path(source).expanduser()
     if not is_url(source) and (folder / "config.json").is_file():
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
         if "model_type" in config and "architecture" not in config:
             return hugging_face_weights(folder, config)
         return _timm_folder(folder, config)
@@ -55,14 +54,16 @@ def build_encoder(architecture: Architecture, options: Mapping[str, Any]) -> nn.
 
 
 def _our_weights(content: Mapping[str, Any], source: str) -> Weights:
-    hparams = content["hyper_parameters"]
-    if "encoder" not in hparams:
+    hparams, state = content["hyper_parameters"], content["state_dict"]
+    if not isinstance(hparams, Mapping) or not isinstance(hparams.get("encoder"), str):
         raise ValueError(f"{source} is a checkpoint of another project: it names no encoder")
+    if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise ValueError(f"{source} is damaged: its state_dict is no table of tensors")
     options = dict(hparams.get("encoder_kwargs") or {})
     eps = options.pop("norm_eps", None)
     size, chans = hparams.get("img_size", 224), hparams.get("in_chans", 3)
     weights = Weights(source, Architecture(hparams["encoder"], size, chans, options, norm_eps=eps))
-    for name, tensor in content["state_dict"].items():
+    for name, tensor in state.items():
         if name.startswith((MODEL, HEAD)) or name == TOKEN:
             weights.add(name, name, tensor)
         elif name in ("mean", "std"):

@@ -1,0 +1,261 @@
+"""Damaged files of every kind: read right, or refused; never a crash, a hang or a full memory.
+
+SIMMIM_FUZZ_MINUTES=30 pytest tests/test_fuzz.py -m slow: as long for all kinds together, from a
+seed that is new each time. What it finds belongs into FOUND.
+"""
+
+import base64
+import io
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from PIL import Image, features
+from safetensors.torch import save
+
+from fuzzing import READERS, File, Process, mutated, pack_up
+from simmim.data.pack import pack
+from simmim.data.shards import Packed
+
+MINUTES = float(os.environ.get("SIMMIM_FUZZ_MINUTES", "0"))
+EXAMPLES = {"image": 4000, "weights": 500, "packed": 600}  # others: 800; three minutes in all
+
+
+def images() -> dict[str, bytes]:
+    """Small images of all formats, options that change their structure among them."""
+    rgb = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8))
+    smooth = rgb.resize((40, 24), Image.Resampling.BOX, (0, 0, 8, 8))
+    deep = Image.fromarray(np.arange(960, dtype=np.uint16).reshape(24, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    frames = {"save_all": True, "append_images": [smooth.rotate(90)]}
+    variants: dict[str, tuple[Image.Image, str, dict[str, Any]]] = {
+        "a.jpg": (smooth, "JPEG", {"exif": exif}),
+        "progressive.jpg": (smooth, "JPEG", {"progressive": True, "restart_marker_rows": 1}),
+        "cmyk.jpg": (smooth.convert("CMYK"), "JPEG", {}),
+        "a.png": (rgb, "PNG", {"exif": exif}),
+        "palette.png": (smooth.quantize(16), "PNG", {"transparency": bytes(range(16))}),
+        "deep.png": (deep, "PNG", {}),
+        "moving.png": (smooth, "PNG", frames),
+        "raw.tif": (smooth, "TIFF", {}),
+        "lzw.tif": (smooth, "TIFF", {"compression": "tiff_lzw"}),
+        "zip.tif": (deep, "TIFF", {"compression": "tiff_adobe_deflate"}),
+        "jpeg.tif": (smooth, "TIFF", {"compression": "jpeg"}),
+        "fax.tif": (smooth.convert("1"), "TIFF", {"compression": "group4"}),
+        "float.tif": (Image.fromarray(np.eye(9, dtype=np.float32)), "TIFF", {}),
+        "pages.tif": (smooth, "TIFF", frames),
+        "a.gif": (smooth, "GIF", frames),
+        "a.bmp": (smooth, "BMP", {}),
+        "palette.bmp": (smooth.quantize(16), "BMP", {}),
+        "a.ppm": (smooth, "PPM", {}),
+        "a.webp": (smooth, "WEBP", {"exif": exif}),
+        "lossless.webp": (smooth, "WEBP", {"lossless": True, **frames}),
+        "a.jp2": (smooth, "JPEG2000", {}),
+        "a.avif": (smooth, "AVIF", {}),
+    }
+    found = {}
+    for name, (image, format, options) in variants.items():
+        if format.lower() in ("avif", "webp") and not features.check(format.lower()):
+            continue
+        stream = io.BytesIO()
+        image.save(stream, format, **options)
+        found[name] = stream.getvalue()
+    for name, values in (("a.npy", np.ones((4, 5, 3), np.uint8)), ("deep.npy", np.eye(9))):
+        stream = io.BytesIO()
+        np.save(stream, values)
+        found[name] = stream.getvalue()
+    return found | ({"a.dcm": dicom()} if find_spec("pydicom") else {})
+
+
+def dicom() -> bytes:
+    """A scan of 12 bits."""
+    from pydicom import Dataset
+    from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
+
+    scan = Dataset()
+    scan.SOPClassUID, scan.SOPInstanceUID = SecondaryCaptureImageStorage, "1.2.3"
+    scan.Rows, scan.Columns, scan.SamplesPerPixel = 12, 10, 1
+    scan.PhotometricInterpretation, scan.PixelRepresentation = "MONOCHROME1", 0
+    scan.BitsAllocated, scan.BitsStored, scan.HighBit = 16, 12, 11
+    scan.RescaleSlope, scan.RescaleIntercept = "2", "-1024"
+    scan.PixelData = np.arange(120, dtype=np.uint16).tobytes()
+    scan.ensure_file_meta()
+    scan.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    stream = io.BytesIO()
+    scan.save_as(stream, enforce_file_format=True)
+    return stream.getvalue()
+
+
+def weights() -> dict[str, bytes]:
+    """Checkpoints of ours, official ones, and safetensors."""
+    from simmim import SimMIM
+
+    tiny = {"patch_size": 4, "depth": 1, "embed_dim": 8, "num_heads": 2}
+    model = SimMIM("vit_tiny_patch16_224", 8, mask_patch_size=4, encoder_kwargs=tiny)
+    ours = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
+    ours |= {"pytorch-lightning_version": "2.6.6", "global_step": 3}
+    new, old, plain = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    torch.save(ours, new)
+    torch.save(ours, old, _use_new_zipfile_serialization=False)
+    config = {"DATA": {"IMG_SIZE": 8}, "MODEL": {"TYPE": "vit", "VIT": {"NUM_HEADS": 2}}}
+    names = {n.removeprefix("encoder.model."): t for n, t in model.state_dict().items()}
+    torch.save({"model": names, "config": config}, plain)
+    tensors = save({name: tensor.contiguous() for name, tensor in names.items()})
+    files = {"new.ckpt": new, "old.ckpt": old, "official.pth": plain}
+    return {n: f.getvalue() for n, f in files.items()} | {"a.safetensors": tensors}
+
+
+def packed() -> dict[str, bytes]:
+    """A packed folder with classes."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("cat", "dog"):
+            Path(folder, "in", name).mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (8 + i, 8), "red").save(Path(folder, "in", name, f"{i}.png"))
+        pack(f"{folder}/in", f"{folder}/out", workers=1)
+        return {"a.packed": pack_up(Path(folder, "out"))}
+
+
+def coco() -> bytes:
+    image = {"id": 1, "file_name": "a.jpg", "width": 40, "height": 24}
+    square = [1.5, 2, 9, 2, 9, 8, 1, 8]
+    found = [
+        {"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 2, 8, 6], "iscrowd": 0},
+        {"id": 2, "image_id": 1, "category_id": 3, "segmentation": [square], "area": 48.0},
+        {"id": 3, "image_id": 1, "category_id": 4, "bbox": [0, 0, 9, 9], "iscrowd": 1}
+        | {"segmentation": {"size": [24, 40], "counts": [3, 900, 57]}},
+    ]
+    categories = [{"id": 3, "name": "cat"}, {"id": 4, "name": "dog"}]
+    table = {"images": [image], "annotations": found, "categories": categories}
+    return json.dumps(table).encode()
+
+
+VOC = b"""<?xml version="1.0" encoding="utf-8"?><annotation><filename>a.jpg</filename>
+<size><width>40</width><height>24</height></size><object><name>cat</name><difficult>0</difficult>
+<bndbox><xmin>1</xmin><ymin>2.5</ymin><xmax>9</xmax><ymax>8</ymax></bndbox></object></annotation>"""
+CLASSES = {"classes": ["road", "tree"], "ignore_index": 255, "values": [1, 4]}
+CLASSES["palette_rgb"] = [[0, 0, 0], [1, 2, 3], [9, 9, 9]]
+
+
+@cache
+def seeds(kind: str) -> dict[str, bytes]:
+    """The valid files of a kind, by name."""
+    texts = {
+        "coco": {"a.json": coco()},
+        "voc": {"a.xml": VOC},
+        "labels": {
+            "a.csv": b"path,label\na.jpg,cat\nb.jpg,dog\n",
+            "b.csv": b"p,x,y\na,0,1\nb,1,0\n",
+        },
+        "classes": {"classes.json": json.dumps(CLASSES).encode()},
+    }
+    if kind == "mask":
+        return {n: d for n, d in images().items() if n.endswith((".png", ".tif", ".gif", ".bmp"))}
+    return texts.get(kind) or {"image": images, "weights": weights, "packed": packed}[kind]()
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[Process]:
+    process = Process()
+    yield process
+    process.stop()
+
+
+def fuzz(process: Process, kind: str, examples: int, start: int | None = None) -> None:
+    """Read so many damaged files of a kind; the least one that goes wrong is shown."""
+    if kind == "packed" and find_spec("pyarrow") is None:
+        pytest.skip("no pyarrow")
+
+    @settings(
+        max_examples=examples,
+        derandomize=start is None,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(mutated(seeds(kind)))
+    def read(file: File) -> None:
+        said = process.read(kind, Path(file.name).suffix, file.data)
+        text = base64.b64encode(file.data).decode()
+        assert not said, f"{file.name}: {said}\n{text[:4000]}"
+
+    (read if start is None else seed(start)(read))()
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_valid_files_are_read(process: Process, kind: str) -> None:
+    for name, data in seeds(kind).items():
+        assert process.read(kind, Path(name).suffix, data) == "", name
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_a_few_damaged_files(process: Process, kind: str) -> None:
+    fuzz(process, kind, 30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", READERS)
+def test_many_damaged_files(process: Process, kind: str) -> None:
+    if not MINUTES:
+        fuzz(process, kind, EXAMPLES.get(kind, 800))
+        return
+    end = time.monotonic() + 60 * MINUTES / len(READERS)
+    while time.monotonic() < end:
+        start = secrets.randbits(32)
+        print(f"seed {start}")
+        fuzz(process, kind, 500, start)
+
+
+@pytest.mark.slow
+def test_a_crash_a_hang_and_a_full_memory_are_seen(process: Process) -> None:
+    assert "ended with 3" in process.read("crash", ".x", b"")
+    assert "took" in process.read("memory", ".x", b"")
+    assert process.read("crash", ".x", b"x") == ""
+    assert "RuntimeError: as asked" in process.read("crash", ".x", b"raise")
+    if sys.platform != "win32":
+        assert "s of the processor" in process.read("hang", ".x", b"")
+
+
+FOUND = {  # what was found so far, made small
+    "brackets.coco": b"[" * 100_000,
+    "digits.coco": b'{"images": [{"id": ' + b"9" * 5000 + b"}]}",
+    "height.coco": b'{"images": [{"id": 1, "file_name": "a", "height": 1' + b"0" * 400 + b"}]}",
+    "unknown.voc": b'<?xml version="1.0" encoding="utf-99"?><a/>',
+    "two_bytes.voc": b'<?xml version="1.0" encoding="shift_jis"?><a/>',
+    "cell.labels": b'path,label\na.jpg,"' + b"x" * 200_000 + b'"\n',
+    "infinity.classes": b'{"classes": ["a", "b"], "ignore_index": 1e999}',
+    "values.classes": b'{"classes": ["a", "b"], "values": [1, 99999]}',
+    "brackets.classes": b"[" * 100_000,
+    "header.weights": (2**40).to_bytes(8, "little") + b"{}",
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found(process: Process, name: str) -> None:
+    kind = name.rpartition(".")[2]
+    suffix = ".safetensors" if kind == "weights" else ".x"
+    assert process.read(kind, suffix, FOUND[name]) == ""
+
+
+@pytest.mark.parametrize("name", ["../x.arrow", "a/x.arrow", "C:x.arrow", "..\\x.arrow"])
+def test_a_packed_folder_names_no_file_outside(tmp_path: Path, name: str) -> None:
+    table = {"file": name, "rows": 1, "size": 1, "kept": 0}
+    part = {"folder": "", "classes": [], "suffixes": [], "files": 1, "shards": [table], "bad": {}}
+    told = {"version": 1, "options": {}, "source": "", "complete": True, "parts": {"train": part}}
+    (tmp_path / "packed.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match="which is not in the folder"):
+        Packed.load(tmp_path)
