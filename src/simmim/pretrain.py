@@ -31,6 +31,7 @@ from simmim.masking import (
 )
 from simmim.optim import init_official_, param_groups
 from simmim.parts import build_part, find_part
+from simmim.speed import suit_device
 from simmim.target import TARGETS
 from simmim.training import (
     count_steps,
@@ -368,10 +369,11 @@ class SimMIM(L.LightningModule):
     # Set-up and optimisation -----------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Take the pixel statistics of the data that it is trained on, and compile if asked."""
+        """Take the pixel statistics of the data that it is trained on, and get ready for speed."""
         data = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and getattr(data, "mean", None) is not None:
             self.set_statistics(data.mean, data.std)  # type: ignore[union-attr]
+        suit_device(self.encoder, self.trainer)
         if stage == "fit" and self.hparams["compile"]:
             self.encoder.compile()
             self.head.compile()
