@@ -25,8 +25,10 @@ from simmim.masking import (
     average_distance,
     draw_masks,
     foreground_cells,
+    mask_count,
     ratio_range,
     sample_keys,
+    take_hidden,
     upsample_mask,
 )
 from simmim.optim import init_official_, param_groups
@@ -44,6 +46,7 @@ from simmim.training import (
 )
 from simmim.weights import Report, load_weights
 
+COUNTED = ("random", "block", "token")  # masks that hide the same number of cells of every image
 HEAD_ALONE = 0.05  # share of the steps in which a new head trains alone on loaded weights
 VAL_SEED = 2111_09886  # the validation masks' own seed: equal in every epoch and every run
 
@@ -197,6 +200,7 @@ class SimMIM(L.LightningModule):
             trust=trust,
         )
         self._check(target, loss)
+        self._hidden_count = self._count_hidden()
         self.val_loss = MeanMetric()
         if compat == "official":
             init_official_(self.encoder)
@@ -223,12 +227,26 @@ class SimMIM(L.LightningModule):
         """
         return cast(Tensor, self.head(self.encoder(images, mask, keys)))
 
-    def loss_of(self, images: Tensor, mask: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the loss of normalised images under a mask, and the prediction."""
-        prediction = self(images, mask, keys)
-        target = self.target(images)
-        error = self.error(prediction, target)
+    def loss_of(
+        self, images: Tensor, mask: Tensor, keys: Tensor, count: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the loss of normalised images under a mask, and the prediction.
+
+        Args:
+            images: Normalised images, (B, C, H, W).
+            mask: Cells, (B, h, w), True = hidden.
+            keys: As in `forward`.
+            count: Cells that every mask hides: head and loss then see these alone. The loss is the
+                same, and a GPU moves less memory. None: the whole map.
+        """
         region = mask if self.loss_region == "hidden" else None
+        if count is None:
+            prediction, target = self(images, mask, keys), self.target(images)
+        else:
+            features, region = self.encoder(images, mask, keys), None
+            prediction = self.head(take_hidden(features, mask, count))
+            target = take_hidden(self.target(images), mask, count)
+        error = self.error(prediction, target)
         loss = masked_mean(error, region, denominator=self._mean_over_processes)
         if self.fourier_weight:
             loss = loss + self.fourier_weight * fourier_loss(prediction, target, mask)
@@ -284,7 +302,7 @@ class SimMIM(L.LightningModule):
         """One step: hide, encode, predict, compare."""
         raw, images, index = self.inputs(batch, batch_idx)
         mask, keys = self.draw_mask(raw, index, validation=False)
-        loss, _ = self.loss_of(images, mask, keys)
+        loss, _ = self.loss_of(images, mask, keys, self._hidden_count)
         self.log("train/loss", loss, prog_bar=True, sync_dist=self.trainer.world_size > 1)
         self.log("lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         return loss
@@ -425,6 +443,17 @@ class SimMIM(L.LightningModule):
         if self._trainer is None or self.trainer.world_size == 1 or not self.trainer.training:
             return count
         return cast(Tensor, self.trainer.strategy.reduce(count, reduce_op="mean"))
+
+    def _count_hidden(self) -> int | None:
+        """Cells that every mask hides, where head and loss can do without the others."""
+        hp: Any = self.hparams
+        alike = hp["masking"] in COUNTED and not isinstance(hp["mask_ratio"], Sequence)
+        apart = getattr(self.head, "is_pointwise", False) and hp["loss"] in LOSSES
+        whole = self.loss_region == "all" or self.fourier_weight
+        if not alike or not apart or whole or self.encoder.mask_patch_size % self.encoder.stride:
+            return None
+        height, width = self.encoder.mask_grid
+        return mask_count(height * width, hp["mask_ratio"]) or None
 
     def _check(self, target: str, loss: str) -> None:
         losses = getattr(self.target, "losses", None)
