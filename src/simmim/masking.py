@@ -285,29 +285,6 @@ def upsample_mask(mask: Bool[Tensor, "b h w"], size: tuple[int, int]) -> Bool[Te
     return blocks.reshape(batch, 1, *size)
 
 
-def take_hidden(
-    maps: Num[Tensor, "b c H W"], mask: Bool[Tensor, "b h w"], count: int
-) -> Num[Tensor, "b c H2 W2"]:
-    """The hidden cells of a map, below each other in the order in which they lie in the image.
-
-    Args:
-        maps: Of images, features or targets; a cell covers a whole number of places.
-        mask: True = hidden.
-        count: Cells that are hidden in each image; it is not checked, as that would wait for the
-            device.
-
-    Returns:
-        A map as wide as a cell, and as high as `count` of them.
-    """
-    height, width = mask.shape[1:]
-    # The lowest first: a stable sort leaves the order alone and its shapes are static.
-    place = (~mask).flatten(1).int().argsort(dim=1, stable=True)[:, :count]
-    cells = maps.unflatten(3, (width, -1)).unflatten(2, (height, -1))
-    cells = cells.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # b, cells, c, rows, columns
-    hidden = cells.gather(1, place[:, :, None, None, None].expand(-1, -1, *cells.shape[2:]))
-    return hidden.transpose(1, 2).flatten(2, 3)
-
-
 def fill_pixels(
     images: Num[Tensor, "b c H W"],
     mask: Bool[Tensor, "b h w"],

@@ -19,7 +19,7 @@ from torchmetrics import MeanMetric
 
 from simmim.encoder import Encoder
 from simmim.head import HEADS
-from simmim.loss import LOSSES, fourier_loss, masked_mean
+from simmim.loss import LOSSES, fourier_loss, masked_mean, take_hidden
 from simmim.masking import (
     MASKINGS,
     average_distance,
@@ -28,7 +28,6 @@ from simmim.masking import (
     mask_count,
     ratio_range,
     sample_keys,
-    take_hidden,
     upsample_mask,
 )
 from simmim.optim import init_official_, param_groups
@@ -303,7 +302,7 @@ class SimMIM(L.LightningModule):
         raw, images, index = self.inputs(batch, batch_idx)
         mask, keys = self.draw_mask(raw, index, validation=False)
         loss, _ = self.loss_of(images, mask, keys, self._hidden_count)
-        self.log("train/loss", loss, prog_bar=True, sync_dist=self.trainer.world_size > 1)
+        self.log("train/loss", loss, sync_dist=self.trainer.world_size > 1)
         self.log("lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         return loss
 
