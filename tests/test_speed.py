@@ -326,7 +326,8 @@ def test_convolutions_get_channels_last() -> None:
     model = make_model("convnext")
     fit(model, images=4)
     kernels = [p for p in model.encoder.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1]
-    assert model.encoder.is_convolutional and kernels
+    assert model.encoder.is_convolutional
+    assert kernels
     assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
     assert not make_model("vit").encoder.is_convolutional
 

@@ -1,4 +1,4 @@
-"""What makes a step quick on the device that it runs on, and changes its result by rounding only."""
+"""What makes a step quick on its device, and changes its result by rounding only."""
 
 import lightning as L
 import torch

@@ -34,6 +34,7 @@ from simmim.compare.trials import make, quiet
 from simmim.configuration import OVERLAY, find_config, read_config
 from simmim.mistakes import one_line
 from simmim.pretrain import SimMIM
+from simmim.speed import multiplies_bf16
 
 OF_THE_TRAINER = ("gradient_clip_val", "gradient_clip_algorithm", "benchmark", "log_every_n_steps")
 PARTS = ("forward", "backward", "optimizer", "logging")
@@ -298,7 +299,8 @@ def _device(accelerator: str) -> torch.device:
 
 
 def _precisions(accelerator: str) -> list[str]:
-    return ["32-true", "bf16-mixed"]
+    on_cpu = _device(accelerator).type == "cpu"
+    return ["32-true"] if on_cpu and not multiplies_bf16() else ["32-true", "bf16-mixed"]
 
 
 def _machine(accelerator: str) -> dict[str, Any]:
@@ -308,12 +310,8 @@ def _machine(accelerator: str) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    with_names = Path("/proc/cpuinfo")
-    if with_names.exists():
-        for line in with_names.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    named = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name")
+    return str(named or platform.processor() or platform.machine())
 
 
 # What is printed ---------------------------------------------------------------------------------
@@ -362,6 +360,5 @@ def _numbers(row: StepSpeed, with_floor: bool) -> list[str]:
     numbers += [f"{row.peak_bytes / 1e6:,.0f}", f"{row.flop_per_image / 1e9:,.3g}"]
     numbers.append(f"{100 * row.utilisation:.0f} %")
     if with_floor:
-        assert row.floor_ms is not None and row.overhead is not None
-        numbers += [f"{row.floor_ms:,.1f}", f"{100 * row.overhead:+.1f} %"]
+        numbers += [f"{row.floor_ms:,.1f}", f"{100 * (row.overhead or 0):+.1f} %"]
     return numbers

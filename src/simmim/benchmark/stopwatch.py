@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -146,6 +148,7 @@ class Bare:
         device: Where it runs.
         precision: Lightning's name of it.
         images: Normalised, (B, C, H, W).
+        compiled: Whether to compile the encoder.
     """
 
     def __init__(
@@ -257,7 +260,8 @@ def run_trainer(
     loggers = run_loggers(folder, [board(folder, offline=True)], "fit", None)
     folder.mkdir(parents=True)
     interval = min(options.get("log_every_n_steps") or 50, batches.steps)
-    with contextlib.redirect_stdout(io.StringIO()):  # the run's own progress bar
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # the run's own bar
+        warnings.filterwarnings("ignore", "You defined a `validation_step`")
         trainer = L.Trainer(
             **{**options, "log_every_n_steps": interval},
             devices=1,
@@ -304,6 +308,7 @@ def peak_bytes(work: Callable[[], None], device: torch.device, before: int) -> i
         torch.cuda.reset_peak_memory_stats(device)
         work()
         return torch.cuda.max_memory_allocated(device)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it says that there is no GPU
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         work()
     assert profiled.profiler is not None
