@@ -24,7 +24,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "img_size": 32,
         "mask_patch_size": 8,
     }
-    model["encoder_kwargs"] = VIT
+    model |= {"mask_patch_size": 8, "encoder_kwargs": VIT}
     text = {"model": model, "data": {"batch_size": 4}, "trainer": {"gradient_clip_val": 5.0}}
     (tmp_path / "tiny.yaml").write_text(json.dumps(text), encoding="utf-8")
     return ["tiny.yaml"]
