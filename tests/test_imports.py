@@ -35,6 +35,7 @@ MAY_IMPORT = {
     **{area: METHOD | SHARED | TASKS for area in TASKS},
     "data": {"data", "masking"},
     **{area: METHOD | SHARED | TASKS | {"data"} for area in COMMANDS},
+    "benchmark": METHOD | SHARED | TASKS | RUNS | {"data", "task"},
     "compare": METHOD | SHARED | TASKS | RUNS | {"data"},
 }
 
