@@ -58,8 +58,8 @@ def test_a_line_for_each_combination(config: list[str]) -> None:
     assert flop[32, 3, 2] == flop[32, 3, 4] > flop[32, 1, 4] > flop[16, 1, 4]
     assert {row.cells for row in report.rows} == {4, 16}
     lines = str(report).splitlines()
-    assert len(lines) == 2 + 1 + 8
-    assert len({len(line) for line in lines[2:]}) == 1
+    assert len(lines) == 3 + 1 + 8
+    assert len({len(line) for line in lines[3:]}) == 1
 
 
 def test_a_precision_and_other_cells(config: list[str]) -> None:
@@ -86,7 +86,7 @@ def test_what_cannot_be_measured_is_said_and_the_rest_is_there(
     ("options", "message"),
     [
         ({"steps": 0}, "steps 0 measures nothing"),
-        ({"out": "tiny.yaml"}, "out tiny.yaml exists"),
+        ({"out": "tiny.yaml"}, "out 'tiny.yaml' exists"),
         ({"img_size": [30]}, "img_size 30 is not a multiple of mask_patch_size 8"),
     ],
 )

@@ -1,15 +1,10 @@
 """`simmim benchmark step`: images/s of the training step, and where its time goes."""
 
 import itertools
-import json
-import platform
-import shlex
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -19,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
+from simmim.benchmark.record import check_out, describe, machine, write_record
 from simmim.benchmark.stopwatch import (
     WARM_UP,
     Bare,
@@ -38,7 +34,6 @@ from simmim.speed import multiplies_bf16
 
 OF_THE_TRAINER = ("gradient_clip_val", "gradient_clip_algorithm", "benchmark", "log_every_n_steps")
 PARTS = ("forward", "backward", "optimizer", "logging")
-PACKAGES = ("simmim", "torch", "lightning", "timm")
 
 
 @dataclass(frozen=True)
@@ -98,21 +93,15 @@ class StepSpeed:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What was measured, on which machine, with what.
+    """What came out.
 
     Attributes:
-        command: The command line.
-        date: When, in UTC.
-        machine: Processor or GPU, threads, system.
-        versions: Of the packages that matter.
         rows: The measurements.
+        machine: Where.
     """
 
-    command: str
-    date: str
-    machine: dict[str, Any]
-    versions: dict[str, str]
     rows: list[StepSpeed]
+    machine: dict[str, Any] = field(default_factory=machine)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, with what follows from them."""
@@ -121,10 +110,10 @@ class StepReport:
             derived = ("step_ms", "images_per_s", "utilisation", "overhead")
             more = {} if row.failed else {name: getattr(row, name) for name in derived}
             rows.append({**asdict(row), **more})
-        return {**asdict(self), "rows": rows}
+        return {"rows": rows}
 
     def __str__(self) -> str:
-        return "\n".join([_title(self), "", *_table(self.rows)])
+        return "\n".join(["", f"on {describe(self.machine)}", "", *_table(self.rows)])
 
 
 def step(
@@ -162,7 +151,7 @@ def step(
             step by step in turn with ours: the floor.
         steps: Steps that are measured, of each line; 3 more warm up.
         accelerator: cpu, gpu, ... (Lightning's).
-        out: File for the results, as JSON.
+        out: New JSON file for the figures.
 
     Returns:
         The measurements; they print as a table.
@@ -172,8 +161,7 @@ def step(
     """
     if steps < 1:
         raise ValueError(f"steps {steps} measures nothing: use 10")
-    if out is not None and Path(out).exists():
-        raise ValueError(f"out {out} exists: name another file")
+    check_out(out)
     options = _read(config)
     if encoder is not None:
         options["model"] |= {"encoder": encoder, "encoder_kwargs": None}
@@ -191,15 +179,8 @@ def step(
     with Tqdm(total=len(cases) * (WARM_UP + steps + 1), desc="Steps", file=sys.stderr) as bar:
         for case in cases:
             rows.append(_measure(options, case, steps, against, accelerator, bar))
-    report = StepReport(
-        command=shlex.join(["simmim", *sys.argv[1:]]),
-        date=f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
-        machine=_machine(accelerator),
-        versions={name: version(name) for name in PACKAGES},
-        rows=rows,
-    )
-    if out is not None:
-        Path(out).write_text(json.dumps(report.as_dict(), indent=1), encoding="utf-8")
+    report = StepReport(rows)
+    write_record(out, report.as_dict())
     return report
 
 
@@ -303,24 +284,7 @@ def _precisions(accelerator: str) -> list[str]:
     return ["32-true"] if on_cpu and not multiplies_bf16() else ["32-true", "bf16-mixed"]
 
 
-def _machine(accelerator: str) -> dict[str, Any]:
-    device = _device(accelerator)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {"device": name, "threads": torch.get_num_threads(), "system": platform.platform()}
-
-
-def _processor() -> str:
-    named = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name")
-    return str(named or platform.processor() or platform.machine())
-
-
 # What is printed ---------------------------------------------------------------------------------
-
-
-def _title(report: StepReport) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
-    machine = report.machine
-    return f"{machine['device']}, {machine['threads']} threads; {versions}; {report.date} UTC"
 
 
 def _table(rows: Sequence[StepSpeed]) -> list[str]:
