@@ -61,7 +61,7 @@ def benchmark(args: list[str]) -> None:
     from simmim.benchmark import MEASURES
 
     which = args[0] if args and args[0] in MEASURES else ""
-    measure = MEASURES[which]
+    measure: Callable[..., Any] = MEASURES[which]
     lists = [name for name, p in signature(measure).parameters.items() if "list[" in str(p)]
     options = {"-c": "--config", **{f"--{name}": f"--{name}" for name in lists}}
     words = _gather(args[1:] if which else args, options)

@@ -1,5 +1,7 @@
 """What makes a step quick on its device, and changes its result by rounding only."""
 
+from typing import Any
+
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -22,7 +24,7 @@ def suit_device(encoder: Encoder, trainer: L.Trainer) -> None:
     half = str(trainer.precision).startswith(HALF)
     choose_attention(encoder, fused=not (on_cpu and half))
     if encoder.is_convolutional:  # as the loader leaves colour, and as convolutions want it
-        encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        encoder.to(memory_format=torch.channels_last)
     if on_cpu and half and not multiplies_bf16():
         rank_zero_warn(
             f"precision {trainer.precision} is slow on this processor, which cannot multiply "
@@ -41,6 +43,7 @@ def choose_attention(model: nn.Module, fused: bool) -> None:
         model: Any module.
         fused: Whether to use them.
     """
+    module: Any
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = fused and use_fused_attn()

@@ -96,7 +96,8 @@ class Stopwatch(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the memory of one more step, while the model is on its device."""
         module: Any = pl_module
-        batch = trainer.strategy.batch_to_device(trainer.train_dataloader.batch)
+        batches: Any = trainer.train_dataloader
+        batch = trainer.strategy.batch_to_device(batches.batch)
         optimizer = trainer.optimizers[0]
 
         def passes() -> None:
@@ -232,10 +233,10 @@ def count_flop(model: SimMIM, img_size: tuple[int, int]) -> int:
     cost. Counted on a copy without numbers, on torch's meta device.
     """
     copy = deepcopy(model).to("meta")
-    if model.hparams["grad_checkpointing"]:  # type: ignore[index]
+    if model.hparams["grad_checkpointing"]:
         copy.encoder.model.set_grad_checkpointing(False)
     index = torch.zeros(1, dtype=torch.long, device="meta")
-    images = torch.empty(1, model.hparams["in_chans"], *img_size, device="meta")  # type: ignore[index]
+    images = torch.empty(1, model.hparams["in_chans"], *img_size, device="meta")
     mask, keys = copy.draw_mask(images, index, validation=True)
     with FlopCounterMode(display=False) as counter:
         copy.loss_of(images, mask, keys)[0].backward()
@@ -260,6 +261,9 @@ def run_trainer(
     loggers = run_loggers(folder, [board(folder, offline=True)], "fit", None)
     folder.mkdir(parents=True)
     interval = min(options.get("log_every_n_steps") or 50, batches.steps)
+    for logger in loggers:  # the first row costs more than all others: files are made
+        logger.log_metrics({"train/loss": 0.0}, step=0)
+        logger.save()
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # the run's own bar
         warnings.filterwarnings("ignore", "You defined a `validation_step`")
         trainer = L.Trainer(
