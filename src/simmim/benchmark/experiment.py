@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
+from itertools import repeat
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
+from torch import Tensor
 
 from simmim.configuration import OVERLAY, find_config, read_config
 from simmim.data import ImageFolderData
@@ -78,9 +80,11 @@ def open_experiment(
         ValueError: If a config is another task's.
     """
     paths = [find_config(name, TASK.name) for name in config or ()]
+    # Compiling takes minutes on a CPU, and gains little there.
+    model = {} if torch.cuda.is_available() else {"compile": False}
     if all(path.parent.name == OVERLAY for path in paths):
         paths = [find_config(DEFAULT, TASK.name), *paths]
-    said = {"data": _said(data or {}), "trainer": _said(trainer or {})}
+    said = {"model": model, "data": _said(data or {}), "trainer": _said(trainer or {})}
     if "root" in said["data"]:
         said["data"]["dataset"] = None
     parser = _parser()
@@ -130,6 +134,46 @@ def train(
         else:
             trainer.fit(experiment.model, data)
     return clock.durations
+
+
+def step_rate(experiment: Experiment, batch_size: int, seconds: float) -> float:
+    """Train with one batch of random images, again and again.
+
+    Args:
+        experiment: What is trained.
+        batch_size: Images in the batch.
+        seconds: How long, after the warm-up.
+
+    Returns:
+        Images/s.
+    """
+    shape = (batch_size, experiment.data.in_chans, *experiment.data.img_size)
+    batch = {
+        "image": torch.randint(0, 256, shape, dtype=torch.uint8),
+        "index": torch.arange(batch_size),
+    }
+    durations = train(experiment, Batches(batch), seconds)
+    return batch_size * len(durations) / sum(durations)
+
+
+class Batches:
+    """One batch, a thousand times an epoch.
+
+    Args:
+        batch: A dict as the loader gives it.
+
+    Attributes:
+        batch_size: Its images, which the learning rate follows.
+    """
+
+    def __init__(self, batch: dict[str, Tensor]) -> None:
+        self.batch, self.batch_size = batch, len(batch["image"])
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return repeat(self.batch, len(self))
+
+    def __len__(self) -> int:
+        return 1000
 
 
 class Clock(Callback):

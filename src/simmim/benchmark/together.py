@@ -1,15 +1,10 @@
 """`simmim benchmark`: the loader, the training step, and both together."""
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import repeat
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from simmim.benchmark.data import loader_rate
-from simmim.benchmark.experiment import Experiment, open_experiment, train
+from simmim.benchmark.experiment import open_experiment, step_rate, train
 from simmim.benchmark.record import check_out, describe, machine, write_record
 
 
@@ -84,43 +79,3 @@ def together(
     speed = Speed(experiment.name, size, loader, alone, both)
     write_record(out, {name: v for name, v in asdict(speed).items() if name != "machine"})
     return speed
-
-
-def step_rate(experiment: Experiment, batch_size: int, seconds: float) -> float:
-    """Train with one batch of random images, again and again.
-
-    Args:
-        experiment: What is trained.
-        batch_size: Images in the batch.
-        seconds: How long, after the warm-up.
-
-    Returns:
-        Images/s.
-    """
-    shape = (batch_size, experiment.data.in_chans, *experiment.data.img_size)
-    batch = {
-        "image": torch.randint(0, 256, shape, dtype=torch.uint8),
-        "index": torch.arange(batch_size),
-    }
-    durations = train(experiment, Batches(batch), seconds)
-    return batch_size * len(durations) / sum(durations)
-
-
-class Batches:
-    """One batch, a thousand times an epoch.
-
-    Args:
-        batch: A dict as the loader gives it.
-
-    Attributes:
-        batch_size: Its images, which the learning rate follows.
-    """
-
-    def __init__(self, batch: dict[str, Tensor]) -> None:
-        self.batch, self.batch_size = batch, len(batch["image"])
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return repeat(self.batch, len(self))
-
-    def __len__(self) -> int:
-        return 1000
