@@ -47,6 +47,7 @@ def test_a_config_starts(
     small = next(kwargs for start, kwargs in SMALL.items() if encoder.startswith(start))
     small = {f"model.encoder_kwargs.{key}": value for key, value in small.items()}
     size = {} if name == "digits" else {"model.img_size": 64}
+    eager = {"model.compile": False}  # minutes, and tested in test_speed.py
     run = {
         "data.root": "images",
         "data.batch_size": 2,
@@ -59,7 +60,7 @@ def test_a_config_starts(
         "trainer.enable_progress_bar": False,
         "trainer.enable_model_summary": False,
     }
-    args = ["pretrain", "fit", "-c", name, "cpu", *options({**small, **size, **run})]
+    args = ["pretrain", "fit", "-c", name, "cpu", *options({**small, **size, **eager, **run})]
     assert main(args) == 0
     folder = Path("runs") / name / "version_0"
     assert (folder / "checkpoints" / "last.ckpt").is_file()

@@ -15,6 +15,7 @@ SHARED = {
     "weights",
     "probe",
     "training",
+    "speed",
     "downstream",
     "augment",
     "transfer",
@@ -37,6 +38,7 @@ MAY_IMPORT = {
     **{area: METHOD | SHARED | TASKS | {"data"} for area in COMMANDS},
     "compare": METHOD | SHARED | TASKS | RUNS | {"data"},
     "doctor": METHOD | SHARED | TASKS | RUNS | {"data", "compare"},  # compare: options -> model
+    "benchmark": METHOD | SHARED | TASKS | RUNS | {"data", "task", "compare", "loggers"},
 }
 
 

@@ -226,7 +226,7 @@ class Classifier(Downstream):
         logits = self.logits(images)
         heads = list(self.heads) or [MAIN]
         losses = [self.loss_of(logits[name], targets, self.class_weights) for name in heads]
-        self.log("train/loss", losses[-1], prog_bar=True, sync_dist=self.trainer.world_size > 1)
+        self.log("train/loss", losses[-1], sync_dist=self.trainer.world_size > 1)
         self.log("lr", self.optimizers().param_groups[-1]["lr"])  # type: ignore[union-attr]
         return torch.stack(losses).sum()
 

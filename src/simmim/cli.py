@@ -6,8 +6,8 @@ Nothing here imports torch, so that help and typing errors are answered at once.
 import os
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 
 import simmim
@@ -21,13 +21,20 @@ SUBCOMMANDS = {
 }
 
 
+MEASURES = {
+    "data": "the loader: images/s, where the time goes, and whether training will starve",
+    "step": "the training step: images/s, and where the time goes",
+}
+
+
 @dataclass(frozen=True)
 class Command:
     """A line of the table: what it does, and the function that gets its arguments."""
 
     summary: str
     target: str  # "module:function"
-    subcommands: tuple[str, ...] = ()
+    subcommands: Mapping[str, str] = field(default_factory=dict)  # and what they do
+    alone: str = ""  # what it does without a subcommand; nothing: it needs one
 
     def load(self) -> Callable[[list[str]], None]:
         """Import the function, and torch with it."""
@@ -39,22 +46,22 @@ COMMANDS = {
     "pretrain": Command(
         "learn an encoder from unlabelled images by masked image modelling",
         "simmim.tasks:pretrain",
-        tuple(SUBCOMMANDS),
+        SUBCOMMANDS,
     ),
     "classify": Command(
         "fine-tune an encoder to classify, or probe what its features are worth",
         "simmim.tasks:classify",
-        tuple(SUBCOMMANDS),
+        SUBCOMMANDS,
     ),
     "segment": Command(
         "fine-tune an encoder to give every pixel a class",
         "simmim.tasks:segment",
-        tuple(SUBCOMMANDS),
+        SUBCOMMANDS,
     ),
     "detect": Command(
         "train an encoder to find objects: boxes, and masks where there are outlines",
         "simmim.tasks:detect",
-        tuple(SUBCOMMANDS),
+        SUBCOMMANDS,
     ),
     "embed": Command(
         "write the features of a folder's images, score and draw them",
@@ -79,6 +86,12 @@ COMMANDS = {
     "pack": Command(
         "turn an image folder into shards that are read several times as fast",
         "simmim.commands:pack",
+    ),
+    "benchmark": Command(
+        "measure images/s of the loader, of the training step and of both on this machine",
+        "simmim.commands:benchmark",
+        MEASURES,
+        alone="both apart, and then together",
     ),
 }
 
@@ -129,14 +142,15 @@ def _dispatch(args: list[str]) -> None:
         if rest and rest[0] in ("-h", "--help"):
             print(_overview_of(name, command))
             return
-        if not rest or rest[0].startswith("-"):
+        named = bool(rest) and not rest[0].startswith("-")
+        if not named and not command.alone:
             _refuse(f"simmim {name} needs a subcommand first", "", command.subcommands)
-        if rest[0] not in command.subcommands:
+        if named and rest[0] not in command.subcommands:
             _refuse(f"unknown subcommand {rest[0]!r} of {name}", rest[0], command.subcommands)
     command.load()(rest)
 
 
-def _refuse(what: str, given: str, names: "dict[str, Command] | tuple[str, ...]") -> None:
+def _refuse(what: str, given: str, names: Iterable[str]) -> None:
     hint = nearest(given, names)
     raise ArgumentError(None, f"{what}: {hint + ' ' if hint else ''}choose from {', '.join(names)}")
 
@@ -161,16 +175,18 @@ def _overview() -> str:
 
 def _overview_of(name: str, command: Command) -> str:
     choices = ",".join(command.subcommands)
-    summaries = {f"simmim {name} {choice}": SUBCOMMANDS[choice] for choice in command.subcommands}
+    choices = f"[{{{choices}}}]" if command.alone else f"{{{choices}}}"
+    summaries = {f"simmim {name}": command.alone} if command.alone else {}
+    summaries |= {f"simmim {name} {choice}": text for choice, text in command.subcommands.items()}
     return "\n".join(
         [
-            f"usage: simmim {name} {{{choices}}} [-c CONFIG ...] [--OPTION VALUE ...]",
+            f"usage: simmim {name} {choices} [-c CONFIG ...] [--OPTION VALUE ...]",
             "",
             f"{command.summary.capitalize()}.",
             "",
             *_table(summaries),
             "",
-            f"simmim {name} fit --help lists every option.",
+            f"simmim {name} {next(iter(command.subcommands))} --help lists every option.",
         ]
     )
 

@@ -2,7 +2,7 @@
 
 import re
 from argparse import ArgumentError
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from inspect import signature
 from typing import Any
 
@@ -56,6 +56,18 @@ def pack(args: list[str]) -> None:
     print(call("pack", pack, args))
 
 
+def benchmark(args: list[str]) -> None:
+    """`simmim benchmark [{data,step}] [-c CONFIG ...]`."""
+    from simmim.benchmark import MEASURES
+
+    which = args[0] if args and args[0] in MEASURES else ""
+    measure: Callable[..., Any] = MEASURES[which]
+    lists = [name for name, p in signature(measure).parameters.items() if "list[" in str(p)]
+    options = {"-c": "--config", **{f"--{name}": f"--{name}" for name in lists}}
+    words = _gather(args[1:] if which else args, options)
+    print(call(f"benchmark {which}".strip(), measure, words))
+
+
 def call(name: str, function: Callable[..., Any], args: list[str]) -> Any:
     """Call a function with its arguments from the command line.
 
@@ -83,6 +95,27 @@ def call(name: str, function: Callable[..., Any], args: list[str]) -> Any:
     except ValueError as error:  # data.root of a task is --root here
         error.args = (_name_options(str(error), signature(function).parameters),)
         raise
+
+
+def _gather(args: list[str], lists: Mapping[str, str]) -> list[str]:
+    """Write `-c a b -c c` as jsonargparse takes a list: `--config=[a, b, c]`."""
+    found: dict[str, list[str]] = {}
+    rest: list[str] = []
+    words = [*args]
+    while words:
+        option, equals, value = words.pop(0).partition("=")
+        name = option if option in lists.values() else lists.get(option)
+        if name is None:
+            rest.append(option + equals + value)
+            continue
+        values = found.setdefault(name, [])
+        values += [value] if equals else []
+        while words and not equals and not words[0].startswith("-"):
+            values.append(words.pop(0))
+        if not values:
+            raise ArgumentError(None, f"{option} needs a value")
+    written = {k: v[0] if v[0].startswith("[") else f"[{', '.join(v)}]" for k, v in found.items()}
+    return [*rest, *(f"{name}={value}" for name, value in written.items())]
 
 
 def _name_options(message: str, names: Iterable[str]) -> str:

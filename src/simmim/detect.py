@@ -242,7 +242,7 @@ class Detector(Downstream):
         parts = self.losses(self.features(images), _sizes(batch["size"]), images, batch["target"])
         loss = torch.stack(list(parts.values())).sum()
         spread = self.trainer.world_size > 1
-        self.log("train/loss", loss, prog_bar=True, sync_dist=spread, batch_size=len(images))
+        self.log("train/loss", loss, sync_dist=spread, batch_size=len(images))
         named = {f"train/{name}": value for name, value in parts.items()}
         self.log_dict(named, sync_dist=spread, batch_size=len(images))
         self.log("lr", self.optimizers().param_groups[-1]["lr"])  # type: ignore[union-attr]

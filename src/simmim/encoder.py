@@ -57,6 +57,7 @@ class Encoder(nn.Module):
         img_size: Height and width in pixels.
         grid_size: Height and width of the features.
         mask_grid: Height and width of the mask, in cells.
+        is_convolutional: Whether the model computes in NCHW, channels first.
 
     Raises:
         ValueError: If the model is unknown or gives no feature map, a size does not fit, or an
@@ -151,6 +152,7 @@ class Encoder(nn.Module):
         self._features, stem = run.grid, run.find_stem()
         self.num_features, self.grid_size = run.grid.channels, run.grid.size
         self.stride = run.grid.stride
+        self.is_convolutional = run.grid.layout == "NCHW"
         self.patch_size = stem.grid.stride if stem else self.stride
         self.mask_patch_size = mask_patch_size or self.patch_size
         self.mask_grid = mask_grid(self.img_size, self.mask_patch_size)

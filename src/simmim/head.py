@@ -43,6 +43,11 @@ class LinearHead(nn.Module):
         """Predict."""
         return self.shuffle(self.proj(self.pool(features)))
 
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether each feature predicts its own elements, whatever lies beside it."""
+        return isinstance(self.pool, nn.Identity)
+
 
 class MLPHead(nn.Module):
     """Two linear layers with GELU between them: the "2-layer MLP" of the paper's ablation.
@@ -73,6 +78,11 @@ class MLPHead(nn.Module):
     def forward(self, features: Float[Tensor, "b d h w"]) -> Float[Tensor, "b c H W"]:
         """Predict."""
         return self.out(self.hidden(self.pool(features)))
+
+    @property
+    def is_pointwise(self) -> bool:
+        """As of `LinearHead`."""
+        return isinstance(self.pool, nn.Identity)
 
 
 class TransformerHead(nn.Module):

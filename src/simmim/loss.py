@@ -7,7 +7,7 @@ A loss is two steps: an error for each element (`LOSSES`), and its mean over the
 from collections.abc import Callable, Mapping
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -99,6 +99,29 @@ def masked_mean(
         count = denominator(count)
     # A number that is not counted may be anything, NaN too: 0 x NaN would not be 0.
     return torch.where(hidden, error, 0).sum() / torch.where(count > 0, count, 1)
+
+
+def take_hidden(
+    maps: Num[Tensor, "b c H W"], mask: Bool[Tensor, "b h w"], count: int
+) -> Num[Tensor, "b c H2 W2"]:
+    """The hidden cells of a map, below each other in the order in which they lie in the image.
+
+    Args:
+        maps: Of images, features or targets; a cell covers a whole number of places.
+        mask: True = hidden.
+        count: Cells that are hidden in each image; it is not checked, as that would wait for the
+            device.
+
+    Returns:
+        A map as wide as a cell, and as high as `count` of them.
+    """
+    height, width = mask.shape[1:]
+    # The lowest first: a stable sort leaves the order alone and its shapes are static.
+    place = (~mask).flatten(1).int().argsort(dim=1, stable=True)[:, :count]
+    cells = maps.unflatten(3, (width, -1)).unflatten(2, (height, -1))
+    cells = cells.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # b, cells, c, rows, columns
+    hidden = cells.gather(1, place[:, :, None, None, None].expand(-1, -1, *cells.shape[2:]))
+    return hidden.transpose(1, 2).flatten(2, 3)
 
 
 def l1_error(

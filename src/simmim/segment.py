@@ -214,7 +214,7 @@ class Segmenter(Downstream):
         loss = self.loss_of(logits, masks, self.class_weights)
         if self.hparams["dice"]:
             loss = loss + self.hparams["dice"] * _dice_loss(logits, masks)
-        self.log("train/loss", loss, prog_bar=True, sync_dist=self.trainer.world_size > 1)
+        self.log("train/loss", loss, sync_dist=self.trainer.world_size > 1)
         self.log("lr", self.optimizers().param_groups[-1]["lr"])  # type: ignore[union-attr]
         if middle is not None:
             extra = self.loss_of(middle, masks, self.class_weights)

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
+from torch import Tensor
 
 from simmim.callbacks.look import is_logging_step
 
@@ -70,8 +71,8 @@ class Throughput(L.Callback):
 class ProgressBar(TQDMProgressBar):
     """Lightning's bar with the loss, images/s, and the time left of the whole run.
 
-    It is redrawn a few times a second rather than at every step: reading the loss waits for the
-    device.
+    It is redrawn a few times a second rather than at every step, and only then reads the loss:
+    that waits for the device. What is logged with `prog_bar=True` Lightning reads at every step.
 
     Args:
         seconds: Seconds between two updates.
@@ -83,6 +84,7 @@ class ProgressBar(TQDMProgressBar):
         self._drawn = self._run_began = self._epoch_began = 0.0  # by time.monotonic
         self._first_step = 0
         self._images, self._speed = 0, 0.0  # of this epoch, over all processes
+        self._loss: Tensor | None = None  # of the last step, in this process
 
     def on_train_start(self, *args: Any) -> None:
         """Start the clock of the time left."""
@@ -112,6 +114,7 @@ class ProgressBar(TQDMProgressBar):
         batch_idx: int,
     ) -> None:
         """Redraw if it is time."""
+        self._loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
         self._images += images_in(batch) * trainer.world_size
         self._speed = self._images / max(time.monotonic() - self._epoch_began, 1e-9)
         last = batch_idx + 1 == trainer.num_training_batches
@@ -125,8 +128,9 @@ class ProgressBar(TQDMProgressBar):
         """Collect what stands behind the bar: losses, images/s, time left."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        if "train/loss" in metrics:
-            metrics = {"loss": metrics.pop("train/loss"), **metrics}
+        metrics.pop("train/loss", None)
+        if self._loss is not None:
+            metrics = {"loss": float(self._loss), **metrics}
         if self._speed:
             metrics["images/s"] = round(self._speed)
         if (left := self._seconds_left(trainer)) is not None:

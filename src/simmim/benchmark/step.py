@@ -1,0 +1,328 @@
+"""`simmim benchmark step`: images/s of the training step, and where its time goes."""
+
+import itertools
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from torch import Tensor
+
+from simmim.benchmark.record import check_out, describe, machine, write_record
+from simmim.benchmark.stopwatch import (
+    WARM_UP,
+    Bare,
+    Batches,
+    Matmul,
+    Stopwatch,
+    count_flop,
+    dtype_of,
+    held,
+    run_trainer,
+)
+from simmim.compare.trials import make, quiet
+from simmim.configuration import OVERLAY, find_config, read_config
+from simmim.mistakes import one_line
+from simmim.pretrain import SimMIM
+from simmim.speed import multiplies_bf16
+
+OF_THE_TRAINER = ("gradient_clip_val", "gradient_clip_algorithm", "benchmark", "log_every_n_steps")
+PARTS = ("forward", "backward", "optimizer", "logging")
+
+
+@dataclass(frozen=True)
+class StepSpeed:
+    """One line of the table.
+
+    Attributes:
+        encoder: timm's name of it.
+        img_size: Height and width in pixels.
+        cells: Cells of the mask.
+        depth: Blocks, where they were asked for.
+        batch_size: Images a step.
+        precision: Lightning's name of it.
+        compiled: Whether encoder and head were compiled.
+        ms: Milliseconds of forward, backward, optimizer and logging.
+        peak_bytes: Largest memory of a step, weights and optimiser state included.
+        flop_per_image: Floating-point operations of the model, forward and backward.
+        matmul_flop_per_s: Rate of a large matrix product of the same type, in the same minutes.
+        floor_ms: Milliseconds of a step of the bare timm model.
+        failed: Why there are no numbers.
+    """
+
+    encoder: str
+    img_size: tuple[int, int]
+    cells: int
+    depth: int | None
+    batch_size: int
+    precision: str
+    compiled: bool
+    ms: dict[str, float] = field(default_factory=dict)
+    peak_bytes: int = 0
+    flop_per_image: int = 0
+    matmul_flop_per_s: float = 0.0
+    floor_ms: float | None = None
+    failed: str = ""
+
+    @property
+    def step_ms(self) -> float:
+        """Milliseconds of a step: the sum of its parts."""
+        return sum(self.ms.values())
+
+    @property
+    def images_per_s(self) -> float:
+        """Images a second."""
+        return 1000 * self.batch_size / self.step_ms
+
+    @property
+    def utilisation(self) -> float:
+        """The model's operations a second, as a share of the matrix product's."""
+        return self.flop_per_image * self.images_per_s / self.matmul_flop_per_s
+
+    @property
+    def overhead(self) -> float | None:
+        """How much longer a step takes than the bare model's, as a share of that."""
+        return self.step_ms / self.floor_ms - 1 if self.floor_ms else None
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What came out.
+
+    Attributes:
+        rows: The measurements.
+        machine: Where.
+    """
+
+    rows: list[StepSpeed]
+    machine: dict[str, Any] = field(default_factory=machine)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, with what follows from them."""
+        rows = []
+        for row in self.rows:
+            derived = ("step_ms", "images_per_s", "utilisation", "overhead")
+            more = {} if row.failed else {name: getattr(row, name) for name in derived}
+            rows.append({**asdict(row), **more})
+        return {"rows": rows}
+
+    def __str__(self) -> str:
+        return "\n".join(["", f"on {describe(self.machine)}", "", *_table(self.rows)])
+
+
+def step(
+    config: list[str] | None = None,
+    encoder: str | None = None,
+    img_size: list[int] | None = None,
+    batch_size: list[int] | None = None,
+    mask_patch_size: list[int] | None = None,
+    depth: list[int] | None = None,
+    precision: list[str] | None = None,
+    compile: list[bool] | None = None,
+    against: Literal["timm"] | None = None,
+    steps: int = 10,
+    accelerator: str = "auto",
+    out: str | None = None,
+) -> StepReport:
+    """Measure the training step of pretraining, on batches of noise: no image is read.
+
+    It runs in Lightning's Trainer with the callbacks and loggers of every run. Where several values
+    are given, each combination is a line of the table. Utilisation is the model's floating-point
+    operations (forward and backward, counted by torch) over what a large matrix product of the same
+    type reaches in the same minutes.
+
+    Args:
+        config: Configs of `simmim pretrain`, by name or file (-c); the digits by default.
+        encoder: timm's name of the encoder, instead of the config's.
+        img_size: Heights (and widths) in pixels; the config's by default.
+        batch_size: Images a step; the config's by default.
+        mask_patch_size: Sides of a mask cell in pixels; the config's by default.
+        depth: Numbers of blocks, for encoders that take one; the config's by default.
+        precision: 32-true, bf16-mixed, ... (Lightning's); by default both of these, and on a
+            processor without bf16 the first.
+        compile: false, true; by default both. Compiling takes minutes.
+        against: timm also measures the bare encoder with a linear layer, a loss and fused AdamW,
+            step by step in turn with ours: the floor.
+        steps: Steps that are measured, of each line; 3 more warm up.
+        accelerator: cpu, gpu, ... (Lightning's).
+        out: New JSON file for the figures.
+
+    Returns:
+        The measurements; they print as a table.
+
+    Raises:
+        ValueError: If an option does not fit, or the file is there already.
+    """
+    if steps < 1:
+        raise ValueError(f"steps {steps} measures nothing: use 10")
+    check_out(out)
+    options = _read(config)
+    if encoder is not None:
+        options["model"] |= {"encoder": encoder, "encoder_kwargs": None}
+    values: dict[str, Sequence[Any]] = {
+        "img_size": img_size or [None],
+        "mask_patch_size": mask_patch_size or [None],
+        "depth": depth or [None],
+        "batch_size": batch_size or [options["data"].get("batch_size", 64)],
+        "compile": [False, True] if compile is None else compile,
+        "precision": precision or _precisions(accelerator),
+    }
+    cases = [dict(zip(values, case, strict=True)) for case in itertools.product(*values.values())]
+    cases.sort(key=lambda case: bool(case["compile"]))  # what takes minutes comes last
+    rows = []
+    with Tqdm(total=len(cases) * (WARM_UP + steps + 1), desc="Steps", file=sys.stderr) as bar:
+        for case in cases:
+            rows.append(_measure(options, case, steps, against, accelerator, bar))
+    report = StepReport(rows)
+    write_record(out, report.as_dict())
+    return report
+
+
+def _measure(
+    options: Mapping[str, dict[str, Any]],
+    case: Mapping[str, Any],
+    steps: int,
+    against: str | None,
+    accelerator: str,
+    bar: Any,
+) -> StepSpeed:
+    """Measure one line of the table."""
+    model = _model(options["model"], case)
+    grid, encoder = model.encoder.mask_grid, model.encoder
+    facts: dict[str, Any] = {
+        "encoder": encoder.name,
+        "img_size": encoder.img_size,
+        "cells": grid[0] * grid[1],
+        "depth": case["depth"],
+        "batch_size": case["batch_size"],
+        "precision": case["precision"],
+        "compiled": case["compile"],
+    }
+    trainer = {name: v for name, v in options["trainer"].items() if name in OF_THE_TRAINER}
+    trainer |= {"precision": case["precision"], "accelerator": accelerator}
+    device = _device(accelerator)
+    batch = _noise(case["batch_size"], model)
+    watch, matmul = Stopwatch(), Matmul(device, dtype_of(case["precision"]))
+    flop = count_flop(model, encoder.img_size)
+    bare = None
+    if against == "timm":
+        images = model.normalize(batch["image"])
+        bare = Bare(model, device, case["precision"], images, case["compile"])
+        watch.others_bytes = held(bare.model, bare.optimizer) if device.type == "cuda" else 0
+
+    def between() -> None:
+        bar.update()
+        matmul.run()
+        if bare is not None:
+            bare.step()
+
+    try:
+        with quiet(), tempfile.TemporaryDirectory() as folder:
+            seconds = run_trainer(
+                model, Batches(batch, steps, watch, between), trainer, Path(folder, "step", "run")
+            )
+    except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:  # memory, no compiler
+        return StepSpeed(**facts, failed=one_line(str(error)))
+    floor = 1000 * median(bare.seconds[WARM_UP:]) if bare else None
+    return StepSpeed(
+        **facts,
+        ms={name: 1000 * value for name, value in seconds.items()},
+        peak_bytes=watch.peak_bytes,
+        flop_per_image=flop,
+        matmul_flop_per_s=matmul.flop / median(matmul.seconds[WARM_UP:]),
+        floor_ms=floor,
+    )
+
+
+# What is measured --------------------------------------------------------------------------------
+
+
+def _read(config: Sequence[str] | None) -> dict[str, dict[str, Any]]:
+    """The groups of the configs that matter here, laid over each other."""
+    paths = [find_config(name, "pretrain") for name in config or ()]
+    if all(path.parent.name == OVERLAY for path in paths):
+        paths = [find_config("pretrain/digits", "pretrain"), *paths]
+    groups: dict[str, dict[str, Any]] = {"model": {}, "data": {}, "trainer": {}}
+    for path in paths:
+        for name, group in groups.items():
+            group.update(read_config(path).get(name) or {})
+    return groups
+
+
+def _model(options: Mapping[str, Any], case: Mapping[str, Any]) -> SimMIM:
+    said = {name: case[name] for name in ("img_size", "mask_patch_size") if case[name]}
+    kwargs = dict(options.get("encoder_kwargs") or {})
+    if case["depth"]:
+        kwargs["depth"] = case["depth"]
+    asked = {**options, **said, "encoder_kwargs": kwargs, "compile": case["compile"]}
+    return make(SimMIM, asked)
+
+
+def _noise(batch_size: int, model: SimMIM) -> dict[str, Tensor]:
+    """A batch as the loader gives it: uint8, HWC in memory."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch_size, model.mean.shape[1], *model.encoder.img_size)
+    images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    images = images.contiguous(memory_format=torch.channels_last)
+    return {"image": images, "index": torch.arange(batch_size)}
+
+
+def _device(accelerator: str) -> torch.device:
+    with quiet():
+        trainer = L.Trainer(accelerator=accelerator, devices=1, logger=False, barebones=True)
+    return trainer.strategy.root_device
+
+
+def _precisions(accelerator: str) -> list[str]:
+    on_cpu = _device(accelerator).type == "cpu"
+    return ["32-true"] if on_cpu and not multiplies_bf16() else ["32-true", "bf16-mixed"]
+
+
+# What is printed ---------------------------------------------------------------------------------
+
+
+def _table(rows: Sequence[StepSpeed]) -> list[str]:
+    """One line a measurement, columns of equal width."""
+    head = ["encoder", "pixels", "cells", "batch", "precision", "compiled", "images/s", "step ms"]
+    head += [*PARTS, "memory MB", "GFLOP/image", "of matmul"]
+    with_depth = any(row.depth for row in rows)
+    with_floor = any(row.floor_ms for row in rows)
+    if with_depth:
+        head.insert(3, "depth")
+    if with_floor:
+        head += ["timm ms", "over timm"]
+    lines = [head, *(_line(row, with_depth, with_floor) for row in rows if not row.failed)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+        for line in lines
+    ]
+    for row in rows:
+        if row.failed:
+            how = f"{row.precision}{', compiled' if row.compiled else ''}"
+            text.append(f"{row.encoder}, batch {row.batch_size}, {how}: {row.failed}")
+    return text
+
+
+def _line(row: StepSpeed, with_depth: bool, with_floor: bool) -> list[str]:
+    height, width = row.img_size
+    line = [row.encoder, f"{height}" if height == width else f"{height}x{width}", f"{row.cells}"]
+    line += [f"{row.depth or ''}"] if with_depth else []
+    line += [f"{row.batch_size}", row.precision, "yes" if row.compiled else "no"]
+    return line + _numbers(row, with_floor)
+
+
+def _numbers(row: StepSpeed, with_floor: bool) -> list[str]:
+    numbers = [f"{row.images_per_s:,.1f}", f"{row.step_ms:,.1f}"]
+    numbers += [f"{row.ms[part]:,.1f}" for part in PARTS]
+    numbers += [f"{row.peak_bytes / 1e6:,.0f}", f"{row.flop_per_image / 1e9:,.3g}"]
+    numbers.append(f"{100 * row.utilisation:.0f} %")
+    if with_floor:
+        numbers += [f"{row.floor_ms:,.1f}", f"{100 * (row.overhead or 0):+.1f} %"]
+    return numbers

@@ -1,0 +1,372 @@
+"""The step is quick for the right reasons: nothing waits, nothing is compiled twice."""
+
+from collections import Counter
+from collections.abc import Iterator
+from functools import partialmethod
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from jaxtyping import config
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.optim import SGD, AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, Dataset
+
+from simmim import SimMIM, speed
+from simmim.callbacks import CollapseAlarm, ProgressBar, StopOnNonFinite, Throughput
+from simmim.loss import take_hidden
+from simmim.masking import upsample_mask
+from simmim.speed import choose_attention
+
+VIT = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+SHARED_BIAS = {
+    **VIT,
+    "use_rel_pos_bias": False,
+    "use_shared_rel_pos_bias": True,
+    "init_values": 0.1,
+    "global_pool": "",
+}
+SWIN = {"patch_size": 2, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2), "window_size": 4}
+ENCODERS = {
+    "vit": ("vit_tiny_patch16_224", VIT),
+    "beit": ("beit_base_patch16_224", SHARED_BIAS),
+    "swin": ("swin_tiny_patch4_window7_224", SWIN),
+    "convnext": ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 16), "patch_size": 2}),
+}
+# Operations that hand a value of the device to the host, which waits for it.
+WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "item", "equal"}
+
+
+class Noise(Dataset[dict[str, Any]]):
+    def __init__(self, n: int, size: int) -> None:
+        self.n, self.size = n, size
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(i)
+        image = torch.randint(
+            256, (3, self.size, self.size), dtype=torch.uint8, generator=generator
+        )
+        return {"image": image, "index": i}
+
+
+def make_model(kind: str = "vit", **options: Any) -> SimMIM:
+    name, kwargs = ENCODERS[kind]
+    size, cell = (64, 32) if kind == "convnext" else (32, 8)  # its features have a stride of 32
+    return SimMIM(name, size, mask_patch_size=cell, encoder_kwargs=kwargs, **options)
+
+
+def fit(
+    model: SimMIM, *callbacks: L.Callback, images: int = 8, val: int = 0, **options: Any
+) -> Any:
+    given = {"max_epochs": 1, "enable_progress_bar": False, "precision": "32-true", **options}
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        callbacks=[*callbacks],
+        **given,
+    )
+    size = model.encoder.img_size[0]
+    validation = DataLoader(Noise(val, size), batch_size=4) if val else None
+    trainer.fit(model, DataLoader(Noise(images, size), batch_size=4), validation)
+    return trainer
+
+
+# Nothing waits for the device -----------------------------------------------------------------
+
+
+class Waits(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        indexed = name.startswith("index") and any(
+            i is not None and i.dtype == torch.bool
+            for i in (args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ())
+        )
+        if name in WAITING or indexed:
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Listen(L.Callback):
+    """From the end of one step to the end of the next."""
+
+    def __init__(self) -> None:
+        self.steps: list[Counter[str]] = []
+        self.mode: Waits | None = None
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.stop()
+        if not trainer.is_last_batch:
+            self.mode = Waits()
+            self.mode.__enter__()
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        if self.mode is not None:
+            self.mode.__exit__(None, None, None)
+            self.steps.append(self.mode.found)
+            self.mode = None
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"masking": "block"},
+        {"masking": "foreground", "mask_ratio": [0.4, 0.6]},
+        {"mask_fill": "noise", "target": "normalized_pixels", "drop_path_rate": 0.1},
+        {"fourier_weight": 0.5, "mask_fill": "mean"},
+    ],
+    ids=str,
+)
+def test_a_step_never_waits_for_the_device(kind: str, options: dict[str, Any]) -> None:
+    """AdamW's fused kernel keeps its step count on the device, too."""
+    listen = Listen()
+    fit(
+        make_model(kind, **options),
+        *(CollapseAlarm(), StopOnNonFinite(), Throughput(), listen),
+        images=24,
+        gradient_clip_val=5.0,
+        log_every_n_steps=50,
+    )
+    assert len(listen.steps) == 5
+    assert all(not found for found in listen.steps), listen.steps
+
+
+def test_the_ear_hears() -> None:
+    listen = Listen()
+
+    class Nosy(L.Callback):
+        def on_before_optimizer_step(self, *args: Any) -> None:
+            float(args[1].head.proj.bias.grad.sum())
+
+    fit(make_model(), Nosy(), listen, images=12)
+    assert [dict(found) for found in listen.steps] == [{"_local_scalar_dense": 1}] * 2
+
+
+# Compiled once --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _without_shape_checks() -> Iterator[None]:
+    """They are the tests' own, and no part of what is compiled."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
+
+
+class Graphs(L.Callback):
+    def __init__(self) -> None:
+        self.after: list[int] = []
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        self.after.append(counters["stats"]["unique_graphs"])
+
+    def on_train_end(self, *_: Any) -> None:
+        self.after.append(counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.usefixtures("_without_shape_checks")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_it_compiles_without_a_break_and_not_again_after_the_first_epoch(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training, a smaller last batch of validation, and looks at the model between them."""
+    backend = partialmethod(nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(nn.Module, "compile", backend)
+    torch._dynamo.reset()
+    counters.clear()
+    model, graphs = make_model(kind, compile=True), Graphs()
+    keys = list(model.state_dict())
+    fit(model, CollapseAlarm(4), graphs, images=8, val=6, max_epochs=3)
+    assert not counters["graph_break"]
+    assert graphs.after[0] > 0 or graphs.after[1] > 0
+    assert graphs.after[1:] == [graphs.after[1]] * 3
+    assert list(model.state_dict()) == keys  # a checkpoint of it is like any other
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_without_shape_checks")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_compiled_it_learns_the_same() -> None:
+    losses = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        trainer = fit(make_model(compile=compiled), images=16)
+        losses.append(float(trainer.callback_metrics["train/loss"]))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+# Head and loss on hidden cells ----------------------------------------------------------------
+
+
+def test_hidden_cells_are_taken_in_their_order() -> None:
+    mask = torch.rand(3, 2, 4).argsort(1).flatten(1).argsort(1).view(3, 2, 4) < 3
+    maps = torch.randn(3, 5, 8, 16)
+    taken = take_hidden(maps, mask, 3)
+    assert taken.shape == (3, 5, 12, 4)
+    for i in range(3):
+        cells = [maps[i, :, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4] for y, x in mask[i].nonzero()]
+        assert torch.equal(taken[i], torch.cat(cells, 1))
+    hidden = upsample_mask(mask, (8, 16))
+    assert taken.sum() == pytest.approx(float((maps * hidden).sum()), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"head": "mlp", "masking": "block", "loss": "l2", "target": "normalized_pixels"},
+        {"target": "color_bins", "loss": "cross_entropy"},
+        {"target": "patch_normalized_pixels", "target_kwargs": {"patch_size": 4}},
+    ],
+    ids=str,
+)
+def test_the_loss_of_hidden_cells_alone_is_the_loss(kind: str, options: dict[str, Any]) -> None:
+    model = make_model(kind, **options)
+    images = torch.randn(3, 3, *model.encoder.img_size)
+    mask, keys = model.draw_mask(images, torch.arange(3), validation=True)
+    found = []
+    for count in (None, model._hidden_count):
+        model.zero_grad()
+        loss, _ = model.loss_of(images, mask, keys, count)
+        loss.backward()
+        found.append((loss, [p.grad for p in model.parameters() if p.grad is not None]))
+    assert model._hidden_count == {4: 3, 16: 10}[mask[0].numel()]  # ceil(0.6 x cells)
+    assert found[0][0].item() == pytest.approx(found[1][0].item(), rel=1e-6)
+    for whole, alone in zip(found[0][1], found[1][1], strict=True):
+        assert torch.allclose(whole, alone, atol=1e-5 * float(whole.abs().max()) + 1e-9)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"masking": "foreground"},
+        {"masking": "square"},
+        {"mask_ratio": [0.4, 0.6]},
+        {"mask_ratio": 0.0},
+        {"loss_region": "all"},
+        {"fourier_weight": 0.1},
+        {"head": "transformer", "head_kwargs": {"width": 32, "num_heads": 2}},
+        {"target_kwargs": {"size": 4}},  # coarser than the features
+    ],
+    ids=str,
+)
+def test_head_and_loss_see_the_whole_map_where_they_need_it(options: dict[str, Any]) -> None:
+    assert make_model(**options)._hidden_count is None
+
+
+# Kernels --------------------------------------------------------------------------------------
+
+
+def attentions(model: nn.Module) -> list[bool]:
+    return [m.fused_attn for m in model.modules() if hasattr(m, "fused_attn")]
+
+
+@pytest.mark.parametrize("kind", ["vit", "beit", "swin"])
+@pytest.mark.parametrize(("precision", "fused"), [("32-true", True), ("bf16-mixed", False)])
+def test_attention_is_fused_where_that_is_quicker(kind: str, precision: str, fused: bool) -> None:
+    model = make_model(kind)
+    fit(model, images=4, precision=precision)
+    assert set(attentions(model.encoder)) == {fused}
+
+
+@pytest.mark.parametrize("kind", ["vit", "beit", "swin"])
+def test_all_attention_kernels_compute_the_same(kind: str) -> None:
+    model = make_model(kind).eval()
+    images = torch.randn(2, 3, 32, 32)
+    features = []
+    for fused in (False, True):
+        choose_attention(model, fused)
+        features.append(model.encoder(images))
+    assert torch.allclose(*features, atol=1e-5)
+
+
+def test_a_user_can_turn_fused_attention_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("timm.layers.config._USE_FUSED_ATTN", 0)  # TIMM_FUSED_ATTN=0
+    model = make_model()
+    choose_attention(model, fused=True)
+    assert set(attentions(model)) == {False}
+
+
+def test_a_shared_bias_is_one_attention_mask_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    attention = nn.functional.scaled_dot_product_attention
+
+    def spy(*args: Any, attn_mask: Tensor, **kwargs: Any) -> Tensor:
+        seen.append(attn_mask)
+        return attention(*args, attn_mask=attn_mask, **kwargs)
+
+    model = make_model("beit")
+    monkeypatch.setattr("timm.models.beit.F.scaled_dot_product_attention", spy)
+    model.encoder(torch.randn(2, 3, 32, 32))
+    assert len(seen) == VIT["depth"]
+    assert all(mask is seen[0] for mask in seen)
+
+
+def test_convolutions_get_channels_last() -> None:
+    model = make_model("convnext")
+    fit(model, images=4)
+    kernels = [p for p in model.encoder.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1]
+    assert model.encoder.is_convolutional
+    assert kernels
+    assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+    assert not make_model("vit").encoder.is_convolutional
+
+
+def test_the_optimiser_is_fused_unless_the_user_decides() -> None:
+    assert fit(make_model(), images=4).optimizers[0].defaults["fused"]
+    own = fit(make_model(optimizer=lambda groups: AdamW(groups, fused=False)), images=4)
+    assert own.optimizers[0].defaults["fused"] is False
+    momentum = fit(make_model(optimizer=lambda groups: SGD(groups, momentum=0.9)), images=4)
+    assert isinstance(momentum.optimizers[0], SGD)
+
+
+def test_recomputing_activations_saves_memory_and_changes_nothing() -> None:
+    from simmim.benchmark.stopwatch import peak_bytes
+
+    images, mask = torch.randn(8, 3, 32, 32), torch.ones(8, 4, 4, dtype=torch.bool)
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = make_model(grad_checkpointing=recompute)
+
+        def passes(model: SimMIM = model) -> None:
+            model.loss_of(images, mask, torch.arange(8))[0].backward()
+
+        peak = peak_bytes(passes, torch.device("cpu"), before=0)
+        found.append((peak, [p.grad for p in model.parameters()]))
+    assert found[1][0] < 0.8 * found[0][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_bf16_on_a_processor_without_it_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "multiplies_bf16", lambda: False)
+    with pytest.warns(UserWarning, match="use --trainer.precision 32-true"):
+        fit(make_model(), images=4, precision="bf16-mixed")
+    fit(make_model(), images=4)  # no warning: it would be an error
+
+
+def test_the_progress_bar_is_no_reason_to_wait_either() -> None:
+    listen = Listen()
+    bar = ProgressBar(seconds=1e9)
+    fit(make_model(), bar, listen, images=24, enable_progress_bar=True)
+    assert all(not found for found in listen.steps[:-1]), listen.steps  # the last one is drawn
