@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from PIL import Image
 
 from simmim.benchmark.experiment import Experiment, open_experiment, step_rate
@@ -76,6 +77,7 @@ class LoaderSpeed:
         consumes: Images/s of the training step.
         tried: Images in the batch that it was measured with; None: it was given.
         on_cpu: Whether the step needs the same cores.
+        packed: Whether the images are packed already.
         against: The comparison, if there was one.
         machine: Where.
     """
@@ -89,6 +91,7 @@ class LoaderSpeed:
     consumes: float
     tried: int | None
     on_cpu: bool
+    packed: bool = False
     against: Comparison | None = None
     machine: dict[str, Any] = field(default_factory=machine)
 
@@ -117,10 +120,9 @@ class LoaderSpeed:
 
     def verdict(self) -> str:
         """Say whether training will starve, and what cures it."""
-        with_them = f"with {_workers(self.workers)}" if self.workers else "without workers"
         sentence = (
-            f"the loader gives {self.supply:,.1f} images/s {with_them}, the model consumes "
-            f"{self.consumes:,.1f}"
+            f"the loader gives {self.supply:,.1f} images/s {_with(self.workers)}, the model "
+            f"consumes {self.consumes:,.1f}"
         )
         if self.waits <= LITTLE:
             return f"Training will not starve: {sentence}."
@@ -131,9 +133,11 @@ class LoaderSpeed:
         sentence += f"{_workers(cure).capitalize()} would cure it"
         if cure + self.on_cpu > cores:
             needs = " and one for the step" if self.on_cpu else ""
+            takes = f"{cure} core" + "s" * (cure != 1)
+            remedy = "smaller images" if self.packed else "the images packed (simmim pack)"
             return (
-                f"{sentence}, but that takes {cure} cores{needs}, and this machine has {cores}: "
-                "pack the images (simmim pack), or read smaller ones"
+                f"{sentence}, but that takes {takes}{needs}, and this machine has {cores}: use "
+                f"one with more, or {remedy}"
             )
         return f"{sentence} (--data.num_workers {cure}): this machine has {cores} cores"
 
@@ -222,10 +226,19 @@ def data(
     indices = readable(images.sets["training"])
     device = _device(experiment)
     size = min(images.batch_size, images.num_train)
-    stages = stage_times(images.sets["training"], indices, images.collate, device, seconds)
-    rates = {n: loader_rate(images, seconds, n, pin=device.type == "cuda") for n in chosen}
-    comparison = _compare(experiment, config, originals, indices, seconds) if against else None
-    rate, tried = (consumes, None) if consumes else _consumes(experiment, size, device, seconds)
+    with Tqdm(total=len(chosen) + 2 + bool(against), desc="Reading step by step") as bar:
+        stages = stage_times(images.sets["training"], indices, images.collate, device, seconds)
+        rates = {}
+        for n in chosen:
+            _advance(bar, f"Reading {_with(n)}")
+            rates[n] = loader_rate(images, seconds, n, pin=device.type == "cuda")
+        comparison = None
+        if against:
+            _advance(bar, "Comparing with the official way")
+            comparison = _compare(experiment, config, originals, indices, seconds)
+        _advance(bar, "Training" if consumes is None else "Done")
+        rate, tried = (consumes, None) if consumes else _consumes(experiment, size, device, seconds)
+        bar.update()
     speed = LoaderSpeed(
         config=experiment.name,
         root=images.root,
@@ -236,6 +249,7 @@ def data(
         consumes=rate,
         tried=tried,
         on_cpu=device.type == "cpu",
+        packed=is_packed(images.root),
         against=comparison,
     )
     write_record(out, speed.as_dict())
@@ -353,6 +367,15 @@ def _device(experiment: Experiment) -> torch.device:
 
 def _workers(number: int) -> str:
     return "1 worker" if number == 1 else f"{number} workers"
+
+
+def _with(number: int) -> str:
+    return f"with {_workers(number)}" if number else "without workers"
+
+
+def _advance(bar: Any, what: str) -> None:
+    bar.update()
+    bar.set_description(what)
 
 
 def _how(tried: int | None) -> str:
