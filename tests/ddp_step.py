@@ -2,7 +2,7 @@
 
 Usage: python ddp_step.py PROCESSES OUT [KEY=VALUE ...]
 
-Keys: strategy, batches (to accumulate), clip, steps, save (a checkpoint), load (one to go on from).
+Keys: strategy, batches (to accumulate), clip, epochs, save (a checkpoint), load (one to go on from).
 """
 
 import sys
@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 from simmim.checkpoints import DurableCheckpointIO
@@ -43,20 +44,40 @@ class Data(L.LightningDataModule):
 
 
 class Keep(L.Callback):
-    """What each optimiser step saw: the mean of its losses, its lr, the norm of its gradient."""
+    """What each batch gave: its loss over all processes, and the lr after it."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.rates: list[float] = []
-        self.groups: list[tuple[float, int]] = []
 
     def on_train_batch_end(self, run: L.Trainer, *args: Any) -> None:
         self.losses.append(float(run.callback_metrics["train/loss"]))
         self.rates.append(run.optimizers[0].param_groups[0]["lr"])
 
 
+class Stop(L.Callback):
+    """End after some of the epochs, as a run does that is stopped."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, run: L.Trainer, *args: Any) -> None:
+        run.should_stop = run.current_epoch + 1 >= self.epochs
+
+
+def fsdp_on_cpu() -> None:
+    """Name FSDP the device: without one it looks for a GPU, though gloo does all that it needs."""
+    init = FullyShardedDataParallel.__init__
+
+    def with_device(*args: Any, **kwargs: Any) -> None:
+        init(*args, **{**kwargs, "device_id": torch.device("cpu")})
+
+    FullyShardedDataParallel.__init__ = with_device  # type: ignore[method-assign]
+
+
 def main(processes: int, out: Path, given: dict[str, str]) -> None:
     torch.set_num_threads(1)
+    fsdp_on_cpu()
     torch.manual_seed(0)
     model = tiny(warmup_epochs=1, base_lr=0.1, masking="foreground", masking_kwargs={"nodata": 0})
     assert not [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p]
@@ -67,7 +88,7 @@ def main(processes: int, out: Path, given: dict[str, str]) -> None:
         devices=processes,
         strategy=STRATEGIES[strategy](),
         max_epochs=4,
-        max_steps=int(given.get("steps", -1)),
+        callbacks=[keep, Stop(int(given.get("epochs", 4)))],
         gradient_clip_val=float(given["clip"]) if "clip" in given else None,
         accumulate_grad_batches=batches,
         logger=False,
@@ -76,7 +97,6 @@ def main(processes: int, out: Path, given: dict[str, str]) -> None:
         enable_model_summary=False,
         log_every_n_steps=1,
         use_distributed_sampler=False,
-        callbacks=[keep],
     )
     run.strategy.checkpoint_io = DurableCheckpointIO()
     run.fit(model, Data(8 // processes // batches), ckpt_path=given.get("load"))
@@ -84,7 +104,9 @@ def main(processes: int, out: Path, given: dict[str, str]) -> None:
         run.save_checkpoint(given["save"])
     state = run.strategy.lightning_module_state_dict()
     if run.is_global_zero:
-        whole = {k: v for k, v in state.items() if strategy in ("auto", "ddp", "fsdp", "fully_shard")}
+        whole = {
+            k: v for k, v in state.items() if strategy in ("auto", "ddp", "fsdp", "fully_shard")
+        }
         torch.save({"losses": keep.losses, "rates": keep.rates, "state": whole}, out)
 
 

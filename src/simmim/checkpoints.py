@@ -232,7 +232,6 @@ class DurableCheckpointIO(TorchCheckpointIO):
             raise
         _sync_folder(path.parent)
 
-
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load a checkpoint, of shards as well: without a sharded strategy they are put together."""
         if is_sharded(path):

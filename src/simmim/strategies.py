@@ -212,7 +212,9 @@ def by_name(state: Mapping[str, Any], model: nn.Module, optimizer: Optimizer) ->
     here = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
     groups: Sequence[Mapping[str, Any]] = state["param_groups"]
     pairs = [*zip(groups, here, strict=True)]
-    places = {i: name for group, mine in pairs for i, name in zip(group["params"], mine, strict=True)}
+    places = {
+        i: name for group, mine in pairs for i, name in zip(group["params"], mine, strict=True)
+    }
     return {
         "state": {places[i]: values for i, values in state["state"].items()},
         "param_groups": [{**group, "params": mine} for group, mine in pairs],
