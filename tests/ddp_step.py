@@ -2,7 +2,8 @@
 
 Usage: python ddp_step.py PROCESSES OUT [KEY=VALUE ...]
 
-Keys: strategy, batches (to accumulate), clip, epochs, save (a checkpoint), load (one to go on from).
+Keys: strategy, batches (to accumulate), clip, epochs, save (a checkpoint), load (one to go on
+from).
 """
 
 import sys

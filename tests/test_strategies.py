@@ -192,10 +192,10 @@ class Evil:
 def test_an_index_of_shards_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({}, tmp_path / META)
-    with pytest.raises(ValueError, match="is no whole checkpoint in shards: .metadata is missing"):
+    with pytest.raises(ValueError, match=r"is no whole checkpoint in shards: \.metadata"):
         read_checkpoint(tmp_path)
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(ValueError, match="it asks to run posix.system|nt.system"):
+    with pytest.raises(ValueError, match=r"it asks to run (posix|nt)\.system"):
         read_checkpoint(tmp_path)
     assert not Path("evil").exists()
 

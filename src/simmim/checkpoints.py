@@ -233,7 +233,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         _sync_folder(path.parent)
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Load a checkpoint, of shards as well: without a sharded strategy they are put together."""
+        """Load a checkpoint; one in shards is put together."""
         if is_sharded(path):
             return read_sharded(Path(path))
         return cast(dict[str, Any], super().load_checkpoint(path, *args, **kwargs))

@@ -41,7 +41,7 @@ WRAPPER = "_fsdp_wrapped_module."  # what FSDP puts into the names of what it wr
 
 
 def shard(module: L.LightningModule) -> None:
-    """Share a module's weights out, as `configure_model` is to do; without a device mesh do nothing.
+    """Share a module's weights out, as `configure_model` does; without a device mesh do nothing.
 
     All processes share one copy, and each has images of its own. A block's weights are gathered
     while it computes; what is in no block is gathered for the whole step.
@@ -141,7 +141,7 @@ class FSDP(FSDPStrategy):
     """
 
     def setup(self, trainer: L.Trainer) -> None:
-        """Group the parameters while they are whole: FSDP flattens them, and changes their names."""
+        """Group the parameters while they are whole: FSDP flattens and renames them."""
         assert self.lightning_module is not None
         if trainer.state.fn == "fit":
             self._whole = _init_optimizers_and_lr_schedulers(self.lightning_module)
