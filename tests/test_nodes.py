@@ -33,7 +33,8 @@ while [ "$(readlink /proc/$second/ns/net)" = "$(readlink /proc/$$/ns/net)" ]; do
 ip link add one type veth peer name two
 ip link set two netns $second
 ip addr add 10.77.0.1/24 dev one; ip link set one up
-nsenter -t $second -n sh -c 'ip link set lo up; ip addr add 10.77.0.2/24 dev two; ip link set two up'
+there() { nsenter -t $second -n "$@"; }
+there ip link set lo up; there ip addr add 10.77.0.2/24 dev two; there ip link set two up
 GLOO_SOCKET_IFNAME=one setsid "$@" 0 10.77.0.1 & a=$!
 GLOO_SOCKET_IFNAME=two setsid nsenter -t $second -n "$@" 1 10.77.0.1 & b=$!
 wait $a; first=$?

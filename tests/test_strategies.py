@@ -102,7 +102,7 @@ def test_four_processes_learn_what_one_learns(runs: Runs) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", *SHARDED])
 def test_clipping_and_accumulation_mean_the_same(runs: Runs, strategy: str) -> None:
-    """The norm that is clipped is that of the whole gradient: otherwise the weights would differ."""
+    """What is clipped is the norm of the whole gradient: otherwise the weights would differ."""
     options = {"clip": 0.05, "batches": 2}
     one, many = runs(1, **options), runs(2, strategy=strategy, **options)
     assert_same_training(one, many, WHOLE.get(strategy, True))
