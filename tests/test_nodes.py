@@ -6,14 +6,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from simmim.configuration import config_folder
 from test_exact import TINY
@@ -70,25 +72,36 @@ exit $((first | other))
 """
 
 
-@pytest.fixture
-def place(
-    tmp_path: Path, make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> Path:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder with images/, tiny.yaml, and a complete run of one host in runs/whole."""
-    make_images(tmp_path / "images" / "a", 20)
-    make_images(tmp_path / "images" / "b", 20)
+    folder = tmp_path_factory.mktemp("hosts")
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        (folder / "images" / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / name / f"{i}.png")
     config = yaml.safe_load(TINY)
-    config["trainer"] |= {"strategy": "ddp", "max_epochs": 6}
+    config["trainer"] |= {"strategy": "ddp", "max_epochs": 30}
     config["data"]["batch_size"] = 2
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
-    monkeypatch.chdir(tmp_path)
-    for name, value in {"WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    command = [*command_line("whole"), "--trainer.devices=2"]
-    done = subprocess.run([sys.executable, "-m", "simmim", *command], capture_output=True)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "simmim", *command_line("whole"), "--trainer.devices=2"]
+    env = {key: value for key, value in os.environ.items() if key != "PL_GLOBAL_SEED"}
+    done = subprocess.run(
+        command, capture_output=True, cwd=folder, env={**env, "WANDB_MODE": "disabled"}
+    )
     assert done.returncode == 0, done.stderr.decode()[-3000:]
-    return tmp_path
+    return folder
+
+
+@pytest.fixture
+def place(whole: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(whole)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    return whole
 
 
 def command_line(name: str) -> list[str]:
@@ -120,21 +133,24 @@ def started(*command: str, **environment: str) -> Iterator["subprocess.Popen[byt
         yield process
     finally:
         for file in Path().glob("node_*.pid"):
-            kill_group(int(file.read_text()))
+            kill_tree(int(file.read_text()))
             file.unlink()
         process.kill()
         process.wait()
 
 
-def kill_group(leader: int) -> None:
-    """Kill all processes of a session that a host's launcher leads."""
+def kill_tree(root: int) -> None:
+    """Kill a process and all that came from it, as when a host fails."""
+    parents = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            session = int(status.read_text().rpartition(")")[2].split()[3])
-            if session == leader:
-                os.kill(int(status.parent.name), signal.SIGKILL)
-        except (OSError, ValueError):
-            continue
+        with suppress(OSError):  # it has ended
+            parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
+    tree = [root]
+    for process in tree:  # it grows
+        tree += [child for child, parent in parents.items() if parent == process]
+    for process in tree:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
 
 def kill_a_host(process: Any, name: str) -> None:
@@ -143,7 +159,7 @@ def kill_a_host(process: Any, name: str) -> None:
     while not last.exists():
         assert process.poll() is None, Path("log.txt").read_text()[-3000:]
         time.sleep(0.02)
-    kill_group(int(Path("node_1.pid").read_text()))
+    kill_tree(int(Path("node_1.pid").read_text()))
     began = time.monotonic()
     process.wait(120)
     assert time.monotonic() - began < 90

@@ -1,5 +1,6 @@
 """More than one process: the same training as one process with the same global batch."""
 
+import json
 import os
 import pickle
 import subprocess
@@ -74,12 +75,10 @@ def assert_same_training(one: dict[str, Any], many: dict[str, Any], optimizer: b
     a, b = (read_checkpoint(run["file"]) for run in (one, many))
     assert a["state_dict"].keys() == b["state_dict"].keys()
     for name in a["state_dict"]:
-        close(b["state_dict"][name], a["state_dict"][name])
+        close(b["state_dict"][name], a["state_dict"][name], atol=1e-5)
     (a,), (b,) = a["optimizer_states"], b["optimizer_states"]
-    plain = [
-        [{k: v for k, v in g.items() if k != "fused"} for g in s["param_groups"]] for s in (a, b)
-    ]
-    assert plain[0] == plain[1]
+    kept = [json.dumps([{**g, "fused": None} for g in s["param_groups"]]) for s in (a, b)]
+    assert json.loads(kept[0]) == json.loads(kept[1])  # a tuple may have become a list
     for i in a["state"] if optimizer else ():
         for name in a["state"][i]:
             close(b["state"][i][name], a["state"][i][name], atol=1e-8)
