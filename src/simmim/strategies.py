@@ -71,6 +71,12 @@ def blocks(module: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
+def is_sharding(trainer: L.Trainer) -> bool:
+    """Whether several processes must compute together, as each holds a part of the weights."""
+    sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+    return sharded and trainer.world_size > 1
+
+
 class FullyShard(ModelParallelStrategy):
     """Lightning's ModelParallelStrategy, with every process on its own share of the images.
 
