@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 from simmim.checkpoints import DurableCheckpointIO
-from simmim.strategies import FSDP, FullyShard
+from simmim.strategies import FSDP, FullyShard, gradient_norm
 from test_pretrain import ByIndex, tiny
 
 STRATEGIES: dict[str, Any] = {
@@ -45,11 +45,15 @@ class Data(L.LightningDataModule):
 
 
 class Keep(L.Callback):
-    """What each batch gave: its loss over all processes, and the lr after it."""
+    """What each batch gave: its loss over all processes, its gradient's norm, the lr after it."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
+        self.norms: list[float] = []
         self.rates: list[float] = []
+
+    def on_before_optimizer_step(self, run: L.Trainer, model: Any, optimizer: Any) -> None:
+        self.norms.append(float(gradient_norm(run, model)))
 
     def on_train_batch_end(self, run: L.Trainer, *args: Any) -> None:
         self.losses.append(float(run.callback_metrics["train/loss"]))
@@ -108,7 +112,9 @@ def main(processes: int, out: Path, given: dict[str, str]) -> None:
         whole = {
             k: v for k, v in state.items() if strategy in ("auto", "ddp", "fsdp", "fully_shard")
         }
-        torch.save({"losses": keep.losses, "rates": keep.rates, "state": whole}, out)
+        torch.save(
+            {"losses": keep.losses, "norms": keep.norms, "rates": keep.rates, "state": whole}, out
+        )
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from simmim import load_encoder
@@ -22,6 +25,7 @@ from simmim.run import clean_up
 from simmim.strategies import FullyShard
 from simmim.weights.files import read_checkpoint
 from simmim.weights.shards import META
+from test_exact import TINY
 
 
 def _start(name: str, *args: str) -> None:
@@ -70,7 +74,8 @@ def close(a: Any, b: Any, atol: float = 1e-6) -> None:
 
 def assert_same_training(one: dict[str, Any], many: dict[str, Any], optimizer: bool = True) -> None:
     """Losses, learning rates, weights, and the optimiser's state of each parameter."""
-    close(many["losses"], one["losses"])
+    for key in ("losses", "norms"):
+        close(many[key], one[key])
     assert many["rates"] == one["rates"]
     a, b = (read_checkpoint(run["file"]) for run in (one, many))
     assert a["state_dict"].keys() == b["state_dict"].keys()
@@ -141,7 +146,7 @@ def test_a_sharded_run_goes_on_in_any_way(
         (strategy, 2, converted),
     ):
         rest = runs(processes, strategy=strategies, clip=0.05, load=file)
-        rest = {**rest, **{key: whole[key][:4] + rest[key] for key in ("losses", "rates")}}
+        rest = {**rest, **{key: whole[key][:4] + rest[key] for key in ("losses", "norms", "rates")}}
         assert_same_training(whole, rest)
     model = SimMIM.load_from_checkpoint(converted)
     assert load_encoder(half).state_dict().keys() == model.encoder.model.state_dict().keys()
@@ -154,7 +159,7 @@ def test_a_sharded_run_goes_on_in_any_way(
 def test_a_run_of_one_process_goes_on_in_shards(runs: Runs, strategy: str) -> None:
     whole, half = runs(1, clip=0.05), runs(1, clip=0.05, epochs=2)
     rest = runs(2, strategy=strategy, clip=0.05, load=half["file"])
-    rest = {**rest, **{key: whole[key][:4] + rest[key] for key in ("losses", "rates")}}
+    rest = {**rest, **{key: whole[key][:4] + rest[key] for key in ("losses", "norms", "rates")}}
     assert_same_training(whole, rest, WHOLE.get(strategy, True))
 
 
@@ -181,6 +186,64 @@ def test_a_folder_of_shards_is_replaced_and_put_back(tmp_path: Path) -> None:
     path.rename(tmp_path / "checkpoints" / "last.ckpt")
     clean_up(tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="kills a session of processes")
+def test_a_run_in_shards_that_is_killed_goes_on(
+    tmp_path: Path, make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With kill -9, at any moment, and with every step written."""
+    make_images(tmp_path / "images" / "a", 24)
+    make_images(tmp_path / "images" / "b", 24)
+    config = yaml.safe_load(TINY)
+    strategy = {"save_distributed_checkpoint": True}
+    config["trainer"] |= {
+        "devices": 2,
+        "max_epochs": 10,
+        "strategy": {"class_path": "simmim.strategies.FullyShard", "init_args": strategy},
+    }
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    fit = [sys.executable, "-m", "simmim", "pretrain", "fit", "-c", "tiny.yaml"]
+    often = [*fit, "--checkpoint.every_n_minutes=0"]
+    log = Path("log.txt").open("ab")  # noqa: SIM115
+    assert subprocess.call([*often, "--name=whole"], stdout=log, stderr=log) == 0
+    whole, last = (Path(f"runs/{name}/version_0/checkpoints/last.ckpt") for name in ("whole", "b"))
+    steps = [0]
+    for i in range(4):
+        more = ["--name=b", *(["--ckpt_path=last"] if i else [])]
+        run = subprocess.Popen([*often, *more], stdout=log, stderr=log, start_new_session=True)
+        began, before = time.time(), last.stat().st_ino if last.exists() else None
+        while run.poll() is None and (not last.exists() or last.stat().st_ino == before):
+            assert time.time() - began < 120
+            time.sleep(0.001)
+        time.sleep(0.03 * i)
+        os.killpg(run.pid, signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL, Path("log.txt").read_text()[-3000:]
+        assert there_is(last)
+        steps.append(read_checkpoint(last)["global_step"])
+    assert steps == sorted(steps)
+    one = read_checkpoint(whole)
+    assert steps[-1] < one["global_step"]
+    end = subprocess.call([*often, "--name=b", "--ckpt_path=last"], stdout=log, stderr=log)
+    assert end == 0, Path("log.txt").read_text()[-3000:]
+    other = read_checkpoint(last)
+    assert other["global_step"] == one["global_step"]
+    for name, tensor in one["state_dict"].items():
+        assert torch.equal(other["state_dict"][name], tensor), name
+    assert {path.name for path in last.parent.iterdir()} == {"last.ckpt", "best.ckpt"}
+    for command in (
+        ["embed", "--weights", "runs/b/version_0", "--root", "images", "--out", "f.npz"],
+        ["export", "--weights", "runs/b/version_0", "--out", "encoder"],
+        ["pretrain", "validate", "--ckpt_path", "runs/b/version_0", "-c", "cpu"],
+    ):
+        words = [sys.executable, "-m", "simmim", *command]
+        assert subprocess.call(words, stdout=log, stderr=log) == 0, Path("log.txt").read_text()[
+            -3000:
+        ]
 
 
 class Evil:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -236,7 +236,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         """Load a checkpoint; one in shards is put together."""
         if is_sharded(path):
             return read_sharded(Path(path))
-        return cast(dict[str, Any], super().load_checkpoint(path, *args, **kwargs))
+        return super().load_checkpoint(path, *args, **kwargs)
 
 
 def put_in_place(beside: Path, path: Path) -> None:

@@ -30,6 +30,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.fsdp.wrap import CustomPolicy
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from simmim.checkpoints import UNFINISHED, put_in_place, sync
@@ -75,6 +76,25 @@ def is_sharding(trainer: L.Trainer) -> bool:
     """Whether several processes must compute together, as each holds a part of the weights."""
     sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
     return sharded and trainer.world_size > 1
+
+
+def gradient_norm(trainer: L.Trainer, module: nn.Module) -> Tensor:
+    """Norm of a module's whole gradient, on every process: each must call where weights are shared.
+
+    Returns:
+        A plain scalar.
+    """
+    norm = torch.nn.utils.get_total_norm(
+        [p.grad for p in module.parameters() if p.grad is not None]
+    )
+    if isinstance(norm, DTensor):  # of fully_shard
+        return norm.full_tensor()
+    if isinstance(trainer.strategy, FSDPStrategy):  # of this process's shards
+        total: Tensor = trainer.strategy.reduce(
+            norm.to(trainer.strategy.root_device) ** 2, reduce_op="sum"
+        )
+        return total.sqrt()
+    return norm
 
 
 class FullyShard(ModelParallelStrategy):
@@ -127,7 +147,7 @@ class FullyShard(ModelParallelStrategy):
         path = Path(self.broadcast(str(checkpoint_path)))
         if is_sharded(path):
             safe_metadata(path)
-            return cast(dict[str, Any], super().load_checkpoint(path, weights_only=True))
+            return super().load_checkpoint(path, weights_only=True)
         checkpoint = _read(path)
         options = StateDictOptions(full_state_dict=True)
         assert self.model is not None
@@ -191,7 +211,7 @@ class FSDP(FSDPStrategy):
         path = Path(self.broadcast(str(checkpoint_path)))
         if is_sharded(path):
             safe_metadata(path)
-            return cast(dict[str, Any], super().load_checkpoint(path, weights_only=True))
+            return super().load_checkpoint(path, weights_only=True)
         checkpoint = _read(path)
         assert self.model is not None
         with _full_state(self.model, rank0_only=False):
