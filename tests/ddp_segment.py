@@ -1,6 +1,6 @@
 """Run by test_strategies: train and score with some processes, then write what was found.
 
-Usage: python ddp_segment.py PROCESSES IMAGES OUT
+Usage: python ddp_segment.py PROCESSES IMAGES OUT STRATEGY
 """
 
 import sys
@@ -14,7 +14,7 @@ from simmim.data import SegmentationData
 from simmim.segment import Segmenter
 
 
-def main(processes: int, images: str, out: Path) -> None:
+def main(processes: int, images: str, out: Path, strategy: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     kwargs = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
@@ -30,7 +30,7 @@ def main(processes: int, images: str, out: Path) -> None:
     run = L.Trainer(
         accelerator="cpu",
         devices=processes,
-        strategy="ddp" if processes > 1 else "auto",
+        strategy=strategy,
         max_epochs=1,
         logger=False,
         default_root_dir=out,
@@ -52,4 +52,4 @@ def main(processes: int, images: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4])

@@ -1,46 +1,121 @@
-"""Run by test_strategies: train on eight images with some processes, then write the weights.
+"""Run by test_strategies: train on images with some processes, then write what came of it.
 
-Usage: python ddp_step.py PROCESSES OUT
+Usage: python ddp_step.py PROCESSES OUT [KEY=VALUE ...]
+
+Keys: strategy, batches (to accumulate), clip, epochs, save (a checkpoint), load (one to go on
+from).
 """
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler
 
+from simmim.checkpoints import DurableCheckpointIO
+from simmim.strategies import FSDP, FullyShard, gradient_norm
 from test_pretrain import ByIndex, tiny
 
+STRATEGIES: dict[str, Any] = {
+    "auto": lambda: "auto",
+    "ddp": lambda: "ddp",
+    "fsdp": lambda: FSDP(),
+    "fsdp_sharded": lambda: FSDP(state_dict_type="sharded"),
+    "fully_shard": lambda: FullyShard(),
+    "fully_shard_sharded": lambda: FullyShard(save_distributed_checkpoint=True),
+}
 
-def main(processes: int, out: str) -> None:
+
+class Data(L.LightningDataModule):
+    """Sixteen images, in the same global batches of eight for any number of processes."""
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__()
+        self.images, self.batch_size = ByIndex(n=16), batch_size
+        self.images.images[::2, :, :16] = 0  # half is nodata: uneven numbers are hidden
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        ranks, rank = self.trainer.world_size, self.trainer.global_rank
+        sampler = DistributedSampler(self.images, ranks, rank, shuffle=False)
+        return DataLoader(self.images, batch_size=self.batch_size, sampler=sampler)
+
+
+class Keep(L.Callback):
+    """What each batch gave: its loss over all processes, its gradient's norm, the lr after it."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.rates: list[float] = []
+
+    def on_before_optimizer_step(self, run: L.Trainer, model: Any, optimizer: Any) -> None:
+        self.norms.append(float(gradient_norm(run, model)))
+
+    def on_train_batch_end(self, run: L.Trainer, *args: Any) -> None:
+        self.losses.append(float(run.callback_metrics["train/loss"]))
+        self.rates.append(run.optimizers[0].param_groups[0]["lr"])
+
+
+class Stop(L.Callback):
+    """End after some of the epochs, as a run does that is stopped."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, run: L.Trainer, *args: Any) -> None:
+        run.should_stop = run.current_epoch + 1 >= self.epochs
+
+
+def fsdp_on_cpu() -> None:
+    """Name FSDP the device: without one it looks for a GPU, though gloo does all that it needs."""
+    init = FullyShardedDataParallel.__init__
+
+    def with_device(*args: Any, **kwargs: Any) -> None:
+        init(*args, **{**kwargs, "device_id": torch.device("cpu")})
+
+    FullyShardedDataParallel.__init__ = with_device  # type: ignore[method-assign]
+
+
+def main(processes: int, out: Path, given: dict[str, str]) -> None:
     torch.set_num_threads(1)
+    fsdp_on_cpu()
     torch.manual_seed(0)
     model = tiny(warmup_epochs=1, base_lr=0.1, masking="foreground", masking_kwargs={"nodata": 0})
-    data = ByIndex()
-    data.images[::2, :, :16] = 0  # half of each second image is nodata: uneven numbers are hidden
-    losses: list[float] = []
-
-    class Keep(L.Callback):
-        def on_train_batch_end(self, run: L.Trainer, *args: Any) -> None:
-            losses.append(float(run.callback_metrics["train/loss"]))
-
+    assert not [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p]
+    strategy = given.get("strategy", "ddp" if processes > 1 else "auto")
+    batches, keep = int(given.get("batches", 1)), Keep()
     run = L.Trainer(
         accelerator="cpu",
         devices=processes,
-        strategy="ddp" if processes > 1 else "auto",
-        max_epochs=3,
+        strategy=STRATEGIES[strategy](),
+        max_epochs=4,
+        callbacks=[keep, Stop(int(given.get("epochs", 4)))],
+        gradient_clip_val=float(given["clip"]) if "clip" in given else None,
+        accumulate_grad_batches=batches,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,
-        callbacks=[Keep()],
+        use_distributed_sampler=False,
     )
-    run.fit(model, DataLoader(data, batch_size=8 // processes))
-    if run.global_rank == 0:
-        torch.save({"losses": losses, "state": model.state_dict()}, out)
+    run.strategy.checkpoint_io = DurableCheckpointIO()
+    run.fit(model, Data(8 // processes // batches), ckpt_path=given.get("load"))
+    if "save" in given:
+        run.save_checkpoint(given["save"])
+    state = run.strategy.lightning_module_state_dict()
+    if run.is_global_zero:
+        whole = {
+            k: v for k, v in state.items() if strategy in ("auto", "ddp", "fsdp", "fully_shard")
+        }
+        torch.save(
+            {"losses": keep.losses, "norms": keep.norms, "rates": keep.rates, "state": whole}, out
+        )
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), Path(sys.argv[2]), dict(a.split("=", 1) for a in sys.argv[3:]))

@@ -1,12 +1,16 @@
 """Every config is read, says what it must, and starts."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from simmim.cli import main
@@ -185,3 +189,39 @@ def test_a_file_comes_before_a_packaged_config(
     Path("digits.yaml").write_text("model: {}\n")
     assert find_config("digits.yaml", "pretrain") == Path("digits.yaml")
     assert find_config("digits", "pretrain") == config_folder() / "pretrain" / "digits.yaml"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlay", ["ddp", "fsdp", "slurm"])
+def test_a_recipe_runs_with_an_overlay_of_several_processes(
+    tmp_path: Path, make_images: Callable[..., Path], overlay: str
+) -> None:
+    """The paper's ViT, made small, on two processes without a GPU; its gradients are clipped."""
+    make_images(tmp_path / "images" / "a", 20, 64)
+    small = {f"model.encoder_kwargs.{key}": value for key, value in SMALL["beit_"].items()}
+    run = {
+        "model.img_size": 64,
+        "data.root": "images",
+        "data.batch_size": 2,
+        "data.num_workers": 0,
+        "trainer.max_steps": 2,
+        "trainer.accelerator": "cpu",
+        "trainer.devices": 2,
+        "trainer.precision": "32-true",
+        "probe.layer": 1,
+        "reconstructions.every_n_epochs": 0,
+    }
+    command = ["-m", "simmim", "pretrain", "fit", "-c", "vit_base_800ep", "-c", overlay]
+    done = subprocess.run(
+        [sys.executable, *command, *options({**small, **run})],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "runs/vit_base_800ep/version_0"
+    content = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    assert content["global_step"] == 2
+    assert yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["gradient_clip_val"] == 5

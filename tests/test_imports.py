@@ -26,6 +26,7 @@ SHARED = {
     "sliding",
     "rcnn",
     "average_precision",
+    "strategies",
 }
 COMMANDS = {"embed", "export", "compare", "doctor", "benchmark"}
 RUNS = {"run", "configuration", "mistakes"}  # where a run lies, what its config says
@@ -34,6 +35,7 @@ MAY_IMPORT = {
     **{area: {"masking", "observe"} for area in METHOD},
     **{area: METHOD | SHARED | {"pretrain"} for area in SHARED},
     **{area: METHOD | SHARED | TASKS for area in TASKS},
+    "strategies": {"checkpoints", "weights"},
     "data": {"data", "masking"},
     **{area: METHOD | SHARED | TASKS | {"data"} for area in COMMANDS},
     "compare": METHOD | SHARED | TASKS | RUNS | {"data"},

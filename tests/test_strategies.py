@@ -1,20 +1,31 @@
 """More than one process: the same training as one process with the same global batch."""
 
+import json
 import os
+import pickle
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
-
-def _run(processes: int, out: Path) -> dict[str, object]:
-    _start("ddp_step.py", str(processes), str(out))
-    return torch.load(out, weights_only=True)
+from simmim import load_encoder
+from simmim.checkpoints import BEFORE, UNFINISHED, put_in_place, there_is
+from simmim.cli import main
+from simmim.pretrain import SimMIM
+from simmim.run import clean_up
+from simmim.strategies import FullyShard
+from simmim.weights.files import read_checkpoint
+from simmim.weights.shards import META
+from test_exact import TINY
 
 
 def _start(name: str, *args: str) -> None:
@@ -32,13 +43,231 @@ def _start(name: str, *args: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
-    one, two = _run(1, tmp_path / "1.pt"), _run(2, tmp_path / "2.pt")
-    torch.testing.assert_close(
-        torch.tensor(two["losses"]), torch.tensor(one["losses"]), rtol=1e-5, atol=1e-6
-    )
-    for name, a in one["state"].items():  # type: ignore[attr-defined]
-        torch.testing.assert_close(two["state"][name], a, rtol=1e-4, atol=1e-5)  # type: ignore[index]
+# What training comes to -------------------------------------------------------------------------
+
+
+class Runs:
+    """Trains with `ddp_step.py`, each way once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.made = folder, {}  # type: ignore[var-annotated]
+
+    def __call__(self, processes: int, **options: Any) -> dict[str, Any]:
+        """What a run gave, and the `file` of its last checkpoint."""
+        words = [f"{key}={value}" for key, value in options.items()]
+        key = (processes, *words)
+        if key not in self.made:
+            out, file = (self.folder / f"{len(self.made)}.{end}" for end in ("pt", "ckpt"))
+            _start("ddp_step.py", str(processes), str(out), *words, f"save={file}")
+            self.made[key] = {**torch.load(out, weights_only=True), "file": file}
+        return self.made[key]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"))
+
+
+def close(a: Any, b: Any, atol: float = 1e-6) -> None:
+    torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=1e-5, atol=atol)
+
+
+def assert_same_training(one: dict[str, Any], many: dict[str, Any], optimizer: bool = True) -> None:
+    """Losses, learning rates, weights, and the optimiser's state of each parameter."""
+    for key in ("losses", "norms"):
+        close(many[key], one[key])
+    assert many["rates"] == one["rates"]
+    a, b = (read_checkpoint(run["file"]) for run in (one, many))
+    assert a["state_dict"].keys() == b["state_dict"].keys()
+    for name in a["state_dict"]:
+        close(b["state_dict"][name], a["state_dict"][name], atol=1e-5)
+    (a,), (b,) = a["optimizer_states"], b["optimizer_states"]
+    kept = [json.dumps([{**g, "fused": None} for g in s["param_groups"]]) for s in (a, b)]
+    assert json.loads(kept[0]) == json.loads(kept[1])  # a tuple may have become a list
+    for i in a["state"] if optimizer else ():
+        for name in a["state"][i]:
+            close(b["state"][i][name], a["state"][i][name], atol=1e-8)
+
+
+SHARDED = ("fully_shard", "fully_shard_sharded", "fsdp", "fsdp_sharded")
+# Where there is no GPU to copy from, torch's FSDP gives the moments of all names one buffer.
+WHOLE = {"fsdp": False}
+
+
+def test_two_processes_learn_what_one_learns(runs: Runs) -> None:
+    assert_same_training(runs(1), runs(2))
+
+
+@pytest.mark.slow
+def test_four_processes_learn_what_one_learns(runs: Runs) -> None:
+    assert_same_training(runs(1), runs(4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", *SHARDED])
+def test_clipping_and_accumulation_mean_the_same(runs: Runs, strategy: str) -> None:
+    """What is clipped is the norm of the whole gradient: otherwise the weights would differ."""
+    options = {"clip": 0.05, "batches": 2}
+    one, many = runs(1, **options), runs(2, strategy=strategy, **options)
+    assert_same_training(one, many, WHOLE.get(strategy, True))
+    free = runs(1, batches=2)
+    assert max(abs(a - b) for a, b in zip(one["losses"], free["losses"], strict=True)) > 1e-4
+
+
+def test_shards_learn_what_one_process_learns(runs: Runs) -> None:
+    assert_same_training(runs(1), runs(2, strategy="fully_shard"))
+
+
+@pytest.mark.slow
+def test_four_shards_learn_what_one_process_learns(runs: Runs) -> None:
+    assert_same_training(runs(1), runs(4, strategy="fully_shard"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "ways", [("fully_shard", 2), ("fully_shard_sharded", 4), ("fsdp_sharded", 2)]
+)
+def test_a_sharded_run_goes_on_in_any_way(
+    runs: Runs, ways: tuple[str, int], tmp_path: Path
+) -> None:
+    """With the same strategy on two processes, with one process, and from a file of `convert`."""
+    strategy, processes = ways
+    whole = runs(1, clip=0.05)
+    half = runs(processes, strategy=strategy, clip=0.05, epochs=2)["file"]
+    assert half.is_dir() == strategy.endswith("sharded")
+    assert {path.name for path in half.parent.glob(".*")} == set()
+    converted = half
+    if half.is_dir():
+        converted = tmp_path / "one.ckpt"
+        assert main(["convert", "--weights", str(half), "--out", str(converted)]) == 0
+    for strategies, processes, file in (
+        (strategy, 2, half),
+        ("auto", 1, half),
+        (strategy, 2, converted),
+    ):
+        rest = runs(processes, strategy=strategies, clip=0.05, load=file)
+        rest = {**rest, **{key: whole[key][:4] + rest[key] for key in ("losses", "norms", "rates")}}
+        assert_same_training(whole, rest)
+    model = SimMIM.load_from_checkpoint(converted)
+    assert load_encoder(half).state_dict().keys() == model.encoder.model.state_dict().keys()
+    for name, tensor in load_encoder(half).state_dict().items():
+        assert torch.equal(tensor, model.encoder.model.state_dict()[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", SHARDED[::2])
+def test_a_run_of_one_process_goes_on_in_shards(runs: Runs, strategy: str) -> None:
+    whole, half = runs(1, clip=0.05), runs(1, clip=0.05, epochs=2)
+    rest = runs(2, strategy=strategy, clip=0.05, load=half["file"])
+    rest = {**rest, **{key: whole[key][:4] + rest[key] for key in ("losses", "norms", "rates")}}
+    assert_same_training(whole, rest, WHOLE.get(strategy, True))
+
+
+# Checkpoints that are folders -------------------------------------------------------------------
+
+
+def test_a_folder_of_shards_is_replaced_and_put_back(tmp_path: Path) -> None:
+    """Wherever a kill falls between the two renames, a whole checkpoint is found."""
+    path, beside = tmp_path / "last.ckpt", tmp_path / f".last.ckpt{UNFINISHED}"
+    for text in ("one", "two"):
+        beside.mkdir()
+        (beside / META).write_text(text)
+        put_in_place(beside, path)
+        assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+    path.rename(tmp_path / f".last.ckpt{BEFORE}")  # and killed
+    assert there_is(path)
+    assert (path / META).read_text() == "two"
+    assert not there_is(tmp_path / "best.ckpt")
+    (tmp_path / f".last.ckpt{BEFORE}").mkdir()  # killed after both
+    beside.mkdir()
+    (tmp_path / "checkpoints").mkdir()
+    for leftover in (beside, tmp_path / f".last.ckpt{BEFORE}"):
+        leftover.rename(tmp_path / "checkpoints" / leftover.name)
+    path.rename(tmp_path / "checkpoints" / "last.ckpt")
+    clean_up(tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="kills a session of processes")
+def test_a_run_in_shards_that_is_killed_goes_on(
+    tmp_path: Path, make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With kill -9, at any moment, and with every step written."""
+    make_images(tmp_path / "images" / "a", 24)
+    make_images(tmp_path / "images" / "b", 24)
+    config = yaml.safe_load(TINY)
+    strategy = {"save_distributed_checkpoint": True}
+    config["trainer"] |= {
+        "devices": 2,
+        "max_epochs": 5,
+        "strategy": {"class_path": "simmim.strategies.FullyShard", "init_args": strategy},
+    }
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    fit = [sys.executable, "-m", "simmim", "pretrain", "fit", "-c", "tiny.yaml"]
+    often = [*fit, "--checkpoint.every_n_minutes=0"]
+    log = Path("log.txt").open("ab")  # noqa: SIM115
+    assert subprocess.call([*often, "--name=whole"], stdout=log, stderr=log) == 0
+    whole, last = (Path(f"runs/{name}/version_0/checkpoints/last.ckpt") for name in ("whole", "b"))
+    steps = [0]
+    for i in range(3):
+        more = ["--name=b", *(["--ckpt_path=last"] if i else [])]
+        run = subprocess.Popen([*often, *more], stdout=log, stderr=log, start_new_session=True)
+        began, before = time.time(), last.stat().st_ino if last.exists() else None
+        while run.poll() is None and (not last.exists() or last.stat().st_ino == before):
+            assert time.time() - began < 120
+            time.sleep(0.001)
+        time.sleep(0.03 * i)
+        os.killpg(run.pid, signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL, Path("log.txt").read_text()[-3000:]
+        assert there_is(last)
+        steps.append(read_checkpoint(last)["global_step"])
+    assert steps == sorted(steps)
+    one = read_checkpoint(whole)
+    assert steps[-1] < one["global_step"]
+    end = subprocess.call([*often, "--name=b", "--ckpt_path=last"], stdout=log, stderr=log)
+    assert end == 0, Path("log.txt").read_text()[-3000:]
+    other = read_checkpoint(last)
+    assert other["global_step"] == one["global_step"]
+    for name, tensor in one["state_dict"].items():
+        assert torch.equal(other["state_dict"][name], tensor), name
+    assert {path.name for path in last.parent.iterdir()} == {"last.ckpt", "best.ckpt"}
+    for command in (
+        ["embed", "--weights", "runs/b/version_0", "--root", "images", "--out", "f.npz"],
+        ["export", "--weights", "runs/b/version_0", "--out", "encoder"],
+        ["pretrain", "validate", "--ckpt_path", "runs/b/version_0", "-c", "cpu"],
+    ):
+        words = [sys.executable, "-m", "simmim", *command]
+        assert subprocess.call(words, stdout=log, stderr=log) == 0, Path("log.txt").read_text()[
+            -3000:
+        ]
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch evil",)
+
+
+def test_an_index_of_shards_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({}, tmp_path / META)
+    with pytest.raises(ValueError, match=r"is no whole checkpoint in shards: \.metadata"):
+        read_checkpoint(tmp_path)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ValueError, match=r"it asks to run (posix|nt)\.system"):
+        read_checkpoint(tmp_path)
+    assert not Path("evil").exists()
+
+
+def test_tensor_parallel_is_refused() -> None:
+    with pytest.raises(ValueError, match="tensor_parallel_size 2 is not supported"):
+        FullyShard(tensor_parallel_size=2)
+
+
+# What is scored ---------------------------------------------------------------------------------
 
 
 def test_two_processes_score_what_one_scores(
@@ -67,8 +296,12 @@ def test_two_processes_score_what_one_scores(
     torch.testing.assert_close(shares[1], shares[0], rtol=1e-3, atol=1e-4)
 
 
-def test_two_processes_segment_what_one_segments(tmp_path: Path) -> None:
-    """Each validation image counts once, though five of two sizes cannot be dealt out evenly."""
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fully_shard", marks=pytest.mark.slow)])
+def test_two_processes_segment_what_one_segments(tmp_path: Path, strategy: str) -> None:
+    """Each validation image counts once, though five of two sizes cannot be dealt out evenly.
+
+    Nor can their windows: with weights in shards no process waits for another for ever.
+    """
     rng = np.random.default_rng(0)
     for part, n in (("train", 8), ("val", 5)):
         for i in range(n):
@@ -83,7 +316,8 @@ def test_two_processes_segment_what_one_segments(tmp_path: Path) -> None:
     for processes in (1, 2):
         out = tmp_path / str(processes)
         out.mkdir()
-        _start("ddp_segment.py", str(processes), str(tmp_path / "d"), str(out))
+        way = strategy if processes > 1 else "auto"
+        _start("ddp_segment.py", str(processes), str(tmp_path / "d"), str(out), way)
         found[processes] = torch.load(out / "found.pt", weights_only=True)
     for name in ("loss", "miou", "pixel_accuracy", "iou/0", "iou/2"):
         shares = [found[n][f"val/{name}"] for n in (1, 2)]

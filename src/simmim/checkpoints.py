@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -20,10 +21,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from simmim.mistakes import FULL
+from simmim.weights.shards import is_sharded, read_sharded
 
 CHECKPOINTS = "checkpoints"
 LAST = "last.ckpt"
 UNFINISHED = ".unfinished"  # what a file's name ends with while it is being written
+BEFORE = ".before"  # what that of an earlier folder ends with while a later one takes its place
 
 NOTHING, SAVE, STOP, REQUEUE = range(4)  # what is to be done before the next step
 
@@ -228,6 +231,47 @@ class DurableCheckpointIO(TorchCheckpointIO):
                 raise OSError(full.errno, "no room for a checkpoint", str(path)) from error
             raise
         _sync_folder(path.parent)
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load a checkpoint; one in shards is put together."""
+        if is_sharded(path):
+            return read_sharded(Path(path))
+        return super().load_checkpoint(path, *args, **kwargs)
+
+
+def put_in_place(beside: Path, path: Path) -> None:
+    """Give a folder of shards its name, which an earlier checkpoint may have.
+
+    No folder can replace another at one stroke: between the two renames there is the earlier one
+    under another name, which `there_is` puts back.
+    """
+    before = path.with_name(f".{path.name}{BEFORE}")
+    shutil.rmtree(before, ignore_errors=True)
+    if path.exists():
+        path.rename(before)
+    beside.rename(path)
+    _sync_folder(path.parent)
+    remove(before)
+
+
+def there_is(path: Path) -> bool:
+    """Whether there is a checkpoint; one whose replacement was cut short is put back."""
+    before = path.with_name(f".{path.name}{BEFORE}")
+    if not path.exists() and before.exists():
+        with suppress(OSError):  # another process was quicker
+            before.rename(path)
+    return path.exists()
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, a file or a folder, if it is there."""
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """See that a file is on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _full_disk(error: BaseException | None) -> OSError | None:

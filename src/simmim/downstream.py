@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from simmim.optim import param_groups
+from simmim.strategies import shard
 from simmim.training import (
     MovingAverage,
     imagenet_statistics,
@@ -146,6 +147,10 @@ class Downstream(L.LightningModule):
         """Parameter groups, each with its weight decay and the scale of its learning rate."""
         hp = self.hparams
         return param_groups(self, hp["weight_decay"], layer_decay=hp["layer_decay"])
+
+    def configure_model(self) -> None:
+        """Share the weights out, where the strategy does."""
+        shard(self)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Average the weights, if asked."""

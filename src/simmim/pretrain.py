@@ -33,6 +33,7 @@ from simmim.masking import (
 from simmim.optim import init_official_, param_groups
 from simmim.parts import build_part, find_part
 from simmim.speed import suit_device
+from simmim.strategies import WRAPPER, shard
 from simmim.target import TARGETS
 from simmim.training import (
     count_steps,
@@ -335,7 +336,7 @@ class SimMIM(L.LightningModule):
         if self.report is not None and self.global_step < self._steps_head_alone:
             loaded = set(self.report.used.values())
             for name, parameter in self.named_parameters():
-                if name in loaded:
+                if name.replace(WRAPPER, "") in loaded:
                     parameter.grad = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -401,6 +402,10 @@ class SimMIM(L.LightningModule):
         if stage == "fit" and self.hparams["compile"]:
             self.encoder.compile()
             self.head.compile()
+
+    def configure_model(self) -> None:
+        """Share the weights out, where the strategy does."""
+        shard(self)
 
     def set_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Set the mean and standard deviation of each channel, for pixels in 0..1."""

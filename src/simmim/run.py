@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 
-from simmim.checkpoints import CHECKPOINTS, LAST, UNFINISHED
+from simmim.checkpoints import BEFORE, CHECKPOINTS, LAST, UNFINISHED, remove, there_is
 from simmim.configuration import read_config
 
 CONFIG = "config.yaml"
@@ -98,7 +98,7 @@ def newest_run(run_dir: Path, name: str) -> Path:
     numbers = sorted(_versions(run_dir / name), reverse=True)
     for number in numbers:
         folder = run_dir / name / f"version_{number}"
-        if (folder / CHECKPOINTS / LAST).exists():
+        if there_is(folder / CHECKPOINTS / LAST):
             if number != numbers[0]:
                 rank_zero_info(f"{run_dir / name}/version_{numbers[0]} has no checkpoint: {folder}")
             return folder
@@ -122,14 +122,17 @@ def requeued_run(run_dir: Path, job: str | None) -> Path | None:
     if job is None or os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
         return None
     marks = [mark for mark in run_dir.glob(f"*/version_*/{SLURM_JOB}") if mark.read_text() == job]
-    runs = [mark for mark in marks if (mark.parent / CHECKPOINTS / LAST).exists()]
+    runs = [mark for mark in marks if there_is(mark.parent / CHECKPOINTS / LAST)]
     return max(runs, key=lambda mark: mark.stat().st_mtime).parent if runs else None
 
 
 def clean_up(folder: Path) -> None:
     """Remove what a process that was killed left unfinished."""
-    for path in (*folder.glob(f".*{UNFINISHED}"), *(folder / CHECKPOINTS).glob(f".*{UNFINISHED}")):
-        path.unlink(missing_ok=True)
+    for place in (folder, folder / CHECKPOINTS):
+        for path in place.glob(f".*{BEFORE}"):
+            there_is(path.with_name(path.name[1:].removesuffix(BEFORE)))
+        for path in (*place.glob(f".*{UNFINISHED}"), *place.glob(f".*{BEFORE}")):
+            remove(path)
 
 
 def _versions(folder: Path) -> list[int]:
@@ -176,11 +179,13 @@ def find_start(ckpt_path: str, run_dir: Path, name: str) -> Start:
         ValueError: If there is no such checkpoint, or it is none of ours.
     """
     from simmim.weights import find_checkpoint
+    from simmim.weights.shards import META, safe_metadata
 
     given = str(newest_run(run_dir, name)) if ckpt_path == "last" else ckpt_path
-    # A sharded checkpoint is a folder that keeps what is no tensor in meta.pt.
-    path = Path(given) if Path(given, "meta.pt").is_file() else find_checkpoint(given)
-    file = path / "meta.pt" if path.is_dir() else path
+    path = find_checkpoint(given)
+    if path.is_dir():  # of shards
+        safe_metadata(path)
+    file = path / META if path.is_dir() else path
     content = _read(file)
     model = dict(content["hyper_parameters"])
     model.pop("_instantiator", None)

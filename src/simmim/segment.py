@@ -14,7 +14,8 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from simmim.dense import AuxiliaryHead, Plain, UPerNet, enlarge
 from simmim.downstream import Downstream, check_training, shortened
-from simmim.sliding import slide
+from simmim.sliding import count_windows, slide
+from simmim.strategies import is_sharding
 from simmim.transfer import _our_checkpoint, open_backbone
 
 VOID = -1  # a pixel without a class
@@ -191,11 +192,24 @@ class Segmenter(Downstream):
             sizes: Height and width that are wanted of each.
         """
         groups = [images] if isinstance(images, Tensor) else [image[None] for image in images]
+        self._keep_step(groups)
         each = (logits for group in groups for logits in self(group))
         for logits, size in zip(each, sizes, strict=True):
             height, width = (int(side) for side in size)
             same = (height, width) == tuple(logits.shape[-2:])
             yield logits[None].float() if same else enlarge(logits[None], (height, width))
+
+    def _keep_step(self, groups: Sequence[Tensor]) -> None:
+        """Look at empty windows where other processes, which share the weights, have more windows.
+
+        They gather each block's weights together: one that stopped before would let the rest wait.
+        """
+        if self._trainer is None or not is_sharding(self.trainer):
+            return
+        mine = sum(count_windows(group, self.window, self.stride) for group in groups)
+        count = torch.tensor(mine, device=groups[0].device)
+        for _ in range(int(self.trainer.strategy.reduce(count, reduce_op="max")) - mine):
+            self.logits(groups[0].new_zeros(1, groups[0].shape[1], *self.window))
 
     def loss_of(self, logits: Tensor, masks: Tensor, weights: Tensor | None = None) -> Tensor:
         """Cross-entropy in float32, mean over the pixels that have a class; 0 if none has."""

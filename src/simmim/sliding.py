@@ -1,5 +1,6 @@
 """A window slides over an image of any size; where windows overlap, their logits are averaged."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -43,6 +44,12 @@ def slide(
             counts[here[1:]] += 1
     assert total is not None
     return (total / counts)[..., :height, :width]
+
+
+def count_windows(images: Tensor, window: Size, stride: Size) -> int:
+    """How often `slide` asks its function."""
+    sides = zip(images.shape[-2:], window, stride, strict=True)
+    return math.prod(len(starts(max(length, w), w, s)) for length, w, s in sides)
 
 
 def starts(length: int, window: int, stride: int) -> list[int]:

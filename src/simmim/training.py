@@ -1,5 +1,6 @@
 """What the tasks do alike: normalisation, optimiser, schedule, seeds, kept values."""
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from inspect import signature
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -183,11 +185,18 @@ class MovingAverage(EMAWeightAveraging):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Copy the model, whose classes must be known by then: callbacks are set up first."""
         if stage == "fit":
+            if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+                raise ValueError(
+                    "ema_decay averages whole weights, and this strategy has them in shards: leave "
+                    "it out, or use --trainer.strategy ddp"
+                )
             pl_module.setup(stage)
             self._device = (
                 self._device or trainer.strategy.root_device
             )  # the model is not there yet
-        super().setup(trainer, pl_module, stage)
+        with warnings.catch_warnings():  # of shards, which were refused above
+            warnings.filterwarnings("ignore", ".*overrides the configure_model", UserWarning)
+            super().setup(trainer, pl_module, stage)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Wait: the last checkpoint, which comes now, must still hold both models."""

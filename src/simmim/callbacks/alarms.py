@@ -13,6 +13,7 @@ from simmim.callbacks.look import Samples, call, fixed_samples, is_logging_step,
 from simmim.loss import masked_mean
 from simmim.masking import upsample_mask
 from simmim.probe import effective_rank
+from simmim.strategies import gradient_norm
 
 
 class NonFiniteLoss(ValueError):
@@ -165,9 +166,7 @@ class CollapseAlarm(L.Callback):
         if not self.num_images or not due:
             return
         encoder: Any = pl_module.encoder
-        norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in encoder.parameters() if p.grad is not None]
-        )
+        norm = gradient_norm(trainer, encoder)
         pl_module.log("collapse/encoder_grad_norm", norm)
         self._grad = norm
         largest = self._largest_grad.to(norm) if self._largest_grad is not None else norm * 0

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.utils.data import DataLoader
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ def call(trainer: L.Trainer, function: Callable[..., T], *args: Tensor) -> T:
     precision = trainer.precision_plugin
     args = precision.convert_input(args)
     with precision.forward_context(), torch.compiler.set_stance("force_eager"):
-        if model is None or model is module or isinstance(model, DistributedDataParallel):
+        if not isinstance(model, FullyShardedDataParallel | FSDPModule):
             return function(*args)  # every process holds all weights
 
         def redirected(*args: Tensor) -> T:

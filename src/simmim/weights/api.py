@@ -16,6 +16,7 @@ from simmim.weights.files import find_checkpoint, read_checkpoint
 from simmim.weights.fit import HEAD, MODEL, TOKEN, Report, Weights, fit
 from simmim.weights.official import official_weights
 from simmim.weights.resize import Resize
+from simmim.weights.shards import is_sharded, read_sharded
 from simmim.weights.sources import build_encoder, open_weights
 
 if TYPE_CHECKING:  # pretrain imports this module
@@ -157,20 +158,25 @@ def load_weights(model: "SimMIM", source: str | Path, resize: Resize = "official
     return report
 
 
-def convert(weights: str | Path, out: str | Path, **kwargs: Any) -> Report:
-    """Turn an official pretraining file into a checkpoint of ours.
+def convert(weights: str | Path, out: str | Path, **kwargs: Any) -> Report | str:
+    """Turn an official pretraining file, or a checkpoint in shards, into one file of ours.
 
     Args:
-        weights: The official .pth file.
+        weights: The official .pth file; or a checkpoint in shards, or the folder of its run.
         out: The checkpoint; `SimMIM.load_from_checkpoint` opens it.
         kwargs: As in `load_official`.
 
     Returns:
-        What became of each tensor.
+        What became of each tensor; of shards, which are only put together, one sentence.
 
     Raises:
-        ValueError: As in `load_official`.
+        ValueError: As in `load_official`, or if a shard is missing.
     """
+    found = find_checkpoint(weights)
+    if is_sharded(found):
+        content = read_sharded(found)
+        _write(content, Path(out))
+        return f"{found}, with {content['global_step']} steps behind it, in one file: {out}"
     model = load_official(weights, **kwargs)
     checkpoint = {
         "state_dict": model.state_dict(),
@@ -179,12 +185,15 @@ def convert(weights: str | Path, out: str | Path, **kwargs: Any) -> Report:
         "epoch": 0,
         "global_step": 0,
     }
-    out = Path(out)
+    _write(checkpoint, Path(out))
+    return cast(Report, model.report)
+
+
+def _write(checkpoint: Mapping[str, Any], out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f"{out.name}.part")
     torch.save(checkpoint, part)
     os.replace(part, out)
-    return cast(Report, model.report)
 
 
 def _places(model: "SimMIM") -> dict[str, Tensor]:

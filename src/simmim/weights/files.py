@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from simmim.weights.shards import META, is_sharded, read_sharded
+
 # The official files hold their configuration as a pickled CfgNode, a dict with attributes: an
 # OrderedDict has both, so that yacs need neither be installed nor trusted.
 SAFE_GLOBALS: list[Any] = [(OrderedDict, "yacs.config.CfgNode")]
@@ -25,10 +27,11 @@ def find_checkpoint(path: str | Path) -> Path:
     """Find the checkpoint that a user means.
 
     Args:
-        path: A file, or the folder of a run, which means its `checkpoints/last.ckpt`.
+        path: A file, the folder of a checkpoint in shards, or that of a run, which means its
+            `checkpoints/last.ckpt`.
 
     Returns:
-        The file.
+        The file, or the folder of the shards.
 
     Raises:
         ValueError: If it is a URL (Lightning would fetch it and run the code in it), if it does not
@@ -37,8 +40,8 @@ def find_checkpoint(path: str | Path) -> Path:
     if is_url(path):
         raise ValueError(f"{path} is a URL: download the file first and give its path")
     found = Path(path).expanduser()
-    if found.is_file():
-        return found
+    if found.is_file() or is_sharded(found):
+        return found.parent if found.name == META and is_sharded(found.parent) else found
     if not found.exists():
         raise ValueError(f"{path} does not exist: give a checkpoint or the folder of a run")
     for last in LAST:
@@ -55,11 +58,13 @@ def is_url(path: str | Path) -> bool:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what `torch.save` or safetensors wrote, tensors and plain values only.
+    """Read what `torch.save`, safetensors or a sharded strategy wrote, only tensors and values.
 
     Raises:
         ValueError: If the file asks for code to be run, or cannot be read.
     """
+    if path.is_dir():
+        return read_sharded(path)
     if path.suffix == ".safetensors":
         try:
             return dict(load_file(path))

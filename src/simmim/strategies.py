@@ -1,0 +1,302 @@
+"""Weights in shards: Lightning's strategies for models that are too large for one device.
+
+Both clip by the norm of all gradients, give each parameter the group that it has on one device,
+and write one file, or a folder of shards that a kill in the middle of writing leaves whole.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer, _init_optimizers_and_lr_schedulers
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullOptimStateDictConfig,
+    FullStateDictConfig,
+    FullyShardedDataParallel,
+    StateDictType,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.fsdp.wrap import CustomPolicy
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from simmim.checkpoints import UNFINISHED, put_in_place, sync
+from simmim.weights.shards import META, by_position, is_sharded, safe_metadata
+
+STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+SIZES = ("data_parallel_size", "tensor_parallel_size")  # ours to say
+WRAPPER = "_fsdp_wrapped_module."  # what FSDP puts into the names of what it wraps
+
+
+def shard(module: L.LightningModule) -> None:
+    """Share a module's weights out, as `configure_model` does; without a device mesh do nothing.
+
+    All processes share one copy, and each has images of its own. A block's weights are gathered
+    while it computes; what is in no block is gathered for the whole step.
+    """
+    mesh = module.device_mesh
+    if mesh is None or isinstance(module, FSDPModule):
+        return
+    if mesh.ndim > 1:
+        mesh = mesh._flatten("processes")  # Lightning's is (data parallel, tensor parallel)
+    for block in blocks(module):
+        fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    for name in STEPS:  # Lightning calls them, and not the module
+        register_fsdp_forward_method(module, name)
+
+
+def blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The parts that are gathered one after the other, inner ones first: timm's blocks and stages.
+
+    They are the items of a list that have parts of their own.
+    """
+    lists = (nn.Sequential, nn.ModuleList)
+    for child in module.children():
+        yield from blocks(child)
+        whole = isinstance(module, lists) and not isinstance(child, lists)
+        if whole and any(child.children()) and any(True for _ in child.parameters()):
+            yield child
+
+
+def is_sharding(trainer: L.Trainer) -> bool:
+    """Whether several processes must compute together, as each holds a part of the weights."""
+    sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+    return sharded and trainer.world_size > 1
+
+
+def gradient_norm(trainer: L.Trainer, module: nn.Module) -> Tensor:
+    """Norm of a module's whole gradient, on every process: each must call where weights are shared.
+
+    Returns:
+        A plain scalar.
+    """
+    norm = torch.nn.utils.get_total_norm(
+        [p.grad for p in module.parameters() if p.grad is not None]
+    )
+    if isinstance(norm, DTensor):  # of fully_shard
+        return norm.full_tensor()
+    if isinstance(trainer.strategy, FSDPStrategy):  # of this process's shards
+        total: Tensor = trainer.strategy.reduce(
+            norm.to(trainer.strategy.root_device) ** 2, reduce_op="sum"
+        )
+        return total.sqrt()
+    return norm
+
+
+class FullyShard(ModelParallelStrategy):
+    """Lightning's ModelParallelStrategy, with every process on its own share of the images.
+
+    It is torch's newer way (`fully_shard`), and runs on CPUs as well.
+
+    Args:
+        save_distributed_checkpoint: Write a folder of shards, each process its own, in place of
+            one file: quicker where the weights are many gigabytes.
+        options: Lightning's others.
+    """
+
+    def __init__(self, save_distributed_checkpoint: bool = False, **options: Any) -> None:
+        if options.get("tensor_parallel_size", 1) != 1:
+            raise ValueError(
+                f"tensor_parallel_size {options['tensor_parallel_size']} is not supported: leave "
+                "it out"
+            )
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            **{k: v for k, v in options.items() if k not in SIZES},
+        )
+
+    def setup_environment(self) -> None:
+        """Let all processes share one copy."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimiser's state: in shards by name, in one file as torch's optimisers keep it."""
+        whole = not self._save_distributed_checkpoint
+        options = StateDictOptions(full_state_dict=whole, cpu_offload=True)
+        assert self.model is not None
+        state = get_optimizer_state_dict(self.model, _plain(optimizer), options=options)
+        return by_position(state) if whole and self.global_rank == 0 else state
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+    ) -> None:
+        """Save a checkpoint: one file, or a folder of shards."""
+        save = super().save_checkpoint
+        _save(self, save, checkpoint, filepath, in_shards=self._save_distributed_checkpoint)
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load a checkpoint of any strategy, from any number of processes."""
+        path = Path(self.broadcast(str(checkpoint_path)))
+        if is_sharded(path):
+            safe_metadata(path)
+            return super().load_checkpoint(path, weights_only=True)
+        checkpoint = _read(path)
+        options = StateDictOptions(full_state_dict=True)
+        assert self.model is not None
+        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
+        for optimizer, state in _states(self, checkpoint):
+            named = by_name(state, self.model, optimizer)
+            set_optimizer_state_dict(self.model, optimizer, named, options=options)
+        return checkpoint
+
+
+class FSDP(FSDPStrategy):
+    """Lightning's FSDPStrategy, which clips by the norm and keeps the parameter groups.
+
+    Args:
+        options: Lightning's, such as state_dict_type ("full": one file, or "sharded": a folder),
+            sharding_strategy and cpu_offload.
+    """
+
+    def setup(self, trainer: L.Trainer) -> None:
+        """Group the parameters while they are whole: FSDP flattens and renames them."""
+        assert self.lightning_module is not None
+        if trainer.state.fn == "fit":
+            self._whole = _init_optimizers_and_lr_schedulers(self.lightning_module)
+        super().setup(trainer)
+        plugin: Any = self.precision_plugin
+        plugin.clip_grad_by_norm = self._clip  # Lightning's own has no root module, and refuses
+
+    def setup_optimizers(self, trainer: L.Trainer) -> None:
+        """Take the optimisers that were made from the whole parameters."""
+        self._reset_optimizers_and_schedulers()
+        self.optimizers, self.lr_scheduler_configs = self._whole
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        found = {id(block) for block in blocks(model)}
+        self.kwargs.setdefault("auto_wrap_policy", CustomPolicy(lambda m: id(m) in found))
+        return super()._setup_model(model)
+
+    def _clip(self, optimizer: Optimizer, clip_val: float) -> None:
+        cast(FullyShardedDataParallel, self.model).clip_grad_norm_(clip_val)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimiser's state: in shards by name, in one file as torch's optimisers keep it."""
+        if self._state_dict_type == "sharded":
+            return super().optimizer_state(optimizer)
+        assert self.model is not None
+        with _full_state(self.model, rank0_only=self.world_size > 1):
+            state = FullyShardedDataParallel.optim_state_dict(self.model, _plain(optimizer))
+        return by_position(state) if self.global_rank == 0 else state
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+    ) -> None:
+        """Save a checkpoint: one file, or a folder of shards."""
+        save = super().save_checkpoint
+        _save(self, save, checkpoint, filepath, in_shards=self._state_dict_type == "sharded")
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load a checkpoint of any strategy, from any number of processes."""
+        path = Path(self.broadcast(str(checkpoint_path)))
+        if is_sharded(path):
+            safe_metadata(path)
+            return super().load_checkpoint(path, weights_only=True)
+        checkpoint = _read(path)
+        assert self.model is not None
+        with _full_state(self.model, rank0_only=False):
+            self.model.load_state_dict(checkpoint.pop("state_dict"))
+            for optimizer, state in _states(self, checkpoint):
+                named = by_name(state, self.model, optimizer)
+                flat = FullyShardedDataParallel.optim_state_dict_to_load(
+                    self.model, optimizer, named
+                )
+                optimizer.load_state_dict(flat)
+        return checkpoint
+
+
+StrategyRegistry.register("fully_shard", FullyShard, "Weights in shards (fully_shard)")
+StrategyRegistry.register("fsdp", FSDP, "Weights in shards (FSDP)", override=True)
+
+
+# The optimiser's state ---------------------------------------------------------------------------
+
+
+def by_name(state: Mapping[str, Any], model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Name the parameters of an optimiser's state, as `by_position` gives it or torch saves it."""
+    names = {id(p): name.replace(WRAPPER, "") for name, p in model.named_parameters()}
+    here = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    groups: Sequence[Mapping[str, Any]] = state["param_groups"]
+    pairs = [*zip(groups, here, strict=True)]
+    places = {
+        i: name for group, mine in pairs for i, name in zip(group["params"], mine, strict=True)
+    }
+    return {
+        "state": {places[i]: values for i, values in state["state"].items()},
+        "param_groups": [{**group, "params": mine} for group, mine in pairs],
+    }
+
+
+def _plain(optimizer: Optimizer) -> Optimizer:
+    return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+
+
+def _full_state(model: nn.Module, *, rank0_only: bool) -> Any:
+    return FullyShardedDataParallel.state_dict_type(
+        model,
+        StateDictType.FULL_STATE_DICT,
+        FullStateDictConfig(offload_to_cpu=True, rank0_only=rank0_only),
+        FullOptimStateDictConfig(offload_to_cpu=True, rank0_only=rank0_only),
+    )
+
+
+# Checkpoints -------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return content
+
+
+def _states(
+    strategy: FSDPStrategy | ModelParallelStrategy, checkpoint: Mapping[str, Any]
+) -> list[tuple[Optimizer, Mapping[str, Tensor]]]:
+    """Each optimiser that is there with its state in the checkpoint."""
+    if not strategy.optimizers:  # it is not trained
+        return []
+    return [*zip(strategy.optimizers, checkpoint["optimizer_states"], strict=True)]
+
+
+def _save(
+    strategy: FSDPStrategy | ModelParallelStrategy,
+    save: Callable[[dict[str, Any], Path], None],
+    checkpoint: dict[str, Any],
+    filepath: str | Path,
+    *,
+    in_shards: bool,
+) -> None:
+    """Let Lightning write beside the place, and put it there when all processes have written."""
+    path = Path(strategy.broadcast(str(filepath)))
+    if not in_shards or "://" in str(filepath):
+        save(checkpoint, path)
+        return
+    beside = path.with_name(f".{path.name}{UNFINISHED}")
+    if strategy.is_global_zero:
+        shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
+    strategy.barrier()
+    save(checkpoint, beside)
+    strategy.barrier()
+    if strategy.is_global_zero:
+        sync(beside / META)  # torch does so with the rest
+        put_in_place(beside, path)
+    strategy.barrier()
