@@ -27,6 +27,7 @@ SHARED = {
     "average_precision",
 }
 COMMANDS = {"embed", "export", "compare", "doctor", "benchmark"}
+REPORT = {"report", "checkpoints"}  # from what lies in a run's folder; knows no task
 RUNS = {"run", "configuration", "mistakes"}  # where a run lies, what its config says
 FREE = {"parts"}  # finds a part by its name; knows none of them
 MAY_IMPORT = {
@@ -34,9 +35,15 @@ MAY_IMPORT = {
     **{area: METHOD | SHARED | {"pretrain"} for area in SHARED},
     **{area: METHOD | SHARED | TASKS for area in TASKS},
     "data": {"data", "masking"},
+    "report": RUNS | REPORT,
     **{area: METHOD | SHARED | TASKS | {"data"} for area in COMMANDS},
-    "compare": METHOD | SHARED | TASKS | RUNS | {"data"},
-    "doctor": METHOD | SHARED | TASKS | RUNS | {"data", "compare"},  # compare: options -> model
+    "compare": METHOD | SHARED | TASKS | RUNS | REPORT | {"data"},
+    "doctor": METHOD
+    | SHARED
+    | TASKS
+    | RUNS
+    | REPORT
+    | {"data", "compare"},  # compare: options -> model
 }
 
 
