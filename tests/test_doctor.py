@@ -494,7 +494,7 @@ def test_a_run_of_its_own_folder(
     assert "6 (5 train, 1 val)" in capsys.readouterr().out
     for n in (0, 1):
         names = {path.name for path in (tmp_path / f"runs/doctor/version_{n}").iterdir()}
-        assert names == {"doctor.json", "contact_sheet.png", "quarantine.txt"}
+        assert names == {"doctor.json", "contact_sheet.png", "quarantine.txt", "report.html"}
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ SHARED = {
     "strategies",
 }
 COMMANDS = {"embed", "export", "compare", "doctor", "benchmark"}
+REPORT = {"report", "checkpoints"}  # from what lies in a run's folder; knows no task
 RUNS = {"run", "configuration", "mistakes"}  # where a run lies, what its config says
 FREE = {"parts"}  # finds a part by its name; knows none of them
 MAY_IMPORT = {
@@ -37,9 +38,10 @@ MAY_IMPORT = {
     **{area: METHOD | SHARED | TASKS for area in TASKS},
     "strategies": {"checkpoints", "weights"},
     "data": {"data", "masking"},
+    "report": RUNS | REPORT,
     **{area: METHOD | SHARED | TASKS | {"data"} for area in COMMANDS},
-    "compare": METHOD | SHARED | TASKS | RUNS | {"data"},
-    "doctor": METHOD | SHARED | TASKS | RUNS | {"data", "compare"},  # compare: options -> model
+    "compare": METHOD | SHARED | TASKS | RUNS | REPORT | {"data"},
+    "doctor": METHOD | SHARED | TASKS | RUNS | REPORT | {"data", "compare"},  # its `make`
     "benchmark": METHOD | SHARED | TASKS | RUNS | {"data", "task", "compare", "loggers"},
 }
 

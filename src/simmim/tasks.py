@@ -8,14 +8,24 @@ from inspect import signature
 from itertools import pairwise
 
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from simmim.checkpoints import CHECKPOINTS, LAST, signals_put_back
 from simmim.configuration import Request, read_request
 from simmim.lightning_cli import TaskCLI
 from simmim.loggers import finish_board
-from simmim.run import Start, find_start, is_launched, leave_run, requeued_run, slurm_job
+from simmim.mistakes import one_line
+from simmim.run import (
+    CONFIG,
+    Start,
+    find_start,
+    is_first_process,
+    is_launched,
+    leave_run,
+    requeued_run,
+    slurm_job,
+)
 from simmim.task import Begun, Link, Task
 
 TERMINATED = 128 + 15  # as a shell says of a process that SIGTERM has ended
@@ -199,7 +209,21 @@ def run_task(task: Task, args: list[str]) -> None:
         raise KeyboardInterrupt(_how_to_go_on(request, run)) from None
     finally:
         finish_board(run.loggers, run.failed)
+        if request.subcommand == "fit":
+            _report(run)
         leave_run(run.folder, run.failed)
+
+
+def _report(run: Begun) -> None:
+    """Write the report of a run that has begun, however it ended; it is never why one fails."""
+    from simmim.report import report_run
+
+    if run.folder is None or not (run.folder / CONFIG).exists() or not is_first_process():
+        return
+    try:
+        rank_zero_info(f"report: {report_run(run.folder)}")
+    except Exception as error:
+        rank_zero_warn(f"no report of {run.folder} could be written: {one_line(str(error))}")
 
 
 def _check_task(task: Task, start: Start) -> None:

@@ -42,6 +42,7 @@ from simmim.compare.trials import (
 from simmim.configuration import read_config
 from simmim.data.classification import ClassificationData, read_labels
 from simmim.data.split import group_of
+from simmim.report import REPORT, Page, Picture, Table, Text, write_page
 from simmim.run import CONFIG, leave_run, run_of
 from simmim.weights import find_checkpoint
 
@@ -73,7 +74,7 @@ class Comparison:
     verdict: str
 
     def __str__(self) -> str:
-        return f"\n{self.summary}\n{self.folder}: {RESULTS}, {SUMMARY}, {PLOT}"
+        return f"\n{self.summary}\n{self.folder}: {REPORT}, {RESULTS}, {SUMMARY}, {PLOT}"
 
 
 def compare(
@@ -445,21 +446,43 @@ def sum_up(
     """
     balanced = validation.imbalanced
     modes = list(dict.fromkeys(result.mode for result in results))
-    parts, sentences = [], []
+    tables: dict[str, list[dict[str, str]]] = {}
+    parts, notes, sentences = [], [], []
     for mode in modes:
         runs = [result for result in results if result.mode == mode]
         for equal in (False, True) if balanced else (False,):
             metric = "Balanced accuracy" if equal else "Top-1 accuracy"
-            rows = table(runs, validation, words=words.__getitem__, balanced=equal)
-            parts.append(f"{metric} in percent, {mode}:\n\n{markdown(rows)}")
-        parts += unlearned(runs, words.__getitem__)
-        said = conclude(runs, validation, words, balanced)
-        sentences.append(f"{mode}: {said}" if len(modes) > 1 else said)
-    parts.append("\n".join(sentences))
-    summary = "\n\n".join(parts) + "\n"
+            heading = f"{metric} in percent, {mode}"
+            tables[heading] = table(runs, validation, words=words.__getitem__, balanced=equal)
+            parts.append(f"{heading}:\n\n{markdown(tables[heading])}")
+        said = unlearned(runs, words.__getitem__)
+        parts += said
+        notes += said
+        found = conclude(runs, validation, words, balanced)
+        sentences.append(f"{mode}: {found}" if len(modes) > 1 else found)
+    verdict = "\n".join(sentences)
+    summary = "\n\n".join([*parts, verdict]) + "\n"
     (folder / SUMMARY).write_text(summary, encoding="utf-8")
     draw_learning_curve(results, validation, folder / PLOT, balanced=balanced)
-    return Comparison(folder, list(results), validation, summary, "\n".join(sentences))
+    write_page(_page(verdict, folder / PLOT, tables, notes), folder / REPORT)
+    return Comparison(folder, list(results), validation, summary, verdict)
+
+
+def _page(
+    verdict: str, plot: Path, tables: Mapping[str, list[dict[str, str]]], notes: Sequence[str]
+) -> Page:
+    return Page(
+        "Was pretraining worth it?",
+        verdict,
+        [
+            ("Accuracy over the number of labels", [Picture(plot)]),
+            *(
+                (heading, [Table(list(rows[0]), [list(row.values()) for row in rows])])
+                for heading, rows in tables.items()
+            ),
+            *([("To keep in mind", [Text("\n\n".join(notes))])] if notes else []),
+        ],
+    )
 
 
 def conclude(

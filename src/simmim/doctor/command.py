@@ -26,10 +26,11 @@ from simmim.doctor.estimate import estimate as estimate_cost
 from simmim.doctor.findings import Finding, Read, count_left_out, find_all, in_order
 from simmim.doctor.pictures import draw_sheet
 from simmim.doctor.record import File, Inspector, Record, below
-from simmim.doctor.report import render
+from simmim.doctor.report import page, render
 from simmim.doctor.sheet import contact_rows
 from simmim.doctor.targets import target_findings
 from simmim.doctor.workers import run_all
+from simmim.report import REPORT, write_page
 from simmim.run import leave_run, new_run
 
 JSON, SHEET, QUARANTINE = "doctor.json", "contact_sheet.png", "quarantine.txt"
@@ -124,6 +125,9 @@ def doctor(
         write(diagnosis, folder)
         rows = contact_rows(diagnosis, read, classes, inspector, workers or cpu_count())
         draw_sheet(rows).save(folder / SHEET)
+        write_page(
+            page(diagnosis, folder / SHEET, _how_to_move(diagnosis, folder)), folder / REPORT
+        )
         failed = False
     finally:
         if out is None:
@@ -261,11 +265,15 @@ def _options(data: ImageFolderData) -> dict[str, Any]:
 
 
 def _where(diagnosis: Diagnosis, folder: Path) -> str:
-    text = f"{folder}: {JSON}, {SHEET}, {QUARANTINE}"
+    text = f"{folder}: {REPORT}, {JSON}, {SHEET}, {QUARANTINE}"
+    return "\n".join(filter(None, [text, _how_to_move(diagnosis, folder)]))
+
+
+def _how_to_move(diagnosis: Diagnosis, folder: Path) -> str:
     n = len(diagnosis.quarantine())
     if not n:
-        return text
-    text += f"\n{QUARANTINE} lists {n:,} files that are better taken out; none was touched. "
+        return ""
+    text = f"{QUARANTINE} lists {n:,} files that are better taken out; none was touched. "
     if is_packed(diagnosis.root):
         return f"{text}Take them out of what was packed, and pack it anew."
     list_, root = (

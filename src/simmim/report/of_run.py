@@ -1,0 +1,233 @@
+"""The report of a run, from what lies in its folder."""
+
+import csv
+import math
+import os
+import platform
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from simmim.checkpoints import CHECKPOINTS, LAST
+from simmim.report.page import Curve, Curves, Flow, Page, Part, Picture, Table, Text, write_page
+from simmim.run import CONFIG
+
+REPORT = "report.html"
+PANELS = 12  # pictures of a series; of more, as many are taken evenly
+PACKAGES = ("simmim", "torch", "torchvision", "lightning", "timm", "torchmetrics", "numpy")
+
+# What a diagram shows together. What none of them names gets one of its own.
+TOGETHER = {
+    "loss": ("train/loss", "val/loss"),
+    "gap: val/loss - train/loss": ("gap",),
+    "top-1 accuracy on frozen features": ("val/knn_top1", "val/probe_top1"),
+    "accuracy": ("val/top1", "val/top5", "val/balanced_accuracy"),
+    "overlap and precision": ("val/miou", "val/map", "val/map_50"),
+    "learning rate": ("lr",),
+    "images per second": ("throughput/images_per_s",),
+}
+IN_SHORT = ("val/loss", "val/knn_top1", "val/probe_top1", "val/top1", "val/miou", "val/map")
+LESS_IS_BETTER = re.compile("loss|error")
+
+Rows = Mapping[str, tuple[list[float], list[float]]]  # metric -> steps, values
+
+
+def report_run(folder: Path) -> Path:
+    """Write `report.html` into a run's folder: curves, pictures, results, config, how to go on.
+
+    Args:
+        folder: Of a run of any task, finished or not.
+
+    Returns:
+        The file.
+    """
+    config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    metrics = read_metrics(folder / "metrics.csv")
+    sections: list[tuple[str, Sequence[Part]]] = []
+    if results := best_and_last(metrics):
+        columns = ["metric", "first", "best", "at step", "last"]
+        sections.append(("Results", [Table(columns, results)]))
+    sections += [(title, [Flow(pictures)]) for title, pictures in series_of(folder).items()]
+    if diagrams := choose_diagrams(metrics):
+        same = [f"{name} {_number(y[0])}" for name, (_, y) in metrics.items() if _is_constant(y)]
+        said = [Text(f"Always the same: {', '.join(same)}.")] if same else []
+        sections.append(("Curves", [Curves(diagrams), *said]))
+    sections.append(("Go on", [Text(commands(folder, config), verbatim=True)]))
+    sections.append(
+        (
+            "How it was made",
+            [
+                Table(["", ""], list(environment().items())),
+                Text(yaml.safe_dump(config, sort_keys=False), verbatim=True, folded=CONFIG),
+            ],
+        )
+    )
+    name = f"{folder.parent.name}/{folder.name}"
+    return write_page(Page(name, _lead(metrics), sections), folder / REPORT)
+
+
+def read_metrics(path: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """Read a metrics file: for each metric the steps at which it was logged, and its values."""
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    if not path.exists():
+        return found
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            step = float(row.pop("step"))
+            for name, text in row.items():
+                if name is None or not text or not math.isfinite(float(text)):
+                    continue
+                steps, values = found.setdefault(name, ([], []))
+                steps.append(step)
+                values.append(float(text))
+    return found
+
+
+def best_and_last(metrics: Rows) -> list[tuple[str, float, float, int, float]]:
+    """For each validation metric: its first, best and last value, and the step of the best."""
+    rows = []
+    for name, (steps, values) in metrics.items():
+        if not name.startswith("val/") or name == "val/avg_dist":
+            continue
+        choose = min if LESS_IS_BETTER.search(name) else max
+        best = choose(range(len(values)), key=values.__getitem__)
+        rows.append((name, values[0], values[best], int(steps[best]), values[-1]))
+    return rows
+
+
+def choose_diagrams(metrics: Rows) -> list[tuple[str, list[Curve]]]:
+    """Group the metrics into diagrams; those that never change have none."""
+    curves = {
+        name: Curve(name, *series)
+        for name, series in metrics.items()
+        if name != "epoch" and not _is_constant(series[1])
+    }
+    if gap := _gap(metrics):
+        curves["gap"] = gap
+    diagrams = []
+    for title, names in TOGETHER.items():
+        if chosen := [curves.pop(name) for name in names if name in curves]:
+            diagrams.append((title, chosen))
+    return diagrams + [(name, [curve]) for name, curve in sorted(curves.items())]
+
+
+def series_of(folder: Path) -> dict[str, list[Picture]]:
+    """The pictures that were drawn while it trained: by what they show, in the order of epochs."""
+    found = {}
+    for below in sorted(path for path in folder.iterdir() if path.is_dir()):
+        paths = sorted(below.glob("epoch_*.png"))
+        if not paths:
+            continue
+        last = len(paths) - 1
+        chosen = sorted({round(i * last / max(PANELS - 1, 1)) for i in range(PANELS)})
+        found[below.name.capitalize()] = [
+            Picture(paths[i], f"after {int(paths[i].stem.removeprefix('epoch_'))} epochs")
+            for i in chosen
+        ]
+    for path in sorted(folder.glob("*.png")):
+        found[path.stem.replace("_", " ").capitalize()] = [Picture(path, path.name)]
+    return found
+
+
+def environment() -> dict[str, str]:
+    """The machine and the packages, as a run's figures depend on them."""
+    device = f"{os.cpu_count()} cores of {_processor()}"
+    if torch.cuda.is_available():
+        device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    found = {
+        "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "device": device,
+        "system": platform.platform(),
+        "Python": platform.python_version(),
+    }
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from its sources
+            continue
+    return found
+
+
+def _processor() -> str:
+    """The processor's name, where the system says it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def commands(folder: Path, config: Mapping[str, Any]) -> str:
+    """What can be done with the run now, as commands to copy."""
+    run = shlex.quote(str(folder))
+    root = (config.get("data") or {}).get("root")
+    images = shlex.quote(str(root)) if root else "DIR"
+    task, name = task_of(config), shlex.quote(folder.parent.name)
+    where = str(config.get("run_dir") or "runs")
+    beside = f" --run_dir {shlex.quote(where)}" if where != "runs" else ""
+    lines = [
+        f"simmim {task} fit --name {name}{beside} --ckpt_path last    # go on",
+        f"simmim {task} predict --ckpt_path {run} --data.root {images}",
+    ]
+    if not (folder / CHECKPOINTS / LAST).exists():
+        lines = ["# no checkpoint yet: begin again"]
+    elif task == "pretrain":
+        lines += [
+            f"simmim embed --weights {run} --root {images} --out features.npz",
+            f"simmim classify fit --model.weights {run} --data.root {images}",
+            f"simmim compare --weights {run}    # was it worth it?",
+            f"simmim export --weights {run} --out encoder",
+        ]
+    return "\n".join(lines)
+
+
+def task_of(config: Mapping[str, Any]) -> str:
+    """Which command a run's config belongs to: each has callbacks of its own."""
+    for task, key in {
+        "pretrain": "reconstructions",
+        "segment": "segmentations",
+        "detect": "detections",
+    }.items():
+        if key in config:
+            return task
+    return "classify"
+
+
+def _is_constant(values: Sequence[float]) -> bool:
+    return len(values) > 1 and len(set(values)) == 1
+
+
+def _gap(metrics: Rows) -> Curve | None:
+    """How far the validation is behind the training, at each validation."""
+    if not {"train/loss", "val/loss"} <= metrics.keys():
+        return None
+    (train_steps, train), (steps, values) = metrics["train/loss"], metrics["val/loss"]
+    gaps = []
+    for before, step, value in zip([-1.0, *steps], steps, values, strict=False):
+        since = [t for s, t in zip(train_steps, train, strict=True) if before < s <= step]
+        gaps.append(value - sum(since) / len(since) if since else math.nan)
+    return Curve("gap", steps, gaps)
+
+
+def _lead(metrics: Rows) -> str:
+    if not metrics:
+        return "Nothing has been logged yet."
+    last = max(steps[-1] for steps, _ in metrics.values())
+    epochs = int(metrics["epoch"][1][-1]) + 1 if "epoch" in metrics else None
+    length = f"{int(last) + 1:,} steps" + (f", {epochs:,} epochs" if epochs else "")
+    said = [f"{name} {_number(metrics[name][1][-1])}" for name in IN_SHORT if name in metrics]
+    alarm = metrics.get("collapse/alarm")
+    warning = " It has collapsed: see the curves." if alarm and alarm[1][-1] else ""
+    return f"{length}. At the end: {', '.join(said) or 'no validation'}.{warning}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"

@@ -1,0 +1,205 @@
+"""The self-contained page: what stands in it, and that a browser shows it."""
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from simmim.cli import main
+from simmim.report import (
+    REPORT,
+    Curve,
+    Curves,
+    Flow,
+    Page,
+    Picture,
+    Table,
+    Text,
+    report_run,
+    write_page,
+)
+from simmim.report.of_run import best_and_last, choose_diagrams, commands, read_metrics, series_of
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+
+
+class Reader(HTMLParser):
+    """Tags that were opened and never closed, and addresses that are asked for."""
+
+    VOID = frozenset({"meta", "input", "img", "br", "path", "use", "line"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def png(path: Path, shade: int = 0) -> Path:
+    Image.new("RGB", (8, 4), (shade, 0, 0)).save(path)
+    return path
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    pictures = [Picture(png(tmp_path / f"{i}.png", i), f"after {i} epochs") for i in range(3)]
+    curves = [Curve("a & b", range(2000), np.linspace(0, 1, 2000).tolist())]
+    parts = [
+        Flow(pictures),
+        Table(["<metric>", "value"], [["val/loss", 0.123456], ["images", 12345]]),
+        Curves([("loss <1>", curves)]),
+        Text("simmim --x '<y>'", verbatim=True),
+        Text("hidden", folded="more"),
+    ]
+    return write_page(Page("<b>name</b>", "a < b", [("Part", parts)]), tmp_path / REPORT)
+
+
+def test_it_is_one_file_of_closed_tags_that_asks_for_no_other(page: Path) -> None:
+    reader = Reader(page.read_text())
+    assert reader.open == []
+    assert len([a for a in reader.addresses if a.startswith("data:image/png;base64,")]) == 3
+    assert all(a.startswith(("data:", "#")) for a in reader.addresses)
+
+
+def test_what_it_is_given_is_text_and_no_markup(page: Path) -> None:
+    text = page.read_text()
+    assert "<b>name" not in text
+    assert "&lt;b&gt;name&lt;/b&gt;" in text
+    assert "simmim --x &#x27;&lt;y&gt;&#x27;" in text
+    assert "0.1235" in text
+    assert "12,345" in text
+
+
+def test_nothing_half_written_is_left_beside_it(page: Path) -> None:
+    assert [p.name for p in page.parent.iterdir() if p.suffix == ".tmp"] == []
+
+
+@needs_browser
+def test_a_browser_shows_one_picture_of_a_series_and_reports_no_error(page: Path) -> None:
+    dom, errors = browse(page)
+    figures = re.search(r'<div class="flow">.*?</div>', dom, re.DOTALL)
+    assert figures is not None
+    hidden = ['hidden=""' in tag for tag in re.findall(r"<figure[^>]*>", figures[0])]
+    assert hidden == [True, True, False]
+    assert "CONSOLE" not in errors
+
+
+def browse(page: Path) -> tuple[str, str]:
+    """The page as a headless browser has it after its script, and what the browser complains of."""
+    assert BROWSER is not None
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+    flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    profile = page.parent / "profile"
+    done = subprocess.run(
+        [
+            BROWSER,
+            *flags,
+            f"--user-data-dir={profile}",
+            "--enable-logging=stderr",
+            "--dump-dom",
+            page.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    shutil.rmtree(profile, ignore_errors=True)
+    return done.stdout, done.stderr
+
+
+CSV = """step,epoch,train/loss,val/loss,val/knn_top1,lr,val/avg_dist
+0,,,,0.25,,
+1,0,1.0,,,0.1,
+1,0,,0.8,0.5,,15
+3,1,0.6,,,0.05,
+3,1,,0.9,nan,,15
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "runs" / "mine" / "version_3"
+    (folder / "reconstructions").mkdir(parents=True)
+    for epoch in range(0, 300, 10):
+        png(folder / "reconstructions" / f"epoch_{epoch:04d}.png")
+    (folder / "metrics.csv").write_text(CSV)
+    config = {"name": "mine", "model": {"encoder": "vit"}, "reconstructions": {"num_images": 8}}
+    config["data"] = {"root": "my images"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def test_metrics_are_read_without_gaps_and_what_is_no_number(run: Path) -> None:
+    metrics = read_metrics(run / "metrics.csv")
+    assert metrics["val/knn_top1"] == ([0, 1], [0.25, 0.5])
+    assert metrics["val/loss"] == ([1, 3], [0.8, 0.9])
+
+
+def test_the_best_loss_is_the_least_and_the_best_accuracy_the_greatest(run: Path) -> None:
+    rows = {row[0]: row[1:] for row in best_and_last(read_metrics(run / "metrics.csv"))}
+    assert rows == {"val/loss": (0.8, 0.8, 1, 0.9), "val/knn_top1": (0.25, 0.5, 1, 0.5)}
+
+
+def test_diagrams_show_the_gap_and_leave_out_what_never_changes(run: Path) -> None:
+    diagrams = {
+        title: {c.name: list(c.y) for c in curves}
+        for title, curves in choose_diagrams(read_metrics(run / "metrics.csv"))
+    }
+    assert diagrams["loss"] == {"train/loss": [1.0, 0.6], "val/loss": [0.8, 0.9]}
+    assert diagrams["gap: val/loss - train/loss"]["gap"] == pytest.approx([-0.2, 0.3])
+    assert not any("avg_dist" in title for title in diagrams)
+
+
+def test_of_many_pictures_a_dozen_is_shown_from_first_to_last(run: Path) -> None:
+    captions = [picture.caption for picture in series_of(run)["Reconstructions"]]
+    assert len(captions) == 12
+    assert (captions[0], captions[-1]) == ("after 0 epochs", "after 290 epochs")
+
+
+def test_commands_name_the_run_and_quote_its_folder(run: Path) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert commands(run, config).startswith("# no checkpoint yet")
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "last.ckpt").touch()
+    said = commands(run, config)
+    assert "simmim pretrain fit --name mine --ckpt_path last" in said
+    assert "--data.root 'my images'" in said
+    assert f"simmim compare --weights {run}" in said
+
+
+def test_a_run_without_metrics_has_a_report_as_well(run: Path) -> None:
+    (run / "metrics.csv").unlink()
+    assert "Nothing has been logged yet." in report_run(run).read_text()
+
+
+def test_fit_ends_with_a_report(tmp_path: Path, monkeypatch, capfd) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny = "{patch_size: 4, embed_dim: 16, depth: 1, num_heads: 1}"
+    options = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=2", "--trainer.logger=true"]
+    options += [f"--model.encoder_kwargs={tiny}", "--probe.every_n_epochs=0"]
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert main(["pretrain", "fit", "-c", "digits", *options]) == 0
+    text = (tmp_path / "runs" / "digits" / "version_0" / REPORT).read_text()
+    assert f"report: runs/digits/version_0/{REPORT}" in capfd.readouterr().err
+    for part in ("Results", "Reconstructions", "Curves", "Go on", "How it was made", "val/loss"):
+        assert part in text
+    assert "after 2 epochs" in text
