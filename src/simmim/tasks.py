@@ -129,6 +129,7 @@ def _every_run() -> dict[str, type[Callback]]:
     return {
         "non_finite": callbacks.StopOnNonFinite,
         "throughput": callbacks.Throughput,
+        "vitals": callbacks.Vitals,
         "progress_bar": callbacks.ProgressBar,
     }
 

@@ -7,6 +7,7 @@ from simmim.callbacks.alarms import CollapseAlarm, NonFiniteLoss, StopOnNonFinit
 from simmim.callbacks.probe import OnlineProbe
 from simmim.callbacks.progress import ProgressBar, Throughput
 from simmim.callbacks.reconstructions import PredictionWriter, Reconstructions
+from simmim.callbacks.vitals import Vitals
 
 __all__ = [
     "CollapseAlarm",
@@ -17,4 +18,5 @@ __all__ = [
     "Reconstructions",
     "StopOnNonFinite",
     "Throughput",
+    "Vitals",
 ]
