@@ -1,6 +1,7 @@
 """The board: what an offline run has recorded, read back curve by curve and panel by panel."""
 
 import csv
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,12 @@ CURVES = {
     "val/knn_top1",
     "val/probe_top1",
     "best/probe_top1",
+    "attention/entropy_1",
+    "attention/distance_1",
+    "histograms/mask_token_mean",
+    "histograms/head_std",
 }
+HISTOGRAMS = ("mask_token", "head", "prediction", "target")
 
 
 @pytest.fixture
@@ -92,6 +98,15 @@ def test_pretraining_and_what_follows(offline: Path) -> None:
     assert values.keys() >= CURVES
     assert len(media(board, values, "reconstructions")) == 2  # untrained, and after the last
     assert all(path.stat().st_size for path in media(board, values, "reconstructions"))
+    for name in HISTOGRAMS:
+        assert values[f"histograms/{name}._type"] == ["histogram"] * 2
+    (table,) = media(board, values, "worst")
+    content = json.loads(table.read_text())
+    assert content["columns"] == ["rank", "picture", "loss", "path"]
+    assert content["data"][0][1]["_type"] == "image-file"
+    assert Path(content["data"][0][3]).is_file()
+    listed = [row["path"] for row in csv.DictReader((run / "worst.csv").open(newline=""))]
+    assert [row[3] for row in content["data"]] == listed
     steps = values["trainer/global_step"]
     assert steps == sorted(steps)  # one curve
 

@@ -37,6 +37,8 @@ def pretrain(args: list[str]) -> None:
                 "reconstructions": callbacks.Reconstructions,
                 "probe": callbacks.OnlineProbe,
                 "collapse_alarm": callbacks.CollapseAlarm,
+                "worst": callbacks.WorstImages,
+                "inside": callbacks.Inside,
                 **_every_run(),
             },
             writers=(callbacks.PredictionWriter,),

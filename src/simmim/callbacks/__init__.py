@@ -4,13 +4,16 @@ None of them changes the weights that come out.
 """
 
 from simmim.callbacks.alarms import CollapseAlarm, NonFiniteLoss, StopOnNonFinite
+from simmim.callbacks.inside import Inside
 from simmim.callbacks.probe import OnlineProbe
 from simmim.callbacks.progress import ProgressBar, Throughput
 from simmim.callbacks.reconstructions import PredictionWriter, Reconstructions
 from simmim.callbacks.vitals import Vitals
+from simmim.callbacks.worst import WorstImages
 
 __all__ = [
     "CollapseAlarm",
+    "Inside",
     "NonFiniteLoss",
     "OnlineProbe",
     "PredictionWriter",
@@ -19,4 +22,5 @@ __all__ = [
     "StopOnNonFinite",
     "Throughput",
     "Vitals",
+    "WorstImages",
 ]
