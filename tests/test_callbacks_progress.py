@@ -1,5 +1,6 @@
 """Throughput and the bar: the arithmetic by a clock of our own, the text as a person sees it."""
 
+import csv
 import re
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
 
 from callback_parts import DigitsData, MiniSimMIM, trainer
 from simmim.callbacks import ProgressBar, Throughput
@@ -62,6 +64,37 @@ def test_throughput_counts_training_alone(
     speeds = [float(row.split(",")[column]) for row in lines[1:] if row.split(",")[column]]
     assert len(speeds) == 24 // accumulate // 3  # windows go on over the end of an epoch
     assert speeds == [pytest.approx(32 / 0.25)] * len(speeds)
+
+
+class Slow(DigitsData):
+    """Loads a batch in three quarters of a second."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def train_dataloader(self) -> Any:
+        def collate(samples: Any) -> Any:
+            self.clock.now += 0.75
+            return default_collate(samples)
+
+        return DataLoader(self.train, batch_size=32, collate_fn=collate)
+
+
+def test_waiting_for_the_loader_is_a_share_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger, clock = CSVLogger(tmp_path), Clock(monkeypatch)
+    fit = trainer(
+        tmp_path, Throughput(), logger=logger, log_every_n_steps=2, accumulate_grad_batches=2
+    )
+    fit.fit(Timed(clock), datamodule=Slow(clock))
+    with (Path(logger.log_dir) / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["throughput/data_wait"]]
+    assert [float(row["throughput/data_wait"]) for row in rows] == pytest.approx(
+        [0.75] * 4, abs=0.1
+    )
+    assert {float(row["throughput/batch_size"]) for row in rows} == {64.0}
 
 
 def test_bar_says_loss_speed_and_time_left(

@@ -23,7 +23,7 @@ from simmim.configuration import (
     read_config,
     restrict,
 )
-from simmim.loggers import board, run_loggers
+from simmim.loggers import Board, board, lineage, run_loggers
 from simmim.mistakes import word_usage_error
 from simmim.run import (
     CONFIG,
@@ -102,6 +102,7 @@ class TaskCLI(LightningCLI):
         parser.add_lightning_class_args(self.task.model, "model")
         parser.add_lightning_class_args(self.task.data, "data")
         parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.add_class_arguments(Board, "board")
         # Our sampler deals out the ranks.
         parser.set_defaults({"trainer.use_distributed_sampler": False})
 
@@ -277,13 +278,18 @@ class TaskCLI(LightningCLI):
         subcommand, start = self.request.subcommand, self.start
         if subcommand == "predict":
             return []
+        options: dict[str, Any] = {}
+        if subcommand == "fit":
+            said = self.config[subcommand]
+            options = Board(**said.board.as_dict()).options(self.task.name)
+            options["source"] = lineage(said.model.get("weights"))
         if isinstance(given, WandbLogger):
             said = self.config[subcommand].trainer.logger.as_dict()
-            options = {**said.get("init_args", {}), **said.get("dict_kwargs", {})}
-            logger = board(folder, **options) if subcommand == "fit" else None
+            theirs = {**said.get("init_args", {}), **said.get("dict_kwargs", {})}
+            logger = board(folder, **{**options, **theirs}) if subcommand == "fit" else None
             given = [logger] if logger else []
         before = start.step if subcommand == "fit" and start and start.goes_on else None
-        return run_loggers(folder, given, subcommand, before)
+        return run_loggers(folder, given, subcommand, before, options)
 
     def _config_to_keep(self) -> dict[str, Any]:
         """The full resolved config, as it can be given to -c again."""

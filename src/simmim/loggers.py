@@ -8,6 +8,7 @@ import os
 import secrets
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,7 +26,13 @@ HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # W&B's own, by its old and
 RUN_ID = "run_id.txt"
 
 
-def run_loggers(folder: Path, given: Any, subcommand: str, before_step: int | None) -> list[Logger]:
+def run_loggers(
+    folder: Path,
+    given: Any,
+    subcommand: str,
+    before_step: int | None,
+    options: Mapping[str, Any] | None = None,
+) -> list[Logger]:
     """Choose a run's loggers: a CSV file always; beside it what the user names, or W&B for a fit.
 
     Args:
@@ -33,6 +40,7 @@ def run_loggers(folder: Path, given: Any, subcommand: str, before_step: int | No
         given: The trainer's option: None or True (ours), False (none), or loggers of the user's.
         subcommand: fit writes metrics.csv, validate and test their own file.
         before_step: The step at which the run goes on; see `MetricsFile`.
+        options: Of the board, as `Board.options` gives them.
     """
     if given is False:
         return []
@@ -40,7 +48,7 @@ def run_loggers(folder: Path, given: Any, subcommand: str, before_step: int | No
     filename = "metrics.csv" if training else f"{subcommand}.csv"
     others = given if isinstance(given, list) else [given]
     if given is None or given is True:
-        others = [board(folder)] if training else []
+        others = [board(folder, **(options or {}))] if training else []
     return [MetricsFile(folder, filename, before_step), *(x for x in others if x is not None)]
 
 
@@ -141,6 +149,56 @@ def _is_before(row: Mapping[str, str | None], step: int | None) -> bool:
 # Weights & Biases --------------------------------------------------------------------------------
 
 
+@dataclass
+class Board:
+    """What the run is called on a W&B board.
+
+    Args:
+        project: Project; "simmim", or WANDB_PROJECT of the environment, by default.
+        entity: Team or user; your own by default.
+        group: Runs of one group are shown together, such as the seeds of one experiment.
+        tags: Words to find the run by, such as [baseline, vit].
+        notes: A sentence about the run.
+        job_type: Kind of the run; by default its task: pretrain, classify, segment or detect.
+        log_checkpoints: Upload the best checkpoint when the run ends, as an artifact that says
+            which run's weights it began with.
+    """
+
+    project: str | None = None
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] | None = None
+    notes: str | None = None
+    job_type: str | None = None
+    log_checkpoints: bool = False
+
+    def options(self, task: str) -> dict[str, Any]:
+        """As Lightning's WandbLogger and `wandb.init` take them."""
+        given = {k: v for k, v in vars(self).items() if v is not None}
+        given["log_model"] = given.pop("log_checkpoints")
+        return {"job_type": task, **given}
+
+
+def lineage(weights: str | None) -> dict[str, str]:
+    """Say which run's checkpoint a run begins with, and under which name its board has it.
+
+    Args:
+        weights: As `model.weights`: of a run's folder or a checkpoint in one, or of anything else.
+
+    Returns:
+        `weights`, and where a run of ours with a board has made them `run` (its id there) and
+        `artifact`; nothing without weights.
+    """
+    if weights is None:
+        return {}
+    path = Path(weights).expanduser()
+    for folder in (path, path.parent.parent):
+        with suppress(OSError):
+            run_id = (folder / "wandb" / RUN_ID).read_text().strip()
+            return {"weights": weights, "run": run_id, "artifact": f"model-{run_id}:best"}
+    return {"weights": weights}
+
+
 def board(folder: Path, **options: Any) -> WandbLogger | None:
     """Make the W&B logger of a run.
 
@@ -149,7 +207,8 @@ def board(folder: Path, **options: Any) -> WandbLogger | None:
 
     Args:
         folder: The run's folder, which W&B's own goes into.
-        options: What the user sets of Lightning's WandbLogger (project, tags, log_model ...).
+        options: What the user sets of Lightning's WandbLogger (project, tags, log_model ...), and
+            source: where the weights come from, as `lineage` says it.
 
     Returns:
         The logger, or None where WANDB_MODE=disabled.
@@ -158,6 +217,7 @@ def board(folder: Path, **options: Any) -> WandbLogger | None:
     if mode == "disabled" or os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
         return None
     offline = options.pop("offline", False) or mode in ("offline", "dryrun") or not is_logged_in()
+    source = options.pop("source", None) or {}
     given = {name: value for name, value in options.items() if value not in (None, ".")}
     defaults: dict[str, Any] = {
         "name": f"{folder.parent.name}/{folder.name}",
@@ -166,7 +226,7 @@ def board(folder: Path, **options: Any) -> WandbLogger | None:
     }
     if "WANDB_RUN_ID" not in os.environ and "WANDB_SWEEP_ID" not in os.environ:
         defaults["id"] = _run_id(folder)
-    return _Board(offline=offline, **{**defaults, **given})
+    return _Board(offline=offline, source=source, **{**defaults, **given})
 
 
 def is_logged_in() -> bool:
@@ -208,13 +268,13 @@ def _run_id(folder: Path) -> str:
 class _Board(WandbLogger):
     """W&B as a run, online if it can be."""
 
-    def __init__(self, offline: bool, **options: Any) -> None:
+    def __init__(self, offline: bool, source: Mapping[str, str], **options: Any) -> None:
         # Not Lightning's `offline`: it would set WANDB_MODE for whatever this process does next.
         super().__init__(**options)
         # Half a minute, not one and a half, before a machine without a network goes on offline.
         self._wandb_init.setdefault("settings", {"init_timeout": 30})
         self._wandb_init.pop("anonymous", None)  # W&B warns of it, whatever it says
-        self.offline = offline
+        self.offline, self.source = offline, source
 
     @property
     @rank_zero_experiment
@@ -238,7 +298,19 @@ class _Board(WandbLogger):
             (folder.parent / RUN_ID).write_text(run.id)
         if self.offline:
             rank_zero_info(f"W&B keeps an offline run; to sync it: wandb sync {_short(folder)}")
+        if self.source:
+            self._use(run)
         return run
+
+    def _use(self, run: Any) -> None:
+        """Note where the weights come from; online the artifact, too, if the board has it."""
+        run.config.update({"lineage": dict(self.source)}, allow_val_change=True)
+        if self.offline or "artifact" not in self.source or not self._log_model:
+            return
+        try:
+            run.use_artifact(self.source["artifact"], type="model")
+        except Exception as error:  # it was not uploaded, or is another project's
+            rank_zero_info(f"no lineage on the board: {one_line(str(error))}")
 
     def _go_offline(self) -> None:
         import wandb

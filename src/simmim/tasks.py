@@ -47,6 +47,8 @@ def pretrain(args: list[str]) -> None:
                 "reconstructions": callbacks.Reconstructions,
                 "probe": callbacks.OnlineProbe,
                 "collapse_alarm": callbacks.CollapseAlarm,
+                "worst": callbacks.WorstImages,
+                "inside": callbacks.Inside,
                 **_every_run(),
             },
             writers=(callbacks.PredictionWriter,),
@@ -139,6 +141,7 @@ def _every_run() -> dict[str, type[Callback]]:
     return {
         "non_finite": callbacks.StopOnNonFinite,
         "throughput": callbacks.Throughput,
+        "vitals": callbacks.Vitals,
         "progress_bar": callbacks.ProgressBar,
     }
 

@@ -4,12 +4,16 @@ None of them changes the weights that come out.
 """
 
 from simmim.callbacks.alarms import CollapseAlarm, NonFiniteLoss, StopOnNonFinite
+from simmim.callbacks.inside import Inside
 from simmim.callbacks.probe import OnlineProbe
 from simmim.callbacks.progress import ProgressBar, Throughput
 from simmim.callbacks.reconstructions import PredictionWriter, Reconstructions
+from simmim.callbacks.vitals import Vitals
+from simmim.callbacks.worst import WorstImages
 
 __all__ = [
     "CollapseAlarm",
+    "Inside",
     "NonFiniteLoss",
     "OnlineProbe",
     "PredictionWriter",
@@ -17,4 +21,6 @@ __all__ = [
     "Reconstructions",
     "StopOnNonFinite",
     "Throughput",
+    "Vitals",
+    "WorstImages",
 ]

@@ -75,15 +75,28 @@ def fixed_samples(trainer: L.Trainer, n: int) -> Samples | None:
     if loader is None or size == 0:
         return None
     n = min(n, size)
-    chosen = [i * (size - 1) // max(n - 1, 1) for i in range(n)]
-    batch = loader.collate_fn([loader.dataset[i] for i in chosen])
+    samples, _ = samples_at(trainer, loader, [i * (size - 1) // max(n - 1, 1) for i in range(n)])
+    return samples
+
+
+def samples_at(
+    trainer: L.Trainer, loader: DataLoader[Any], places: list[int]
+) -> tuple[Samples, list[str]]:
+    """Take images at these places of a loader's data set, and name them.
+
+    Returns:
+        The images with their validation masks, and their paths (where those are not known, their
+        places).
+    """
+    batch = loader.collate_fn([loader.dataset[i] for i in places])
     batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
     module: Any = trainer.lightning_module
     raw, images, index = module.inputs(batch, 0)
     if not isinstance(batch, dict) or "index" not in batch:
-        index = torch.tensor(chosen, device=images.device)
+        index = torch.tensor(places, device=images.device)
+    path = getattr(loader.dataset, "path", str)
     mask, keys = module.draw_mask(raw, index, validation=True)
-    return Samples(images, mask, keys)
+    return Samples(images, mask, keys), [path(place) for place in places]
 
 
 def evaluation_loader(trainer: L.Trainer) -> DataLoader[Any] | None:

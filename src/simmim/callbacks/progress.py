@@ -16,14 +16,24 @@ BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]
 class Throughput(L.Callback):
     """Log `throughput/images_per_s`: images of all processes over the last logging window.
 
+    Beside it `throughput/data_wait` (the share of that time in which the loop waited for the
+    loader), and `throughput/batch_size` (images of one optimiser step).
+
     Wall-clock time from loading the images to the optimiser step, without validation, pictures,
     probes and checkpoints. No step waits for the device on its account: Lightning does, at the end
     of each window, to write its metrics.
     """
 
     def __init__(self) -> None:
-        self._images, self._seconds = 0, 0.0
+        self._images, self._seconds, self._waited = 0, 0.0, 0.0
         self._since: float | None = None  # when the clock was last started
+        self._timed: L.Trainer | None = None  # whose loader is timed
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin to time the loader."""
+        if self._timed is not trainer:
+            self._time_loading(trainer)
+            self._timed = trainer
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
@@ -46,8 +56,12 @@ class Throughput(L.Callback):
         if is_logging_step(trainer) and stepped:
             self._pause()
             speed = self._images / max(self._seconds, 1e-9)
+            waited = min(self._waited / max(self._seconds, 1e-9), 1.0)
+            batch_size = images_in(batch) * trainer.world_size * trainer.accumulate_grad_batches
             pl_module.log("throughput/images_per_s", speed, rank_zero_only=True)
-            self._images, self._seconds = 0, 0.0
+            pl_module.log("throughput/data_wait", waited, rank_zero_only=True)
+            pl_module.log("throughput/batch_size", float(batch_size), rank_zero_only=True)
+            self._images, self._seconds, self._waited = 0, 0.0, 0.0
             self._since = time.perf_counter()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -61,6 +75,24 @@ class Throughput(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock: what comes between epochs is not training."""
         self._pause()
+
+    def _time_loading(self, trainer: L.Trainer) -> None:
+        """Time each call of the loader: no public hook of Lightning's comes before it."""
+        loop: Any = trainer.fit_loop.epoch_loop
+        before, after = loop._on_before_fetch, loop._on_after_fetch
+        began = 0.0
+
+        def start() -> None:
+            nonlocal began
+            before()
+            began = time.perf_counter()
+
+        def stop() -> None:
+            after()
+            if self._since is not None:  # between epochs the clock stands still
+                self._waited += time.perf_counter() - began
+
+        loop._on_before_fetch, loop._on_after_fetch = start, stop
 
     def _pause(self) -> None:
         if self._since is not None:

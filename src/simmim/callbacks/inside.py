@@ -1,0 +1,185 @@
+"""What goes on inside the model: where its attention looks, what the mask token and head do."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from simmim.callbacks.look import Samples, call, fixed_samples, log_now, undisturbed
+from simmim.callbacks.schedule import check_every_n_epochs
+
+
+class Inside(L.Callback):
+    """Log attention and histograms on a few fixed validation images, every few epochs.
+
+    `attention/entropy_LAYER` is that of the attention's weights as a share of the largest possible
+    (1: it looks at all tokens alike), a mean over images, heads and queries, for the first, the
+    middle and the last layer; `attention/distance_LAYER` how far it looks, in pixels, where a layer
+    sees the whole grid of patches (not within windows). Both are of unmasked images. Encoders
+    without attention, or whose attention does not call PyTorch's, have neither.
+
+    `histograms/NAME` on W&B and TensorBoard, and its mean and standard deviation in every log, of:
+    mask_token (its values), head (its weights), prediction (of hidden elements) and target (what
+    should have been predicted there, where that is not classes).
+
+    Args:
+        every_n_epochs: Epochs between two looks; the first and the last epoch have one. 0: none.
+        num_images: Validation images to look at.
+    """
+
+    def __init__(self, every_n_epochs: int = 10, num_images: int = 8) -> None:
+        check_every_n_epochs(every_n_epochs)
+        if num_images < 1:
+            raise ValueError(f"num_images {num_images} is too few: use at least 1")
+        self.every_n_epochs, self.num_images = every_n_epochs, num_images
+        self._samples: Samples | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look at the untrained model."""
+        self._samples = None
+        if trainer.global_step == 0:
+            self._look(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look every few epochs."""
+        epochs = trainer.current_epoch + 1
+        if self.every_n_epochs and (
+            epochs % self.every_n_epochs == 0 or epochs == trainer.max_epochs
+        ):
+            self._look(trainer, pl_module)
+
+    def _look(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.every_n_epochs:
+            return
+        with undisturbed(pl_module):
+            if self._samples is None:
+                self._samples = fixed_samples(trainer, self.num_images)
+            if self._samples is None:
+                return
+            attention, values = call(trainer, lambda *s: inspect(pl_module, *s), *self._samples)
+        if not trainer.is_global_zero:
+            return
+        values = {k: v[v.isfinite()] for k, v in values.items()}
+        values = {k: v for k, v in values.items() if len(v)}
+        moments = {f"histograms/{k}_mean": float(v.mean()) for k, v in values.items()}
+        moments |= {f"histograms/{k}_std": float(v.std(correction=0)) for k, v in values.items()}
+        log_now(trainer, {**attention, **moments})
+        for name, value in values.items():
+            _log_histogram(trainer, f"histograms/{name}", value)
+
+
+def _log_histogram(trainer: L.Trainer, name: str, values: Tensor) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            import wandb
+
+            logger.log_metrics({name: wandb.Histogram(values.numpy())}, trainer.global_step)
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_histogram(name, values, trainer.global_step)
+
+
+@torch.no_grad()
+def inspect(
+    module: Any, images: Tensor, mask: Tensor, keys: Tensor
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Look inside a `SimMIM`.
+
+    Args:
+        module: The module.
+        images: Normalised images, (B, C, H, W).
+        mask: Cells, (B, h, w), True = hidden.
+        keys: One key an image, (B,).
+
+    Returns:
+        Entropies and distances of the attention by name, and the values of each histogram, (n,),
+        float32 on the CPU.
+    """
+    encoder, target = module.encoder, module.target(images)
+    prediction = module(images, mask, keys)
+    hidden = F.interpolate(mask[:, None].float(), prediction.shape[-2:])[:, 0].bool()
+    values = {"prediction": prediction.movedim(1, -1)[hidden]}
+    if torch.is_floating_point(target):
+        values["target"] = target.movedim(1, -1)[hidden]
+    if (token := getattr(encoder, "mask_token", None)) is not None:
+        values["mask_token"] = token
+    weights = [p.flatten() for name, p in module.head.named_parameters() if name.endswith("weight")]
+    if weights:
+        values["head"] = torch.cat(weights)
+    watch = WatchAttention(getattr(encoder, "grid_size", (0, 0)), getattr(encoder, "stride", 0))
+    with watch:
+        encoder(images)
+    return watch.summary(), {k: v.detach().flatten().float().cpu() for k, v in values.items()}
+
+
+class WatchAttention(TorchFunctionMode):
+    """Note the entropy and distance of each call of PyTorch's attention.
+
+    Args:
+        grid: Height and width of the encoder's grid of patches.
+        stride: Pixels of one.
+    """
+
+    MOST = 2**26  # weights of one layer that are computed; longer sequences are left out
+
+    def __init__(self, grid: tuple[int, int], stride: int) -> None:
+        super().__init__()
+        self.grid, self.stride = grid, stride
+        self.entropies: list[Tensor] = []
+        self.distances: list[Tensor | None] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Look at the attention's arguments, and go on."""
+        if func is F.scaled_dot_product_attention:
+            self._note(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def summary(self) -> dict[str, float]:
+        """The first, the middle and the last layer's, counted from 1."""
+        n, found = len(self.entropies), {}
+        for layer in sorted({0, n // 2, n - 1}) if n else ():
+            found[f"attention/entropy_{layer + 1}"] = float(self.entropies[layer])
+            if (distance := self.distances[layer]) is not None:
+                found[f"attention/distance_{layer + 1}"] = float(distance)
+        return found
+
+    def _note(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        **_: Any,
+    ) -> None:
+        queries, keys = query.shape[-2], key.shape[-2]
+        if query.shape[:-2].numel() * queries * keys > self.MOST or keys < 2:
+            return
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        scores = query.float() @ key.float().transpose(-2, -1) * scale
+        if attn_mask is not None:
+            bias = attn_mask.float()
+            boolean = attn_mask.dtype == torch.bool
+            scores = scores.masked_fill(~attn_mask, -torch.inf) if boolean else scores + bias
+        weights = scores.softmax(-1)
+        self.entropies.append(torch.special.entr(weights).sum(-1).mean() / torch.tensor(keys).log())
+        self.distances.append(self._distance(weights))
+
+    def _distance(self, weights: Tensor) -> Tensor | None:
+        """Mean distance between a patch and what it looks at, in px; prefix tokens are left out."""
+        patches = self.grid[0] * self.grid[1]
+        prefix = weights.shape[-1] - patches
+        if not patches or not 0 <= prefix <= 16 or weights.shape[-2] != weights.shape[-1]:
+            return None
+        rows, columns = (torch.arange(n, device=weights.device) for n in self.grid)
+        places = torch.cartesian_prod(rows, columns).float() * self.stride
+        among = weights[..., prefix:, prefix:]
+        among = among / among.sum(-1, keepdim=True).clamp_min(1e-12)
+        return (among * torch.cdist(places, places)).sum(-1).mean()

@@ -1,0 +1,107 @@
+"""Whether a run is healthy and worth going on: gap, best scores, gradients, memory."""
+
+import sys
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from simmim.callbacks.look import is_logging_step
+
+GIB = 2**30
+
+
+class Vitals(L.Callback):
+    """Log what tells a healthy run from a sick one.
+
+    At logging steps `train/grad_norm` (before clipping; not where the weights are sharded) and
+    `memory/max_gib` (the most that this run has held so far: of the GPU, or of the process on a
+    CPU). At the end of an epoch with a validation `gap/loss`: val/loss less the mean of train/loss
+    over the epoch, which says something where both are the same loss (mixup, label smoothing and
+    crops make the training one larger). And `best/NAME` of each val/NAME, the least loss and the
+    greatest of anything else, over the whole run, also where it was interrupted: a board's
+    summary shows the last value of each curve, and so the last score and the best.
+    """
+
+    def __init__(self) -> None:
+        self.best: dict[str, float] = {}
+        self._loss: Tensor | None = None  # summed over the epoch's batches, on the device
+        self._batches = 0
+        self._validated = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the best scores."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the best scores."""
+        self.best = dict(state_dict["best"])
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin anew."""
+        if trainer.global_step == 0:
+            self.best = {}
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin the epoch's mean."""
+        self._loss, self._batches, self._validated = None, 0, False
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
+    ) -> None:
+        """Measure the gradients at logging steps, without waiting for the device."""
+        if is_logging_step(trainer, ahead=1):
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            if gradients and not any(hasattr(g, "placements") for g in gradients):
+                norm = torch.nn.utils.get_total_norm(gradients)
+                pl_module.log("train/grad_norm", norm)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Add up the loss on the device, and read the memory's gauge at logging steps."""
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        if isinstance(loss, Tensor):
+            loss = loss.detach() * trainer.accumulate_grad_batches  # Lightning has divided it
+            self._loss = loss if self._loss is None else self._loss + loss
+            self._batches += 1
+        if is_logging_step(trainer) and (memory := held_memory(pl_module.device)) is not None:
+            pl_module.log("memory/max_gib", memory / GIB, rank_zero_only=True)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note that this epoch has scores of its own."""
+        self._validated = not trainer.sanity_checking
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Compare training with validation, and each score with the best."""
+        if not self._validated:
+            return
+        scores = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        for name, value in scores.items():
+            if name.removeprefix("val/") in ("avg_dist",):  # says how hard the masks are
+                continue
+            better = min if name.endswith("loss") else max
+            key = name.replace("val/", "best/", 1)
+            self.best[key] = better(self.best.get(key, value), value)
+        pl_module.log_dict(self.best, sync_dist=False, rank_zero_only=True)
+        if "val/loss" in scores and self._loss is not None:
+            gap = scores["val/loss"] - self._loss / self._batches
+            pl_module.log("gap/loss", gap, sync_dist=trainer.world_size > 1)
+
+
+def held_memory(device: torch.device) -> int | None:
+    """The most bytes held so far: of a GPU by this process's tensors, or of the process itself."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu" or sys.platform == "win32":  # Windows has no such gauge in Python
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # bytes there, KiB elsewhere

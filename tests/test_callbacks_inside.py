@@ -1,0 +1,131 @@
+"""Attention and histograms against what can be computed by hand; the images of largest loss."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn import functional as F
+
+from callback_parts import DigitsData, MiniSimMIM, trainer
+from simmim.callbacks import Inside, WorstImages
+from simmim.callbacks.inside import WatchAttention, inspect
+from simmim.callbacks.worst import image_losses
+from simmim.loss import masked_mean
+from simmim.pretrain import SimMIM
+
+TINY = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
+
+
+def watched(query: torch.Tensor, key: torch.Tensor, **options: Any) -> dict[str, float]:
+    with WatchAttention((2, 2), 8) as watch:
+        F.scaled_dot_product_attention(query, key, key, **options)
+    return watch.summary()
+
+
+def test_attention_that_looks_everywhere_or_at_itself() -> None:
+    zeros, eye = torch.zeros(1, 1, 4, 4), torch.eye(4)[None, None]
+    even = watched(zeros, zeros)
+    assert even["attention/entropy_1"] == pytest.approx(1)
+    assert even["attention/distance_1"] == pytest.approx(8 * (1 + 1 + 2**0.5) / 4)
+    own = watched(1000 * eye, eye)
+    assert own == pytest.approx({"attention/entropy_1": 0, "attention/distance_1": 0}, abs=1e-6)
+    # A mask and a bias change where it looks, a scale how sharply.
+    masked = watched(zeros, zeros, attn_mask=torch.eye(4).bool())
+    assert masked["attention/distance_1"] == pytest.approx(0)
+    biased = watched(zeros, zeros, attn_mask=100 * torch.eye(4))
+    assert biased["attention/distance_1"] == pytest.approx(0, abs=1e-6)
+    assert watched(eye, eye, scale=0.0)["attention/entropy_1"] == pytest.approx(1)
+
+
+def test_prefix_tokens_have_no_place_and_windows_no_distance() -> None:
+    five = torch.zeros(1, 1, 5, 4)  # a class token before 2 x 2 patches
+    assert watched(five, five)["attention/distance_1"] == pytest.approx(8 * (2 + 2**0.5) / 4)
+    three = torch.zeros(1, 1, 3, 4)
+    assert watched(three, three).keys() == {"attention/entropy_1"}
+
+
+@pytest.mark.parametrize(
+    ("encoder", "options", "kinds"),
+    [
+        ("vit_tiny_patch16_224", TINY, {"entropy", "distance"}),
+        ("beit_base_patch16_224", TINY, {"entropy", "distance"}),
+        ("resnet18", {}, set()),
+    ],
+)
+def test_real_encoders(encoder: str, options: dict[str, Any], kinds: set[str]) -> None:
+    model = SimMIM(
+        encoder, img_size=32, mask_patch_size=32 if not kinds else 8, **{"encoder_kwargs": options}
+    ).eval()
+    images = torch.randn(2, 3, 32, 32)
+    mask = torch.zeros(2, *model.encoder.mask_grid, dtype=torch.bool)
+    mask[:, 0, 0] = True
+    attention, values = inspect(model, images, mask, torch.arange(2))
+    layers = (1, 2, 3) if kinds else ()
+    assert attention.keys() == {f"attention/{k}_{n}" for k in kinds for n in layers}
+    assert all(value > 0 for value in attention.values())
+    assert {"prediction", "target", "head"} <= values.keys()
+    side = model.encoder.mask_patch_size
+    assert torch.equal(
+        values["target"].sort().values, images[:, :, :side, :side].flatten().sort().values
+    )
+
+
+def test_histograms_reach_tensorboard_and_their_moments_the_csv(tmp_path: Path) -> None:
+    csv_logger, board = CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "tb")
+    fit = trainer(tmp_path, Inside(1), logger=[csv_logger, board], max_epochs=2)
+    model = MiniSimMIM()
+    fit.fit(model, datamodule=DigitsData())
+    with (Path(csv_logger.log_dir) / "metrics.csv").open(newline="") as file:
+        rows = [r for r in csv.DictReader(file) if r["histograms/mask_token_std"]]
+    assert len(rows) == 3  # untrained, and after each epoch
+    token = model.encoder.mask_token.detach()
+    assert float(rows[0]["histograms/mask_token_std"]) == 0
+    assert float(rows[-1]["histograms/mask_token_std"]) == pytest.approx(
+        float(token.std(correction=0))
+    )
+    events = EventAccumulator(board.log_dir, {"histograms": 0}).Reload()
+    assert len(events.Histograms("histograms/mask_token")) == 3
+    assert len(events.Histograms("histograms/prediction")) == 3
+
+
+def test_a_look_leaves_no_trace(tmp_path: Path) -> None:
+    weights = []
+    for callbacks in ((), (Inside(1), WorstImages(1))):
+        torch.manual_seed(0)
+        model = MiniSimMIM()
+        trainer(tmp_path, *callbacks).fit(model, datamodule=DigitsData())
+        weights.append(model.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_the_worst_images_are_those_of_the_largest_loss(tmp_path: Path) -> None:
+    data, model = DigitsData(), MiniSimMIM()
+    fit = trainer(tmp_path, WorstImages(1, num_images=5), max_epochs=1)
+    fit.fit(model, datamodule=data)
+    model.eval()
+    losses = []
+    for i in range(len(data.val)):
+        sample = data.val[i]
+        batch = {"image": sample["image"][None], "index": sample["index"][None]}
+        raw, images, index = model.inputs(batch, 0)
+        mask, _ = model.draw_mask(raw, index, validation=True)
+        with torch.no_grad():
+            losses.append(float(masked_mean(model.error(model(images, mask), images), mask)))
+    with (tmp_path / "worst.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    places = sorted(range(len(losses)), key=losses.__getitem__, reverse=True)[:5]
+    assert [int(row["path"]) for row in rows] == places
+    assert [float(row["loss"]) for row in rows] == pytest.approx([losses[i] for i in places], 1e-4)
+    assert [path.name for path in (tmp_path / "worst").iterdir()] == ["epoch_0001.png"]
+
+
+def test_the_loss_of_images_is_their_share_of_the_batch() -> None:
+    model, images = MiniSimMIM().eval(), torch.randn(3, 1, 8, 8)
+    mask = torch.tensor([[[1, 0], [0, 0]]] * 3).bool()
+    losses = image_losses(model, images, mask, torch.arange(3))
+    whole = masked_mean(model.error(model(images, mask), images), mask)
+    assert float(losses.mean().detach()) == pytest.approx(float(whole.detach()), rel=1e-5)
