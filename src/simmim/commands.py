@@ -57,11 +57,11 @@ def pack(args: list[str]) -> None:
 
 
 def benchmark(args: list[str]) -> None:
-    """`simmim benchmark [{data,step}] [-c CONFIG ...]`."""
+    """`simmim benchmark [{data,step,startup}] [-c CONFIG ...]`."""
     from simmim.benchmark import MEASURES
 
     which = args[0] if args and args[0] in MEASURES else ""
-    measure: Callable[..., Any] = MEASURES[which]
+    measure = MEASURES[which]
     lists = [name for name, p in signature(measure).parameters.items() if "list[" in str(p)]
     options = {"-c": "--config", **{f"--{name}": f"--{name}" for name in lists}}
     words = _gather(args[1:] if which else args, options)

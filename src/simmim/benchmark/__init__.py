@@ -1,13 +1,23 @@
 """How fast is it here? The loader, the training step, and both together.
 
 `experiment` opens a config of pretraining as that command would, `data` measures its loader, `step`
-its training step, `together` a run of both; `record` says on what machine that was.
+its training step, `together` a run of both, `startup` the opening of large folders; `record` says
+on what machine that was.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from simmim.benchmark.data import data
+from simmim.benchmark.startup import startup
 from simmim.benchmark.step import step
 from simmim.benchmark.together import together
 
-MEASURES = {"": together, "data": data, "step": step}
+MEASURES: dict[str, Callable[..., Any]] = {
+    "": together,
+    "data": data,
+    "step": step,
+    "startup": startup,
+}
 
-__all__ = ["MEASURES", "data", "step", "together"]
+__all__ = ["MEASURES", "data", "startup", "step", "together"]

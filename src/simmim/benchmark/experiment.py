@@ -187,7 +187,7 @@ class Clock(Callback):
     """
 
     def __init__(self, seconds: float) -> None:
-        self.seconds, self.seen = seconds, 0
+        self.seconds, self.seen, self.before = seconds, 0, 0.0
         self.durations: list[float] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:

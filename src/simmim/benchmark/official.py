@@ -82,7 +82,8 @@ def largest_difference(files: ImageData, indices: list[int], size: Size) -> int:
     for index in indices:
         data = bytes(files.files.read(files._place(index)))
         ours = decode_image(data, 3, files.intensity)
-        box = random_box(*ours.shape[1:], SCALE, RATIO, uniforms(0, 0, index))
+        height, width = ours.shape[1:]
+        box = random_box(height, width, SCALE, RATIO, uniforms(0, 0, index))
         theirs = official_crop(data, box, size)
         if theirs.shape != ours.shape[:1] + size or ours.dtype != torch.uint8:
             continue

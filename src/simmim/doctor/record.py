@@ -173,13 +173,13 @@ class _Watched(Intensity):
 
     seen: list[float] = field(default_factory=list)
 
-    def __call__(self, values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    def __call__(self, values: npt.NDArray[Any], inverted: bool = False) -> npt.NDArray[np.float32]:
         flat = values.ravel()
         sample = flat[:: -(-flat.size // SAMPLE)].astype(np.float64)
         sample = sample[np.isfinite(sample)]
         if sample.size:
             self.seen[:] = np.percentile(sample, PERCENTILES).tolist()
-        return super().__call__(values)
+        return super().__call__(values, inverted)
 
 
 def look(image: Tensor, range: tuple[float, ...] = ()) -> Content:
