@@ -15,7 +15,6 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,14 +30,13 @@ EDGES = (0, 1, 2, 127, 128, 255, 256, 32767, 65535, 2**20, 2**31 - 1, 2**31, 2**
 # Mutations ---------------------------------------------------------------------------------------
 
 
-@dataclass(repr=False)
 class File:
     """A file that was damaged, and the name of the valid one."""
 
-    name: str
-    data: bytes
+    def __init__(self, name: str, data: bytes) -> None:
+        self.name, self.data = name, data
 
-    def __repr__(self) -> str:
+    def __repr__(self) -> str:  # not a dataclass, of which hypothesis prints every byte
         return f"File({self.name!r}, {len(self.data)} bytes)"
 
 

@@ -244,6 +244,13 @@ FOUND = {  # what was found so far, made small
 }
 
 
+def test_a_table_of_contents_that_leads_out_of_the_file(process: Process) -> None:
+    data = bytearray(seeds("weights")["official.pth"])
+    place = data.rindex(b"PK\6\6") + 48  # where the zip says that its table begins
+    data[place : place + 8] = (2 * len(data)).to_bytes(8, "little")
+    assert process.read("weights", ".pth", bytes(data)) == ""
+
+
 @pytest.mark.parametrize("name", FOUND)
 def test_what_was_found(process: Process, name: str) -> None:
     kind = name.rpartition(".")[2]
