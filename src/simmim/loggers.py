@@ -221,7 +221,7 @@ def board(folder: Path, **options: Any) -> WandbLogger | None:
     given = {name: value for name, value in options.items() if value not in (None, ".")}
     defaults: dict[str, Any] = {
         "name": f"{folder.parent.name}/{folder.name}",
-        "save_dir": folder,
+        "save_dir": folder.absolute(),  # its service works elsewhere if this process moves
         "project": os.environ.get("WANDB_PROJECT", PROJECT),
     }
     if "WANDB_RUN_ID" not in os.environ and "WANDB_SWEEP_ID" not in os.environ:

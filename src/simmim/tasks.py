@@ -59,7 +59,11 @@ def pretrain(args: list[str]) -> None:
 
 def classify(args: list[str]) -> None:
     """`simmim classify {fit,validate,test,predict}`."""
-    from simmim.callbacks.classification import ConfusionMatrix, PredictionTable
+    from simmim.callbacks.classification import (
+        BoardPredictions,
+        ConfusionMatrix,
+        PredictionTable,
+    )
     from simmim.classify import Classifier
     from simmim.data.classification import ClassificationData
 
@@ -71,6 +75,7 @@ def classify(args: list[str]) -> None:
             default="classify/linear_probe" if _is_frozen(args) else "classify/finetune_small",
             callbacks={
                 "confusion": ConfusionMatrix,
+                "board_predictions": BoardPredictions,
                 **_every_run(),
             },
             writers=(PredictionTable,),

@@ -8,15 +8,19 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import torch
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from simmim.callbacks.pictures import BACKGROUND, INK
+from simmim.callbacks.look import call, evaluation_loader, undisturbed
+from simmim.callbacks.pictures import BACKGROUND, INK, to_rgb
 from simmim.callbacks.schedule import check_every_n_epochs, show
 
 NAMED, NUMBERED = 40, 20  # classes up to which rows have names, and cells numbers
 MOST, LEAST = (8, 48, 107), (247, 251, 255)  # colours of all and of none of a class's images
+MOST_ON_BOARD = 100  # classes up to which W&B's own chart is made: it has a row for each pair
 PREDICTIONS = "predictions.csv"
 
 
@@ -64,7 +68,14 @@ class ConfusionMatrix(L.Callback):
         picture = None if counts is None else draw_confusion(counts, module.class_names)
         if picture is not None:
             name = "confusion_matrix"
-            show(trainer, name, picture, lambda logger: logger.log_image(name, [picture]))
+
+            def to_wandb(logger: WandbLogger) -> None:
+                logger.log_image(name, [picture])
+                assert counts is not None
+                if len(counts) <= MOST_ON_BOARD:
+                    logger.log_metrics({"confusion": board_confusion(counts, module.class_names)})
+
+            show(trainer, name, picture, to_wandb)
         if trainer.fast_dev_run or (not trainer.loggers and trainer.state.fn != "fit"):  # type: ignore[attr-defined]
             return
         table = class_rows(counts, labels or {}, module.class_names)
@@ -76,6 +87,89 @@ class ConfusionMatrix(L.Callback):
                 picture.save(Path(folder) / "confusion_matrix.png")
         except OSError as error:  # a full disk costs the picture, not the run
             rank_zero_warn(f"no picture: {error}")
+
+
+class BoardPredictions(L.Callback):
+    """Show on W&B what the classifier says of some validation images, every few epochs.
+
+    A table of picture, path, label, prediction and probability, always of the same images, spread
+    evenly over the data set.
+
+    Args:
+        every_n_epochs: Epochs between two tables; the last epoch always has one. 0 makes none.
+        num_images: Validation images to show.
+    """
+
+    def __init__(self, every_n_epochs: int = 10, num_images: int = 32) -> None:
+        check_every_n_epochs(every_n_epochs)
+        if num_images < 1:
+            raise ValueError(f"num_images {num_images} is too few: use at least 1")
+        self.every_n_epochs, self.num_images = every_n_epochs, num_images
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log every few epochs."""
+        every, epochs = self.every_n_epochs, trainer.current_epoch + 1
+        if every and (epochs % every == 0 or epochs == trainer.max_epochs):
+            self._log(trainer, pl_module)
+
+    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        loader, module = evaluation_loader(trainer), pl_module
+        boards = [x for x in trainer.loggers if isinstance(x, WandbLogger)]
+        if not boards or loader is None or not len(loader.dataset):  # type: ignore[arg-type]
+            return
+        size = len(loader.dataset)  # type: ignore[arg-type]
+        n = min(self.num_images, size)
+        places = [i * (size - 1) // max(n - 1, 1) for i in range(n)]
+        batch = loader.collate_fn([loader.dataset[i] for i in places])
+        batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        with undisturbed(pl_module):
+            found = call(trainer, lambda _: module.predict_step(batch, 0), batch["image"])
+        if trainer.is_global_zero:
+            rows = _prediction_rows(module, loader.dataset, places, batch, found["probabilities"])
+            columns = ["picture", "path", "label", "prediction", "probability"]
+            for logger in boards:
+                logger.log_table("predictions", columns, rows, step=trainer.global_step)
+
+
+def _prediction_rows(
+    module: Any, dataset: Any, places: Sequence[int], batch: Mapping[str, Tensor], shares: Tensor
+) -> list[list[Any]]:
+    import wandb
+
+    names, several = module.class_names, module.multi_label
+    raw = batch["image"]
+    pictures = to_rgb(raw.float() / 255 if raw.dtype == torch.uint8 else raw)
+    path = getattr(dataset, "path", str)
+    rows = []
+    for i, row in enumerate(shares.float().cpu().tolist()):
+        label = batch["label"][i]
+        truth = label_of(label.tolist(), names, True) if several else names[int(label)]
+        said = label_of(row, names, several)
+        rows.append([wandb.Image(pictures[i]), path(places[i]), truth, said, max(row)])
+    return rows
+
+
+def board_confusion(counts: Tensor, names: Sequence[str]) -> Any:
+    """Make W&B's own chart of a confusion matrix.
+
+    Args:
+        counts: (label, prediction), (K, K).
+        names: Of the classes.
+    """
+    import wandb
+
+    rows = [
+        [names[i], names[j], count]
+        for i, row in enumerate(counts.tolist())
+        for j, count in enumerate(row)
+    ]
+    columns = ["Actual", "Predicted", "nPredictions"]
+    return wandb.plot_table(
+        "wandb/confusion_matrix/v1",
+        wandb.Table(columns=columns, data=rows),
+        {column: column for column in columns},
+        {"title": "confusion"},
+    )
 
 
 class PredictionTable(L.Callback):

@@ -67,7 +67,8 @@ class Vitals(L.Callback):
     ) -> None:
         """Add up the loss on the device, and read the memory's gauge at logging steps."""
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        if isinstance(loss, Tensor):
+        several = len(getattr(pl_module, "heads", ())) > 1  # whose losses are added up
+        if isinstance(loss, Tensor) and not several:
             loss = loss.detach() * trainer.accumulate_grad_batches  # Lightning has divided it
             self._loss = loss if self._loss is None else self._loss + loss
             self._batches += 1
