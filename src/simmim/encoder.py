@@ -289,6 +289,44 @@ class Encoder(nn.Module):
             )
 
 
+def check_skip(
+    encoder: Encoder,
+    head: str,
+    masking: str,
+    mask_ratio: float | Sequence[float],
+    hidden_count: int | None,
+    compile: bool,
+) -> None:
+    """Refuse what does not go with skipping hidden tokens.
+
+    Raises:
+        ValueError: If the head sees one place alone, masks hide different numbers of cells or all
+            of them, or what is planned on the host is to be compiled.
+    """
+    cells = encoder.mask_grid[0] * encoder.mask_grid[1]
+    if head in ("linear", "mlp"):
+        raise ValueError(
+            f"head {head!r} looks at one place alone, where hidden_tokens 'skip' leaves the same "
+            "mask token everywhere: use head transformer"
+        )
+    if masking == "foreground" or isinstance(mask_ratio, Sequence):
+        raise ValueError(
+            "hidden_tokens 'skip' needs masks that hide the same number of cells of every image, "
+            f"not masking {masking!r} with mask_ratio {mask_ratio}: use random, block, square or "
+            "token, and one ratio"
+        )
+    if hidden_count == cells:
+        raise ValueError(
+            f"mask_ratio {mask_ratio} hides all {cells} cells, and hidden_tokens 'skip' would "
+            "leave the encoder nothing: use a lower one"
+        )
+    if compile and encoder.plans_on_host:
+        raise ValueError(
+            "compile does not go with hidden_tokens 'skip' of a hierarchical encoder, whose groups "
+            "of windows have another size in each step: set compile to false"
+        )
+
+
 def _skipping_kind(model: nn.Module, name: str) -> type[VisibleTokens] | type[GroupedWindows]:
     if isinstance(model, HIERARCHICAL):
         return GroupedWindows
