@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "simmim"
-METHOD = {"masking", "encoder", "observe", "head", "target", "loss"}  # observe: encoder's own
+ENCODER = {"encoder", "observe", "visible", "windows"}  # encoder, and parts of its own
+METHOD = {"masking", "head", "target", "loss"} | ENCODER
 TASKS = {"pretrain", "classify", "segment", "detect", "callbacks"}
 SHARED = {
     "optim",
@@ -33,7 +34,8 @@ REPORT = {"report", "checkpoints"}  # from what lies in a run's folder; knows no
 RUNS = {"run", "configuration", "mistakes"}  # where a run lies, what its config says
 FREE = {"parts"}  # finds a part by its name; knows none of them
 MAY_IMPORT = {
-    **{area: {"masking", "observe"} for area in METHOD},
+    **{area: {"masking"} for area in METHOD},
+    "encoder": {"masking"} | ENCODER,
     **{area: METHOD | SHARED | {"pretrain"} for area in SHARED},
     **{area: METHOD | SHARED | TASKS for area in TASKS},
     "strategies": {"checkpoints", "weights"},

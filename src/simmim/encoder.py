@@ -16,8 +16,11 @@ from torch.utils.checkpoint import CheckpointError
 
 from simmim.masking import fill_pixels, mask_grid, upsample_mask
 from simmim.observe import Call, Run, multiples
+from simmim.visible import PLAIN, VisibleTokens, restore_grid, visible_places
+from simmim.windows import HIERARCHICAL, GroupedWindows
 
 MASK_FILLS = ("token", "zero", "mean", "noise")
+HIDDEN_TOKENS = ("encode", "skip")
 
 
 class Encoder(nn.Module):
@@ -44,13 +47,16 @@ class Encoder(nn.Module):
         mask_stage: Add the token to the output of this stage (1 to 4: stride 4 to 32) of a
             hierarchical encoder instead, and fill the hidden pixels ("token": with the mean).
             A2MIM (arXiv:2205.13943) does so after stage 3 of a ResNet.
+        hidden_tokens: "encode" them, or "skip" them: the model then sees visible tokens only, and
+            the mask token stands in the hidden places of its features.
         grad_checkpointing: Keep no activations inside the blocks: less memory, more time.
         norm_eps: Epsilon of the LayerNorms. None: timm's (Hugging Face has 1e-12 in a ViT).
         timm_kwargs: Further options of the timm model.
 
     Attributes:
         model: The timm model; its state dict has timm's names.
-        mask_token: The learned token (1, 1, C), or None where only pixels are filled.
+        mask_token: The learned token (1, 1, C), or None where only pixels are filled. C is that of
+            the stem, or of the features where hidden tokens are skipped.
         num_features: Channels of the features.
         stride: Pixels per feature.
         patch_size: Pixels per token of the stem; per feature where there is none.
@@ -65,6 +71,7 @@ class Encoder(nn.Module):
     """
 
     _mask: Tensor | None  # while `forward` runs, for the hook on the stem
+    _fill: str | None  # what hidden pixels become before the model sees them
 
     def __init__(
         self,
@@ -76,6 +83,7 @@ class Encoder(nn.Module):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         mask_stage: int | None = None,
+        hidden_tokens: str = "encode",
         grad_checkpointing: bool = False,
         norm_eps: float | None = None,
         **timm_kwargs: Any,
@@ -83,9 +91,15 @@ class Encoder(nn.Module):
         super().__init__()
         if mask_fill not in MASK_FILLS:
             raise ValueError(f"mask_fill {mask_fill!r} is not known: use {', '.join(MASK_FILLS)}")
+        if hidden_tokens not in HIDDEN_TOKENS:
+            raise ValueError(
+                f"hidden_tokens {hidden_tokens!r} is not known: use {' or '.join(HIDDEN_TOKENS)}"
+            )
         self.name, self.img_size = name, _pair(img_size)
         if mask_patch_size is not None:
             mask_grid(self.img_size, mask_patch_size)  # refuse before a large model is built
+        self.mask_token: nn.Parameter | None = None
+        self._visible: VisibleTokens | GroupedWindows | None = None
         device = torch.empty(0).device  # what `with torch.device(...)` asks for
         with torch.device("cpu" if device.type == "meta" else device):  # meta cannot be observed
             rates = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
@@ -94,7 +108,10 @@ class Encoder(nn.Module):
             with _observing(self.model):
                 run = Run(self.model, name, in_chans, self.img_size, mask_patch_size or 1)
                 self._measure(run, mask_patch_size)
-                self._place_token(run, mask_fill, mask_stage)
+                if hidden_tokens == "skip":
+                    self._skip_hidden(run, mask_fill, mask_stage)
+                else:
+                    self._place_token(run, mask_fill, mask_stage)
                 if grad_checkpointing:
                     self._checkpoint(run.images)
         self.to(device)
@@ -104,6 +121,7 @@ class Encoder(nn.Module):
         images: Float[Tensor, "b c H W"],
         mask: Bool[Tensor, "b h w"] | None = None,
         keys: Int[Tensor, " b"] | None = None,
+        hidden_count: int | None = None,
     ) -> Float[Tensor, "b d h2 w2"]:
         """Features of the images, in which no hidden pixel has any part.
 
@@ -112,9 +130,19 @@ class Encoder(nn.Module):
             mask: True = hidden, at the resolution of `mask_grid`. None: nothing is hidden, and the
                 features are exactly timm's `forward_features`, less class and register tokens.
             keys: What noise is drawn from (`masking.sample_keys`); else the place in the batch.
+            hidden_count: Cells that every mask hides, which only skipping asks for. None: it is
+                read off the mask, and a GPU is waited for.
+
+        Raises:
+            ValueError: If hidden tokens are skipped, and the masks hide different numbers of cells.
         """
         if mask is not None and self._fill is not None:
             images = fill_pixels(images, mask, self._fill, keys)
+        if mask is not None and self._visible is not None:
+            assert self.mask_token is not None
+            place = visible_places(mask, self.grid_size, hidden_count)
+            features = self._visible(self.model, images, place)
+            return restore_grid(features, place, self.mask_token, self.grid_size)
         self._mask = mask
         try:
             features = self.model.forward_features(images)
@@ -147,6 +175,11 @@ class Encoder(nn.Module):
             images, indices=[layer - 1], stop_early=True, output_fmt="NCHW", intermediates_only=True
         )[0]
 
+    @property
+    def plans_on_host(self) -> bool:
+        """Whether a masked forward pass reads the mask back from the device, to plan with it."""
+        return isinstance(self._visible, GroupedWindows)
+
     def _measure(self, run: Run, mask_patch_size: int | None) -> None:
         """Read the sizes off a run of the model, and freeze what its features did not need."""
         self._features, stem = run.grid, run.find_stem()
@@ -159,12 +192,33 @@ class Encoder(nn.Module):
         for parameter in run.unreached():
             parameter.requires_grad_(False)
 
+    def _skip_hidden(self, run: Run, mask_fill: str, mask_stage: int | None) -> None:
+        """Let the model see visible tokens only, and the mask token stand among its features."""
+        if mask_fill != "token" or mask_stage is not None:
+            raise ValueError(
+                "hidden_tokens 'skip' puts a mask token among the features, and nothing else: "
+                f"leave mask_fill {mask_fill!r} at token, and mask_stage out"
+            )
+        kind = _skipping_kind(self.model, self.name)
+        if self.mask_patch_size % self.stride:
+            raise ValueError(
+                f"mask_patch_size {self.mask_patch_size} is not a multiple of the {self.stride} "
+                f"pixels of a feature of {self.name}, which hidden_tokens 'skip' keeps or leaves "
+                f"out: use {multiples(self.mask_patch_size, self.stride)}"
+            )
+        self._mask, self._fill, self._adds = None, None, False
+        self._visible = kind(self.model, self.name)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, self.num_features))
+        nn.init.normal_(self.mask_token, std=0.02)
+        stem = run.find_stem()
+        if stem is None or self._leaks(stem.module, run.images):
+            self._fill = "zero"
+
     def _place_token(self, run: Run, mask_fill: str, mask_stage: int | None) -> None:
         """Let the mask token follow the stem or a middle stage, and see which pixels to fill."""
         self._mask = None
-        self._fill: str | None = mask_fill
+        self._fill = mask_fill
         self._adds = mask_stage is not None
-        self.mask_token: nn.Parameter | None = None
         if mask_fill == "token":
             self._fill = "mean" if self._adds else "zero"
         place = run.find_stem() if mask_fill == "token" else None
@@ -220,7 +274,7 @@ class Encoder(nn.Module):
             raise ValueError(
                 f"{self.name} cannot recompute its activations: set grad_checkpointing to false"
             ) from error
-        if self.mask_token is None:
+        if self.mask_token is None or self._visible is not None:
             return
         everything = torch.ones(1, *self.mask_grid, dtype=torch.bool, device=images.device)
         features = self(images, everything).sum()
@@ -233,6 +287,55 @@ class Encoder(nn.Module):
                 f"{self.name} would recompute the stage that the mask token follows: "
                 "set grad_checkpointing to false, or leave mask_stage out"
             )
+
+
+def check_skip(
+    encoder: Encoder,
+    head: str,
+    masking: str,
+    mask_ratio: float | Sequence[float],
+    hidden_count: int | None,
+    compile: bool,
+) -> None:
+    """Refuse what does not go with skipping hidden tokens.
+
+    Raises:
+        ValueError: If the head sees one place alone, masks hide different numbers of cells or all
+            of them, or what is planned on the host is to be compiled.
+    """
+    cells = encoder.mask_grid[0] * encoder.mask_grid[1]
+    if head in ("linear", "mlp"):
+        raise ValueError(
+            f"head {head!r} looks at one place alone, where hidden_tokens 'skip' leaves the same "
+            "mask token everywhere: use head transformer"
+        )
+    if masking == "foreground" or isinstance(mask_ratio, Sequence):
+        raise ValueError(
+            "hidden_tokens 'skip' needs masks that hide the same number of cells of every image, "
+            f"not masking {masking!r} with mask_ratio {mask_ratio}: use random, block, square or "
+            "token, and one ratio"
+        )
+    if hidden_count == cells:
+        raise ValueError(
+            f"mask_ratio {mask_ratio} hides all {cells} cells, and hidden_tokens 'skip' would "
+            "leave the encoder nothing: use a lower one"
+        )
+    if compile and encoder.plans_on_host:
+        raise ValueError(
+            "compile does not go with hidden_tokens 'skip' of a hierarchical encoder, whose groups "
+            "of windows have another size in each step: set compile to false"
+        )
+
+
+def _skipping_kind(model: nn.Module, name: str) -> type[VisibleTokens] | type[GroupedWindows]:
+    if isinstance(model, HIERARCHICAL):
+        return GroupedWindows
+    if isinstance(model, PLAIN):
+        return VisibleTokens
+    raise ValueError(
+        f"hidden_tokens 'skip' knows how to leave tokens out of timm's ViT, DeiT, BEiT, EVA, Swin "
+        f"and SwinV2, not of {name}: use encode"
+    )
 
 
 def _create_model(

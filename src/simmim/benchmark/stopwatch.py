@@ -230,13 +230,15 @@ def count_flop(model: SimMIM, img_size: tuple[int, int]) -> int:
     """Floating-point operations of one image, forward and backward, by torch's own counter.
 
     They are the model's: without what recomputed activations or a kernel's way of going about it
-    cost. Counted on a copy without numbers, on torch's meta device.
+    cost. Counted on a copy without numbers, on torch's meta device; where the mask is read to skip
+    hidden tokens, with numbers on the CPU.
     """
-    copy = deepcopy(model).to("meta")
+    device = "cpu" if model.hparams["hidden_tokens"] == "skip" else "meta"
+    copy = deepcopy(model).to(device)
     if model.hparams["grad_checkpointing"]:
         copy.encoder.model.set_grad_checkpointing(False)
-    index = torch.zeros(1, dtype=torch.long, device="meta")
-    images = torch.empty(1, model.hparams["in_chans"], *img_size, device="meta")
+    index = torch.zeros(1, dtype=torch.long, device=device)
+    images = torch.empty(1, model.hparams["in_chans"], *img_size, device=device)
     mask, keys = copy.draw_mask(images, index, validation=True)
     with FlopCounterMode(display=False) as counter:
         copy.loss_of(images, mask, keys)[0].backward()

@@ -191,6 +191,8 @@ def _not_needed(
     if ours.startswith(_classifiers(model)):
         fits = ours in places and places[ours].shape == tensor.shape
         return None if fits else "the classifier of other classes"
+    if ours == TOKEN and ours in places and places[ours].shape != tensor.shape:
+        return "the mask token of another place"
     if ours in places:
         return None
     if ours == TOKEN:
