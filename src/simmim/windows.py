@@ -62,12 +62,12 @@ class GroupedWindows:
         rows, columns = _stem_places(place, tokens.shape[2], len(model.layers))
         flat = (rows * tokens.shape[2] + columns)[:, :, None].expand(-1, -1, tokens.shape[3])
         tokens = tokens.flatten(1, 2).gather(1, flat)[:, :, None]  # b, n, 1, d
-        rows, columns = rows.cpu().numpy(), columns.cpu().numpy()
+        across, down = columns.cpu().numpy(), rows.cpu().numpy()
         for level, stage in enumerate(model.layers):
             if level:  # four tokens that are merged lie in two rows of two
                 tokens = tokens.reshape(len(tokens), -1, 2, tokens.shape[3])
-                rows, columns = rows[:, ::4] >> 1, columns[:, ::4] >> 1
-            tokens = _run_stage(stage, tokens, rows, columns)
+                down, across = down[:, ::4] >> 1, across[:, ::4] >> 1
+            tokens = _run_stage(stage, tokens, down, across)
         return cast(Tensor, model.norm(tokens).flatten(1, 2))
 
 
