@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 import ddp_callbacks
 from callback_parts import DigitsData, MiniSimMIM, trainer
 from simmim.callbacks import CollapseAlarm, OnlineProbe, Reconstructions, StopOnNonFinite
+from simmim.callbacks import look as look_module
 from simmim.callbacks.look import call
 from simmim.probe import fit_linear_probe, knn_scores, top1
 
@@ -169,7 +170,7 @@ def test_features_are_read_in_the_runs_precision(tmp_path: Path, precision: Any)
     assert set(seen) == {torch.bfloat16}
 
 
-def test_wrapped_models_are_called_through_their_wrapper() -> None:
+def test_sharded_models_are_called_through_their_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrapper(torch.nn.Module):  # FSDP, say: only inside its forward are the weights whole
         whole = False
 
@@ -183,6 +184,7 @@ def test_wrapped_models_are_called_through_their_wrapper() -> None:
             self.whole = False
             return result
 
+    monkeypatch.setattr(look_module, "FullyShardedDataParallel", Wrapper)
     module = MiniSimMIM().eval()
     wrapper = Wrapper(module)
     plugin = Precision()
