@@ -271,7 +271,7 @@ def test_the_loss_of_hidden_cells_alone_is_the_loss(kind: str, options: dict[str
     ids=str,
 )
 def test_head_and_loss_see_the_whole_map_where_they_need_it(options: dict[str, Any]) -> None:
-    assert make_model(**options)._hidden_count is None
+    assert not make_model(**options)._hidden_alone
 
 
 # Kernels --------------------------------------------------------------------------------------
