@@ -260,7 +260,6 @@ def test_the_loss_of_hidden_cells_alone_is_the_loss(kind: str, options: dict[str
     "options",
     [
         {"masking": "foreground"},
-        {"masking": "square"},
         {"mask_ratio": [0.4, 0.6]},
         {"mask_ratio": 0.0},
         {"loss_region": "all"},
