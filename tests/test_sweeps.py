@@ -84,6 +84,7 @@ def test_a_sweep_is_run(
         "--model.encoder=vit_tiny_patch16_224",
         "--model.encoder_kwargs={patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}",
         "--model.drop_path_rate=0",
+        "--model.compile=false",
         "--data.batch_size=8",
         "--data.num_workers=0",
         "--trainer.accelerator=cpu",
