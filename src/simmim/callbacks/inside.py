@@ -112,7 +112,12 @@ def inspect(
     watch = WatchAttention(getattr(encoder, "grid_size", (0, 0)), getattr(encoder, "stride", 0))
     with watch:
         encoder(images)
-    return watch.summary(), {k: v.detach().flatten().float().cpu() for k, v in values.items()}
+    # Copies: where weights are in shards, those that were gathered are freed behind this.
+    kept = {
+        name: value.detach().flatten().to("cpu", torch.float32, copy=True)
+        for name, value in values.items()
+    }
+    return watch.summary(), kept
 
 
 class WatchAttention(TorchFunctionMode):
