@@ -31,7 +31,7 @@ SHARED = {
 }
 COMMANDS = {"embed", "export", "compare", "doctor", "benchmark"}
 REPORT = {"report", "checkpoints"}  # from what lies in a run's folder; knows no task
-RUNS = {"run", "configuration", "mistakes"}  # where a run lies, what its config says
+RUNS = {"run", "configuration", "mistakes", "inner_runs"}  # where a run lies, how one is begun
 FREE = {"parts"}  # finds a part by its name; knows none of them
 MAY_IMPORT = {
     **{area: {"masking"} for area in METHOD},
@@ -43,8 +43,8 @@ MAY_IMPORT = {
     "report": RUNS | REPORT,
     **{area: METHOD | SHARED | TASKS | {"data"} for area in COMMANDS},
     "compare": METHOD | SHARED | TASKS | RUNS | REPORT | {"data"},
-    "doctor": METHOD | SHARED | TASKS | RUNS | REPORT | {"data", "compare"},  # its `make`
-    "benchmark": METHOD | SHARED | TASKS | RUNS | {"data", "task", "compare", "loggers"},
+    "doctor": METHOD | SHARED | TASKS | RUNS | REPORT | {"data"},
+    "benchmark": METHOD | SHARED | TASKS | RUNS | {"data", "task", "loggers"},
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from simmim.checkpoints import UNFINISHED
 from simmim.cli import main
 from simmim.report import (
     REPORT,
@@ -90,7 +91,7 @@ def test_what_it_is_given_is_text_and_no_markup(page: Path) -> None:
 
 
 def test_nothing_half_written_is_left_beside_it(page: Path) -> None:
-    assert [p.name for p in page.parent.iterdir() if p.suffix == ".tmp"] == []
+    assert [p.name for p in page.parent.iterdir() if p.suffix == UNFINISHED] == []
 
 
 @needs_browser

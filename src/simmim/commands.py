@@ -30,8 +30,7 @@ def compare(args: list[str]) -> None:
     """`simmim compare --weights CKPT`."""
     from simmim.compare import compare
 
-    long = [re.sub(r"^-c(?==|$)", "--config", word) for word in args]
-    print(call("compare", compare, long))
+    print(call("compare", compare, _long(args)))
 
 
 def export(args: list[str]) -> None:
@@ -45,8 +44,7 @@ def doctor(args: list[str]) -> None:
     """`simmim doctor --root DIR`."""
     from simmim.doctor import doctor
 
-    long = [re.sub(r"^-c(?==|$)", "--config", word) for word in args]
-    print(call("doctor", doctor, long))
+    print(call("doctor", doctor, _long(args)))
 
 
 def pack(args: list[str]) -> None:
@@ -95,6 +93,11 @@ def call(name: str, function: Callable[..., Any], args: list[str]) -> Any:
     except ValueError as error:  # data.root of a task is --root here
         error.args = (_name_options(str(error), signature(function).parameters),)
         raise
+
+
+def _long(args: list[str]) -> list[str]:
+    """Write --config for -c."""
+    return [re.sub(r"^-c(?==|$)", "--config", word) for word in args]
 
 
 def _gather(args: list[str], lists: Mapping[str, str]) -> list[str]:

@@ -4,14 +4,11 @@ import json
 import time
 from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from itertools import repeat
-from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
-from warnings import catch_warnings, filterwarnings
 
 import lightning as L
 import torch
@@ -21,6 +18,7 @@ from torch import Tensor
 
 from simmim.configuration import OVERLAY, find_config, read_config
 from simmim.data import ImageFolderData
+from simmim.inner_runs import quiet
 from simmim.mistakes import word_usage_error
 from simmim.pretrain import SimMIM
 from simmim.task import Task
@@ -32,13 +30,6 @@ OF_THE_TRAINER = (
     *("gradient_clip_val", "gradient_clip_algorithm"),
 )
 WARM_UP = 2  # steps that are not counted: kernels are chosen, memory is taken
-KNOWN = (  # warnings about what is meant
-    r"`isinstance\(treespec, LeafSpec\)`",
-    ".*does not have many workers",
-    ".*The number of training batches",
-    "GPU available but not used",
-    "You defined a `validation_step`",
-)
 
 
 @dataclass(frozen=True)
@@ -200,23 +191,6 @@ class Clock(Callback):
         self.seen, self.before = self.seen + 1, now
         if len(self.durations) >= 3 and sum(self.durations) >= self.seconds:
             trainer.should_stop = True
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Leave out what Lightning says of every run."""
-    loggers = [getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    with catch_warnings():
-        for message in KNOWN:
-            filterwarnings("ignore", message)
-        for logger in loggers:
-            logger.setLevel(ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
 
 
 def _said(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,8 +26,8 @@ from simmim.benchmark.stopwatch import (
     held,
     run_trainer,
 )
-from simmim.compare.trials import make, quiet
 from simmim.configuration import OVERLAY, find_config, read_config
+from simmim.inner_runs import make, quiet
 from simmim.mistakes import one_line
 from simmim.pretrain import SimMIM
 from simmim.speed import multiplies_bf16

@@ -14,9 +14,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from simmim.callbacks.look import call, evaluation_loader, undisturbed
+from simmim.callbacks.look import batch_at, call, evaluation_loader, spread_places, undisturbed
 from simmim.callbacks.pictures import BACKGROUND, INK, to_rgb
-from simmim.callbacks.schedule import check_every_n_epochs, show
+from simmim.callbacks.schedule import check_every_n_epochs, check_num_images, is_due, show
 
 NAMED, NUMBERED = 40, 20  # classes up to which rows have names, and cells numbers
 MOST, LEAST = (8, 48, 107), (247, 251, 255)  # colours of all and of none of a class's images
@@ -102,14 +102,12 @@ class BoardPredictions(L.Callback):
 
     def __init__(self, every_n_epochs: int = 10, num_images: int = 32) -> None:
         check_every_n_epochs(every_n_epochs)
-        if num_images < 1:
-            raise ValueError(f"num_images {num_images} is too few: use at least 1")
+        check_num_images(num_images)
         self.every_n_epochs, self.num_images = every_n_epochs, num_images
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log every few epochs."""
-        every, epochs = self.every_n_epochs, trainer.current_epoch + 1
-        if every and (epochs % every == 0 or epochs == trainer.max_epochs):
+        if is_due(trainer, self.every_n_epochs):
             self._log(trainer, pl_module)
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -117,11 +115,8 @@ class BoardPredictions(L.Callback):
         boards = [x for x in trainer.loggers if isinstance(x, WandbLogger)]
         if not boards or loader is None or not len(loader.dataset):  # type: ignore[arg-type]
             return
-        size = len(loader.dataset)  # type: ignore[arg-type]
-        n = min(self.num_images, size)
-        places = [i * (size - 1) // max(n - 1, 1) for i in range(n)]
-        batch = loader.collate_fn([loader.dataset[i] for i in places])
-        batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        places = spread_places(len(loader.dataset), self.num_images)  # type: ignore[arg-type]
+        batch = batch_at(trainer, loader, places)
         with undisturbed(pl_module):
             found = call(trainer, lambda _: module.predict_step(batch, 0), batch["image"])
         if trainer.is_global_zero:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from simmim.callbacks.look import Samples, call, fixed_samples, log_now, undisturbed
-from simmim.callbacks.schedule import check_every_n_epochs
+from simmim.callbacks.schedule import check_every_n_epochs, check_num_images, is_due
 
 
 class Inside(L.Callback):
@@ -33,8 +33,7 @@ class Inside(L.Callback):
 
     def __init__(self, every_n_epochs: int = 10, num_images: int = 8) -> None:
         check_every_n_epochs(every_n_epochs)
-        if num_images < 1:
-            raise ValueError(f"num_images {num_images} is too few: use at least 1")
+        check_num_images(num_images)
         self.every_n_epochs, self.num_images = every_n_epochs, num_images
         self._samples: Samples | None = None
 
@@ -46,10 +45,7 @@ class Inside(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look every few epochs."""
-        epochs = trainer.current_epoch + 1
-        if self.every_n_epochs and (
-            epochs % self.every_n_epochs == 0 or epochs == trainer.max_epochs
-        ):
+        if is_due(trainer, self.every_n_epochs):
             self._look(trainer, pl_module)
 
     def _look(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

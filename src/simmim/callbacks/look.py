@@ -74,9 +74,20 @@ def fixed_samples(trainer: L.Trainer, n: int) -> Samples | None:
     size = len(loader.dataset) if loader is not None else 0  # type: ignore[arg-type]
     if loader is None or size == 0:
         return None
-    n = min(n, size)
-    samples, _ = samples_at(trainer, loader, [i * (size - 1) // max(n - 1, 1) for i in range(n)])
+    samples, _ = samples_at(trainer, loader, spread_places(size, n))
     return samples
+
+
+def spread_places(size: int, n: int) -> list[int]:
+    """Choose n places, spread evenly from the first to the last; all of them if there are fewer."""
+    n = min(n, size)
+    return [i * (size - 1) // max(n - 1, 1) for i in range(n)]
+
+
+def batch_at(trainer: L.Trainer, loader: DataLoader[Any], places: list[int]) -> Any:
+    """Read these places of a loader's data set as one batch, on the run's device."""
+    batch = loader.collate_fn([loader.dataset[i] for i in places])
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def samples_at(
@@ -88,8 +99,7 @@ def samples_at(
         The images with their validation masks, and their paths (where those are not known, their
         places).
     """
-    batch = loader.collate_fn([loader.dataset[i] for i in places])
-    batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    batch = batch_at(trainer, loader, places)
     module: Any = trainer.lightning_module
     raw, images, index = module.inputs(batch, 0)
     if not isinstance(batch, dict) or "index" not in batch:

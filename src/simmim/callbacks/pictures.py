@@ -5,6 +5,7 @@ import unicodedata
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
@@ -122,3 +123,13 @@ def _resize(pictures: Tensor, side: int) -> Tensor:
         return F.interpolate(pictures.float(), scale_factor=3 * side / size, mode="area")
     factor = max(1, round(side / size))
     return pictures.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+
+
+def fitting(text: str, font: Any, width: int) -> str:
+    """The text, or as much of it as fits; signs that cannot be shown are question marks."""
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text}…"

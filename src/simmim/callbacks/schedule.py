@@ -28,8 +28,7 @@ class EpochPictures(L.Callback, ABC):
 
     def __init__(self, every_n_epochs: int, num_images: int) -> None:
         check_every_n_epochs(every_n_epochs)
-        if num_images < 1:
-            raise ValueError(f"num_images {num_images} is too few: use at least 1")
+        check_num_images(num_images)
         self.every_n_epochs, self.num_images = every_n_epochs, num_images
         self.folder: Path | None = None
         self._drawn_at: int | None = None  # optimiser steps at the last picture
@@ -98,6 +97,18 @@ def check_every_n_epochs(every_n_epochs: int) -> None:
     """Refuse what is no number of epochs."""
     if every_n_epochs < 0:
         raise ValueError(f"every_n_epochs {every_n_epochs} is negative: use 0 to draw nothing")
+
+
+def check_num_images(num_images: int) -> None:
+    """Refuse what is no number of images."""
+    if num_images < 1:
+        raise ValueError(f"num_images {num_images} is too few: use at least 1")
+
+
+def is_due(trainer: L.Trainer, every_n_epochs: int) -> bool:
+    """Whether the epoch that ends is one of every so many, or the last; never with 0."""
+    epochs = trainer.current_epoch + 1
+    return bool(every_n_epochs) and (epochs % every_n_epochs == 0 or epochs == trainer.max_epochs)
 
 
 def show(

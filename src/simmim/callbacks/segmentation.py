@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from simmim.callbacks.look import call, evaluation_loader, undisturbed
+from simmim.callbacks.look import batch_at, call, evaluation_loader, spread_places, undisturbed
 from simmim.callbacks.pictures import BACKGROUND, GAP, INK, draw_panel
 from simmim.callbacks.reconstructions import PredictionWriter
 from simmim.callbacks.schedule import EpochPictures, save_png
@@ -117,13 +117,11 @@ def segment_samples(trainer: L.Trainer, n: int) -> list[Segmented]:
     """
     loader = evaluation_loader(trainer)
     size = len(loader.dataset) if loader is not None else 0  # type: ignore[arg-type]
-    n, found = min(n, size), []
+    found = []
     module: Any = trainer.lightning_module
-    for i in range(n):
+    for place in spread_places(size, n):
         assert loader is not None
-        sample = loader.dataset[i * (size - 1) // max(n - 1, 1)]
-        batch = trainer.strategy.batch_to_device(loader.collate_fn([sample]), dataloader_idx=0)
-        images, masks = module.inputs(batch)
+        images, masks = module.inputs(batch_at(trainer, loader, [place]))
         logits = call(trainer, module.forward, images)
         mask = masks[0].cpu()
         predicted = F.interpolate(logits.float(), mask.shape, mode="bilinear").argmax(1)[0].cpu()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from simmim.callbacks.look import is_logging_step
+from simmim.strategies import gradient_norm, is_sharding
 
 GIB = 2**30
 
@@ -51,11 +52,8 @@ class Vitals(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
     ) -> None:
         """Measure the gradients at logging steps, without waiting for the device."""
-        if is_logging_step(trainer, ahead=1):
-            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            if gradients and not any(hasattr(g, "placements") for g in gradients):
-                norm = torch.nn.utils.get_total_norm(gradients)
-                pl_module.log("train/grad_norm", norm)
+        if is_logging_step(trainer, ahead=1) and not is_sharding(trainer):
+            pl_module.log("train/grad_norm", gradient_norm(trainer, pl_module))
 
     def on_train_batch_end(
         self,

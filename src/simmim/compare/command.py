@@ -35,13 +35,13 @@ from simmim.compare.trials import (
     choose_budgets,
     open_arm,
     open_data,
-    quiet,
     read_recipe,
     train,
 )
 from simmim.configuration import read_config
 from simmim.data.classification import ClassificationData, read_labels
 from simmim.data.split import group_of
+from simmim.inner_runs import quiet
 from simmim.report import REPORT, Page, Picture, Table, Text, write_page
 from simmim.run import CONFIG, leave_run, run_of
 from simmim.weights import find_checkpoint

@@ -1,40 +1,27 @@
 """One run of a comparison: an arm, trained with some of the labels by the recipe of all arms."""
 
 import time
-from argparse import ArgumentError
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from logging import ERROR, getLogger
-from typing import Any, TypeVar, cast
-from warnings import catch_warnings, filterwarnings
+from typing import Any
 
 import lightning as L
 import numpy as np
 import numpy.typing as npt
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor
 
 from simmim.classify import Classifier
 from simmim.compare.evidence import Result
 from simmim.configuration import find_config, read_config
 from simmim.data.classification import ClassificationData
-from simmim.mistakes import word_usage_error
+from simmim.inner_runs import make, quiet
 from simmim.readout import init_head_
 
-T = TypeVar("T", bound=L.LightningModule | L.LightningDataModule)
 OF_THE_ENCODER = ("encoder", "img_size", "in_chans", "encoder_kwargs")
 OF_THE_TRAINER = ("gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches")
 ASKED = 1000  # training images that an arm is asked about to see whether it has learned them
-KNOWN = (  # warnings about what is meant
-    r"`isinstance\(treespec, LeafSpec\)`",
-    ".*does not have many workers",
-    ".*The number of training batches",
-    "GPU available but not used",
-    r".*are not in .*: left out",  # said once
-)
 
 
 @dataclass(frozen=True)
@@ -311,38 +298,3 @@ class Advance(Callback):
         """Count what was done since."""
         self.bar.update(trainer.global_step - self.seen)
         self.seen = trainer.global_step
-
-
-def make(kind: type[T], options: Mapping[str, Any]) -> T:
-    """Build a model or data from options, their types checked as on the command line.
-
-    Raises:
-        ArgumentError: If there is no such option, or it does not take the value.
-    """
-    group = "model" if issubclass(kind, L.LightningModule) else "data"
-    parser = LightningArgumentParser(exit_on_error=False)
-    parser.add_lightning_class_args(kind, group)
-    try:
-        parsed = parser.parse_object({group: dict(options)})
-    except ArgumentError as error:
-        names = [option for action in parser._actions for option in action.option_strings]
-        raise ArgumentError(None, word_usage_error(str(error), names)) from error
-    build = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its older name
-    return cast(T, build(parsed)[group])
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Leave out what Lightning says again at each of many runs."""
-    loggers = [getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    with catch_warnings():
-        for message in KNOWN:
-            filterwarnings("ignore", message)
-        for logger in loggers:
-            logger.setLevel(ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

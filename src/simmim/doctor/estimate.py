@@ -4,7 +4,6 @@ So the memory that is measured is that of training alone, and a step for which t
 memory ends that process and not the command.
 """
 
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -17,7 +16,8 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from simmim.compare.trials import make, quiet
+from simmim.callbacks.vitals import held_memory
+from simmim.inner_runs import make, quiet
 from simmim.masking import average_distance, draw_masks, random_mask, sample_keys
 from simmim.mistakes import explain
 from simmim.optim import param_groups
@@ -255,16 +255,8 @@ def _state_mb(model: SimMIM, optimizer: torch.optim.Optimizer) -> float:
 
 
 def _peak_mb(device: torch.device) -> float | None:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    if device.type != "cpu":
-        return None
-    with suppress(ImportError):  # Windows
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
-    return None
+    held = held_memory(device)
+    return None if held is None else held / 1e6
 
 
 def _device(accelerator: str) -> torch.device:

@@ -3,13 +3,12 @@
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from simmim.callbacks.pictures import BACKGROUND, INK
+from simmim.callbacks.pictures import BACKGROUND, INK, fitting
 
 SIDE, GAP, COLUMNS = 112, 8, 8  # px of a picture's longer side, between pictures; pictures in a row
 LINE, LINES, HEAD = 13, 3, 24  # px of a line, lines below a picture, px of a row's heading
@@ -45,14 +44,14 @@ def draw_sheet(rows: Sequence[Row]) -> Image.Image:
     draw, top = ImageDraw.Draw(sheet), GAP
     font, bold = ImageFont.load_default(size=10), ImageFont.load_default(size=13)
     for row, height in zip(rows, heights, strict=True):
-        heading = _fitting(row.heading, bold, width - 2 * GAP)
+        heading = fitting(row.heading, bold, width - 2 * GAP)
         draw.text((GAP, top + HEAD // 2), heading, INK, bold, anchor="lm")
         for column, tile in enumerate(row.tiles[:COLUMNS]):
             left = GAP + column * (SIDE + GAP)
             _paste(sheet, draw, tile, left, top + HEAD)
             for i, line in enumerate(_wrapped(tile.caption)):
                 at = (left, top + HEAD + SIDE + 3 + i * LINE)
-                draw.text(at, _fitting(line, font, SIDE), INK, font)
+                draw.text(at, fitting(line, font, SIDE), INK, font)
         top += height
     return sheet
 
@@ -84,13 +83,3 @@ def _wrapped(caption: str) -> list[str]:
     name, _, reason = caption.partition("\n")
     name = name if len(name) <= 20 else f"…{name[-19:]}"
     return [name, *textwrap.wrap(reason, 22, max_lines=LINES, placeholder=" …")]
-
-
-def _fitting(text: str, font: Any, width: int) -> str:
-    """The text, or as much of it as fits; signs that cannot be shown are question marks."""
-    text = "".join(c if c.isprintable() else "?" for c in text)
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(f"{text}…") > width:
-        text = text[:-1]
-    return f"{text}…"

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from simmim.callbacks.pictures import BACKGROUND, INK, to_rgb
+from simmim.callbacks.pictures import BACKGROUND, INK, fitting, to_rgb
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -183,7 +183,7 @@ def draw_neighbours(rows: Sequence[Sequence[Tile]]) -> Image.Image:
                 draw.rectangle(box, outline=RIGHT if tile.agrees else WRONG, width=2)
             for i, line in enumerate(tile.caption.split("\n")):
                 middle = (left + width // 2, top + height + i * LINE + LINE // 2 + 3)
-                draw.text(middle, _fitting(line, font, width), INK, font, anchor="mm")
+                draw.text(middle, fitting(line, font, width), INK, font, anchor="mm")
     x = GAP + across
     draw.line((x, GAP, x, panel.height - 2 * GAP), fill=(200, 200, 200))
     return panel
@@ -238,13 +238,3 @@ def _enlarged(picture: Tensor) -> Image.Image:
         return image.resize(size, Image.Resampling.NEAREST)
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     return image
-
-
-def _fitting(text: str, font: Any, width: int) -> str:
-    """The text, or as much of it as fits."""
-    text = "".join(c if c.isprintable() else "?" for c in text)
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(f"{text}…") > width:
-        text = text[:-1]
-    return f"{text}…"

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from simmim.checkpoints import UNFINISHED
+
 POINTS = 800  # of a curve; more are averaged in groups
-UNFINISHED = ".tmp"
 
 
 @dataclass(frozen=True)
