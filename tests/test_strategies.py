@@ -190,7 +190,6 @@ def test_a_folder_of_shards_is_replaced_and_put_back(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="kills a session of processes")
-@pytest.mark.skip(reason="it ended once in a crash inside torch: not settled")
 def test_a_run_in_shards_that_is_killed_goes_on(
     tmp_path: Path, make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

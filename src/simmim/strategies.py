@@ -5,6 +5,7 @@ and write one file, or a folder of shards that a kill in the middle of writing l
 """
 
 import shutil
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +13,12 @@ from typing import Any, cast
 import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer, _init_optimizers_and_lr_schedulers
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import (
+    FSDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+    StrategyRegistry,
+)
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -97,7 +103,37 @@ def gradient_norm(trainer: L.Trainer, module: nn.Module) -> Tensor:
     return norm
 
 
-class FullyShard(ModelParallelStrategy):
+class _Checkpoints(ParallelStrategy):
+    """What both do alike with checkpoints; it stands before Lightning's class."""
+
+    @abstractmethod
+    def in_shards(self) -> bool:
+        """Whether checkpoints are folders of shards."""
+
+    @abstractmethod
+    def load_whole(self, checkpoint: dict[str, Any]) -> None:
+        """Take weights and optimiser state out of a checkpoint that is one file."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+    ) -> None:
+        """Save a checkpoint: one file, or a folder of shards."""
+        _save(self, super().save_checkpoint, checkpoint, filepath, in_shards=self.in_shards())
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load a checkpoint of any strategy, from any number of processes."""
+        path = Path(self.broadcast(str(checkpoint_path)))
+        if is_sharded(path):
+            safe_metadata(path)
+            return super().load_checkpoint(path, weights_only=True)
+        checkpoint = _read(path)
+        self.load_whole(checkpoint)
+        return checkpoint
+
+
+class FullyShard(_Checkpoints, ModelParallelStrategy):
     """Lightning's ModelParallelStrategy, with every process on its own share of the images.
 
     It is torch's newer way (`fully_shard`), and runs on CPUs as well.
@@ -133,32 +169,21 @@ class FullyShard(ModelParallelStrategy):
         state = get_optimizer_state_dict(self.model, _plain(optimizer), options=options)
         return by_position(state) if whole and self.global_rank == 0 else state
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
-    ) -> None:
-        """Save a checkpoint: one file, or a folder of shards."""
-        save = super().save_checkpoint
-        _save(self, save, checkpoint, filepath, in_shards=self._save_distributed_checkpoint)
+    def in_shards(self) -> bool:
+        """Whether checkpoints are folders of shards."""
+        return self._save_distributed_checkpoint
 
-    def load_checkpoint(
-        self, checkpoint_path: str | Path, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Load a checkpoint of any strategy, from any number of processes."""
-        path = Path(self.broadcast(str(checkpoint_path)))
-        if is_sharded(path):
-            safe_metadata(path)
-            return super().load_checkpoint(path, weights_only=True)
-        checkpoint = _read(path)
+    def load_whole(self, checkpoint: dict[str, Any]) -> None:
+        """Take weights and optimiser state out of a checkpoint that is one file."""
         options = StateDictOptions(full_state_dict=True)
         assert self.model is not None
         set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
         for optimizer, state in _states(self, checkpoint):
             named = by_name(state, self.model, optimizer)
             set_optimizer_state_dict(self.model, optimizer, named, options=options)
-        return checkpoint
 
 
-class FSDP(FSDPStrategy):
+class FSDP(_Checkpoints, FSDPStrategy):
     """Lightning's FSDPStrategy, which clips by the norm and keeps the parameter groups.
 
     Args:
@@ -197,22 +222,12 @@ class FSDP(FSDPStrategy):
             state = FullyShardedDataParallel.optim_state_dict(self.model, _plain(optimizer))
         return by_position(state) if self.global_rank == 0 else state
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
-    ) -> None:
-        """Save a checkpoint: one file, or a folder of shards."""
-        save = super().save_checkpoint
-        _save(self, save, checkpoint, filepath, in_shards=self._state_dict_type == "sharded")
+    def in_shards(self) -> bool:
+        """Whether checkpoints are folders of shards."""
+        return self._state_dict_type == "sharded"
 
-    def load_checkpoint(
-        self, checkpoint_path: str | Path, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Load a checkpoint of any strategy, from any number of processes."""
-        path = Path(self.broadcast(str(checkpoint_path)))
-        if is_sharded(path):
-            safe_metadata(path)
-            return super().load_checkpoint(path, weights_only=True)
-        checkpoint = _read(path)
+    def load_whole(self, checkpoint: dict[str, Any]) -> None:
+        """Take weights and optimiser state out of a checkpoint that is one file."""
         assert self.model is not None
         with _full_state(self.model, rank0_only=False):
             self.model.load_state_dict(checkpoint.pop("state_dict"))
@@ -222,7 +237,6 @@ class FSDP(FSDPStrategy):
                     self.model, optimizer, named
                 )
                 optimizer.load_state_dict(flat)
-        return checkpoint
 
 
 StrategyRegistry.register("fully_shard", FullyShard, "Weights in shards (fully_shard)")
@@ -278,7 +292,7 @@ def _states(
 
 
 def _save(
-    strategy: FSDPStrategy | ModelParallelStrategy,
+    strategy: ParallelStrategy,
     save: Callable[[dict[str, Any], Path], None],
     checkpoint: dict[str, Any],
     filepath: str | Path,
