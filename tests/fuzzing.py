@@ -357,9 +357,8 @@ def _limit_time() -> None:
 
 def _peak_memory() -> int:
     """The most that this process has had, in MB."""
-    if sys.platform == "win32":
-        return 0
-    import resource
+    import torch
 
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
+    from simmim.callbacks.vitals import held_memory
+
+    return (held_memory(torch.device("cpu")) or 0) // 2**20  # not known on Windows

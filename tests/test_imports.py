@@ -40,7 +40,7 @@ MAY_IMPORT = {
     **{area: METHOD | SHARED | TASKS for area in TASKS},
     "strategies": {"checkpoints", "weights"},
     "data": {"data", "masking"},
-    "report": RUNS | REPORT,
+    "report": RUNS | REPORT | {"scores"},
     **{area: METHOD | SHARED | TASKS | {"data"} for area in COMMANDS},
     "compare": METHOD | SHARED | TASKS | RUNS | REPORT | {"data"},
     "doctor": METHOD | SHARED | TASKS | RUNS | REPORT | {"data"},

@@ -94,7 +94,8 @@ def test_a_sweep_is_run(
         "--trainer.enable_progress_bar=false",
     ]
     environment = {
-        **os.environ,
+        # Without the address of a W&B service that another test here has begun and ended.
+        **{k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"},
         "WANDB_MODE": "offline",
         "WANDB_SWEEP_ID": "local",
         "PYTHONPATH": str(Path(simmim.__file__).parents[1]),

@@ -128,3 +128,8 @@ def balanced_weights(counts: Sequence[int], *, multi_label: bool, images: int) -
     """
     n = torch.tensor(list(counts)).clamp_min(1)
     return (images - n).clamp_min(1) / n if multi_label else images / (len(n) * n)
+
+
+def less_is_better(name: str) -> bool:
+    """Whether a metric of this name is a loss or an error."""
+    return name.endswith(("loss", "error"))

@@ -48,19 +48,21 @@ class Throughput(L.Callback):
         batch_idx: int,
     ) -> None:
         """Count the images, and log at the end of a window."""
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        logs = is_logging_step(trainer) and stepped
+        if logs:
+            batch_size = images_in(batch) * trainer.world_size * trainer.accumulate_grad_batches
+            pl_module.log("throughput/batch_size", float(batch_size), rank_zero_only=True)
         if self._since is None:  # resumed in the middle of an epoch
             self._since = time.perf_counter()
             return
         self._images += images_in(batch) * trainer.world_size
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if is_logging_step(trainer) and stepped:
+        if logs:
             self._pause()
             speed = self._images / max(self._seconds, 1e-9)
             waited = min(self._waited / max(self._seconds, 1e-9), 1.0)
-            batch_size = images_in(batch) * trainer.world_size * trainer.accumulate_grad_batches
             pl_module.log("throughput/images_per_s", speed, rank_zero_only=True)
             pl_module.log("throughput/data_wait", waited, rank_zero_only=True)
-            pl_module.log("throughput/batch_size", float(batch_size), rank_zero_only=True)
             self._images, self._seconds, self._waited = 0, 0.0, 0.0
             self._since = time.perf_counter()
 

@@ -1,6 +1,8 @@
 """Whether a run is healthy and worth going on: gap, best scores, gradients, memory."""
 
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor
 
 from simmim.callbacks.look import is_logging_step
+from simmim.scores import less_is_better
 from simmim.strategies import gradient_norm, is_sharding
 
 GIB = 2**30
@@ -20,8 +23,8 @@ class Vitals(L.Callback):
     `memory/max_gib` (the most that this run has held so far: of the GPU, or of the process on a
     CPU). At the end of an epoch with a validation `gap/loss`: val/loss less the mean of train/loss
     over the epoch, which says something where both are the same loss (mixup, label smoothing and
-    crops make the training one larger). And `best/NAME` of each val/NAME, the least loss and the
-    greatest of anything else, over the whole run, also where it was interrupted: a board's
+    crops make the training one larger). And `best/NAME` of each val/NAME, the least loss or error
+    and the greatest of anything else, over the whole run, also where it was interrupted: a board's
     summary shows the last value of each curve, and so the last score and the best.
     """
 
@@ -30,14 +33,29 @@ class Vitals(L.Callback):
         self._loss: Tensor | None = None  # summed over the epoch's batches, on the device
         self._batches = 0
         self._validated = False
+        self._trainer: L.Trainer | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep the best scores."""
-        return {"best": self.best}
+        """Keep the best scores, and the epoch's losses so far."""
+        losses = self._loss
+        if losses is not None:  # every process has its own, and one of them writes
+            assert self._trainer is not None
+            losses = self._trainer.strategy.all_gather(losses).flatten().cpu()
+        epoch = {"losses": losses, "batches": self._batches, "validated": self._validated}
+        return {"best": self.best, "epoch": epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the best scores."""
-        self.best = dict(state_dict["best"])
+        """Go on with the best scores, and in the middle of an epoch with its losses."""
+        self.best, epoch = dict(state_dict["best"]), state_dict["epoch"]
+        self._batches, self._validated = epoch["batches"], epoch["validated"]
+        if (losses := epoch["losses"]) is not None:
+            assert self._trainer is not None
+            same = len(losses) == self._trainer.world_size
+            self._loss = losses[self._trainer.global_rank] if same else losses.mean()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Know the processes, before their state is read."""
+        self._trainer = trainer
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin anew."""
@@ -68,7 +86,7 @@ class Vitals(L.Callback):
         several = len(getattr(pl_module, "heads", ())) > 1  # whose losses are added up
         if isinstance(loss, Tensor) and not several:
             loss = loss.detach() * trainer.accumulate_grad_batches  # Lightning has divided it
-            self._loss = loss if self._loss is None else self._loss + loss
+            self._loss = loss if self._loss is None else self._loss.to(loss) + loss
             self._batches += 1
         if is_logging_step(trainer) and (memory := held_memory(pl_module.device)) is not None:
             pl_module.log("memory/max_gib", memory / GIB, rank_zero_only=True)
@@ -85,7 +103,7 @@ class Vitals(L.Callback):
         for name, value in scores.items():
             if name.removeprefix("val/") in ("avg_dist",):  # says how hard the masks are
                 continue
-            better = min if name.endswith("loss") else max
+            better = min if less_is_better(name) else max
             key = name.replace("val/", "best/", 1)
             self.best[key] = better(self.best.get(key, value), value)
         pl_module.log_dict(self.best, sync_dist=False, rank_zero_only=True)
@@ -100,6 +118,10 @@ def held_memory(device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device)
     if device.type != "cpu" or sys.platform == "win32":  # Windows has no such gauge in Python
         return None
+    with suppress(OSError):  # Linux; getrusage would count what the process that began it had
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

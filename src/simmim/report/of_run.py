@@ -4,7 +4,6 @@ import csv
 import math
 import os
 import platform
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ import yaml
 from simmim.checkpoints import CHECKPOINTS, LAST
 from simmim.report.page import Curve, Curves, Flow, Page, Part, Picture, Table, Text, write_page
 from simmim.run import CONFIG
+from simmim.scores import less_is_better
 
 REPORT = "report.html"
 PANELS = 12  # pictures of a series; of more, as many are taken evenly
@@ -29,13 +29,12 @@ TOGETHER = {
     "loss": ("train/loss", "val/loss"),
     "gap: val/loss - train/loss": ("gap",),
     "top-1 accuracy on frozen features": ("val/knn_top1", "val/probe_top1"),
-    "accuracy": ("val/top1", "val/top5", "val/balanced_accuracy"),
+    "accuracy": ("val/top1", "val/top5", "val/top1_balanced"),
     "overlap and precision": ("val/miou", "val/map", "val/map_50"),
     "learning rate": ("lr",),
     "images per second": ("throughput/images_per_s",),
 }
 IN_SHORT = ("val/loss", "val/knn_top1", "val/probe_top1", "val/top1", "val/miou", "val/map")
-LESS_IS_BETTER = re.compile("loss|error")
 
 Rows = Mapping[str, tuple[list[float], list[float]]]  # metric -> steps, values
 
@@ -97,7 +96,7 @@ def best_and_last(metrics: Rows) -> list[tuple[str, float, float, int, float]]:
     for name, (steps, values) in metrics.items():
         if not name.startswith("val/") or name == "val/avg_dist":
             continue
-        choose = min if LESS_IS_BETTER.search(name) else max
+        choose = min if less_is_better(name) else max
         best = choose(range(len(values)), key=values.__getitem__)
         rows.append((name, values[0], values[best], int(steps[best]), values[-1]))
     return rows

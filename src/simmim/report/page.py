@@ -105,8 +105,12 @@ def write_page(page: Page, path: Path) -> Path:
         body.append("</section>")
     text = _PAGE.format(title=escape(page.title), style=_STYLE, body="\n".join(body), script=_JS)
     beside = path.with_name(f".{path.name}{UNFINISHED}")
-    beside.write_text(text, encoding="utf-8")
-    return beside.replace(path)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        return beside.replace(path)
+    except OSError:  # a full disk
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def _html(part: Part) -> str:
