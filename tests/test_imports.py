@@ -28,6 +28,7 @@ SHARED = {
     "rcnn",
     "average_precision",
     "strategies",
+    "recipe",
 }
 COMMANDS = {"embed", "export", "compare", "doctor", "benchmark"}
 REPORT = {"report", "checkpoints"}  # from what lies in a run's folder; knows no task
@@ -72,7 +73,8 @@ def test_imports_follow_the_data(path: Path) -> None:
 def test_method_files_stay_small_enough_to_read() -> None:
     for name in METHOD | {"pretrain"}:
         lines = len((SRC / f"{name}.py").read_text().splitlines())
-        assert lines < 520, f"{name}.py has {lines} lines"
+        most = 250 if name == "pretrain" else 480  # it is the page to begin with
+        assert lines < most, f"{name}.py has {lines} lines"
 
 
 def test_importing_simmim_does_not_import_torch() -> None:

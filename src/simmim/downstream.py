@@ -1,32 +1,25 @@
 """What the tasks on an encoder do alike: what they take, and how what is on it is trained."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self
 
 import lightning as L
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
 from simmim.optim import param_groups
-from simmim.strategies import shard
 from simmim.training import (
     MovingAverage,
+    Trainable,
     imagenet_statistics,
-    normalize,
     optimizer_and_schedule,
-    optimizer_from,
-    optimizer_spec,
-    seed_step,
 )
 from simmim.transfer import Backbone
-from simmim.weights.files import load_safely
 
 
-class Downstream(L.LightningModule):
+class Downstream(Trainable):
     """An encoder with something on it that is trained for a task.
 
     A task's `__init__` keeps its options, sets `frozen`, `seed`, `optimizer` and `trust`, calls
@@ -44,17 +37,6 @@ class Downstream(L.LightningModule):
     UNTRAINED: ClassVar[str]
 
     frozen: bool
-    seed: int
-    optimizer: OptimizerCallable
-    trust: bool
-    mean: Tensor
-    std: Tensor
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """Open a checkpoint as Lightning does, but run no code in it, by path and by URL alike."""
-        load = super().load_from_checkpoint
-        return load_safely(load, checkpoint_path, *args, **kwargs)
 
     # The encoder -------------------------------------------------------------------------------
 
@@ -89,15 +71,6 @@ class Downstream(L.LightningModule):
         if self.frozen:
             self.encoder.eval()
         return self
-
-    def normalize(self, raw: Tensor) -> Tensor:
-        """Turn uint8, or float in 0..1, into what the encoder sees: zero mean, unit variance."""
-        return normalize(raw, self.mean, self.std)
-
-    def set_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Set the mean and standard deviation of each channel, for pixels in 0..1."""
-        self.mean.copy_(torch.tensor(mean).view_as(self.mean))
-        self.std.copy_(torch.tensor(std).view_as(self.std))
 
     def take_statistics(self, data: Any) -> None:
         """Take the data's pixel statistics, where the weights have none of their own."""
@@ -148,18 +121,10 @@ class Downstream(L.LightningModule):
         hp = self.hparams
         return param_groups(self, hp["weight_decay"], layer_decay=hp["layer_decay"])
 
-    def configure_model(self) -> None:
-        """Share the weights out, where the strategy does."""
-        shard(self)
-
     def configure_callbacks(self) -> list[L.Callback]:
         """Average the weights, if asked."""
         decay = self.hparams.get("ema_decay")
         return [MovingAverage(decay=decay)] if decay else []
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed what is drawn from the step, so that a resumed run draws the same."""
-        seed_step(self, self.seed, batch_idx)
 
     # Trained or not ----------------------------------------------------------------------------
 
@@ -190,16 +155,14 @@ class Downstream(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep classes, origin and the optimiser's name and options as plain values."""
-        optimizer = cast(Optimizer, self.optimizers(use_pl_optimizer=False))
-        checkpoint["optimizer_spec"] = optimizer_spec(optimizer)
+        super().on_save_checkpoint(checkpoint)
         checkpoint["classes"], checkpoint["origin"] = self.classes, self.origin
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the optimiser that the file has; a task has built its heads before."""
         self.origin = checkpoint.get("origin", self.origin)
         self.head_is_trained = self.has_statistics = True
-        if spec := checkpoint.get("optimizer_spec"):
-            self.optimizer = optimizer_from(spec, trust=self.trust)
+        super().on_load_checkpoint(checkpoint)
 
 
 def check_training(hparams: Mapping[str, Any], probe: str = "") -> None:

@@ -1,10 +1,10 @@
-"""What the tasks do alike: normalisation, optimiser, schedule, seeds, kept values."""
+"""What the tasks do alike: normalisation, optimiser, schedule, seeds, checkpoints."""
 
 import warnings
 from collections.abc import Sequence
 from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, Self, cast
 
 import lightning as L
 import numpy as np
@@ -20,6 +20,59 @@ from torch.optim import Optimizer
 
 from simmim.optim import Compat, LayerRow, Schedule, scaled_lr
 from simmim.parts import find_part
+from simmim.strategies import shard
+from simmim.weights.files import load_safely
+
+
+class Trainable(L.LightningModule):
+    """What is alike in every model that is trained here; a constructor sets what it says.
+
+    Attributes:
+        mean: Of each channel of pixels in 0..1, (1, C, 1, 1).
+        std: Likewise, their standard deviation.
+        optimizer: Makes the optimiser from parameter groups.
+        seed: Of what is drawn in a step.
+        trust: Whether a checkpoint may name an optimiser from outside torch and timm.
+    """
+
+    mean: Tensor
+    std: Tensor
+    optimizer: OptimizerCallable
+    seed: int
+    trust: bool
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Open a checkpoint as Lightning does, but run no code in it, by path and by URL alike."""
+        load = super().load_from_checkpoint
+        return load_safely(load, checkpoint_path, *args, **kwargs)
+
+    def normalize(self, raw: Tensor) -> Tensor:
+        """Turn uint8, or float in 0..1, into what the encoder sees: zero mean, unit variance."""
+        return normalize(raw, self.mean, self.std)
+
+    def set_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Set the mean and standard deviation of each channel, for pixels in 0..1."""
+        self.mean.copy_(torch.tensor(mean).view_as(self.mean))
+        self.std.copy_(torch.tensor(std).view_as(self.std))
+
+    def configure_model(self) -> None:
+        """Share the weights out, where the strategy does."""
+        shard(self)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed what is drawn from the step, so that a resumed run draws the same."""
+        torch.manual_seed(seed_of(self.seed, self.global_step, batch_idx, self.global_rank))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the optimiser's name and options as plain values, so that the file opens safely."""
+        optimizer = cast(Optimizer, self.optimizers(use_pl_optimizer=False))
+        checkpoint["optimizer_spec"] = optimizer_spec(optimizer)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the optimiser that the checkpoint was made with."""
+        if spec := checkpoint.get("optimizer_spec"):
+            self.optimizer = optimizer_from(spec, trust=self.trust)
 
 
 def imagenet_statistics(in_chans: int) -> tuple[list[float], list[float]]:
@@ -39,11 +92,6 @@ def normalize(raw: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def seed_of(*place: int) -> int:
     """Mix numbers (seed, step, rank, ...) into one seed of 32 bits."""
     return int(np.random.SeedSequence(place).generate_state(1)[0])
-
-
-def seed_step(module: L.LightningModule, seed: int, batch_idx: int) -> None:
-    """Seed dropout and drop path from the step, so that a resumed run draws the same."""
-    torch.manual_seed(seed_of(seed, module.global_step, batch_idx, module.global_rank))
 
 
 def global_batch_size(trainer: L.Trainer) -> int:

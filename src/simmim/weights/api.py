@@ -19,8 +19,9 @@ from simmim.weights.resize import Resize
 from simmim.weights.shards import is_sharded, read_sharded
 from simmim.weights.sources import build_encoder, open_weights
 
-if TYPE_CHECKING:  # pretrain imports this module
+if TYPE_CHECKING:  # they import this module
     from simmim.pretrain import SimMIM
+    from simmim.recipe import Recipe
 
 
 def load_encoder(path: str | Path, *, resize: Resize = "official", **timm_kwargs: Any) -> nn.Module:
@@ -131,7 +132,7 @@ def load_official(
     return model
 
 
-def load_weights(model: "SimMIM", source: str | Path, resize: Resize = "official") -> Report:
+def load_weights(model: "Recipe", source: str | Path, resize: Resize = "official") -> Report:
     """Load weights to go on from, as `--model.weights` does.
 
     Args:
@@ -196,7 +197,7 @@ def _write(checkpoint: Mapping[str, Any], out: Path) -> None:
     os.replace(part, out)
 
 
-def _places(model: "SimMIM") -> dict[str, Tensor]:
+def _places(model: "Recipe") -> dict[str, Tensor]:
     """The tensors of encoder and head, by name."""
     state = model.state_dict()
     return {n: t for n, t in state.items() if n.startswith((MODEL, HEAD)) or n == TOKEN}
