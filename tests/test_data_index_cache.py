@@ -23,6 +23,7 @@ from simmim.data.index_cache import read_index
 from simmim.data.layout import read_parts
 from simmim.data.mapped import MappedTensor, cache_folder
 from simmim.data.transforms import CenterCrop
+from simmim.durable import beside
 
 
 @pytest.fixture(autouse=True)
@@ -346,10 +347,8 @@ def test_what_nobody_uses_is_deleted(root: Path) -> None:
     folder = cache_folder()
     assert folder is not None
     folder.mkdir(parents=True, exist_ok=True)
-    old, new, half = (
-        folder / f"index-{name}"
-        for name in ("1.safetensors", "2.safetensors", "3.safetensors.x.partial")
-    )
+    old, new = (folder / f"index-{i}.safetensors" for i in (1, 2))
+    half = beside(folder / "index-3.safetensors")
     for file, days in ((old, 100), (new, 80), (half, 2)):
         file.touch()
         os.utime(file, (time.time() - days * 86400,) * 2)

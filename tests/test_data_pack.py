@@ -252,7 +252,7 @@ def test_killed_it_goes_on_with_the_next_shard(tmp_path: Path) -> None:
     )
     assert (out / "images-00000.arrow").stat().st_ino == first.st_ino
     assert contents(out) == contents(packed(root, "whole", **options))
-    assert not list(out.glob("*.partial"))
+    assert not list(out.glob(".*.unfinished"))
 
 
 def test_what_is_packed_is_not_packed_again(root: Path) -> None:

@@ -109,7 +109,7 @@ def test_npz_holds_every_image_once_in_order(
     assert content["labels"].tolist() == ["ab".index(path.split("/")[1]) for path in paths]
     expected = features_by_hand(load_encoder(weights), [root / path for path in paths])
     torch.testing.assert_close(torch.from_numpy(content["features"]), expected)
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.unfinished"))
 
 
 def test_parquet_holds_the_same(tmp_path: Path, weights: str, folder: Path) -> None:

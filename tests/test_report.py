@@ -11,8 +11,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from simmim.checkpoints import UNFINISHED
 from simmim.cli import main
+from simmim.durable import UNFINISHED
 from simmim.report import (
     REPORT,
     Curve,

@@ -18,8 +18,9 @@ import yaml
 from PIL import Image
 
 from simmim import load_encoder
-from simmim.checkpoints import BEFORE, UNFINISHED, put_in_place, there_is
+from simmim.checkpoints import BEFORE, put_in_place, there_is
 from simmim.cli import main
+from simmim.durable import UNFINISHED
 from simmim.pretrain import SimMIM
 from simmim.run import clean_up
 from simmim.strategies import FullyShard

@@ -1,6 +1,5 @@
 """When a run's state is saved, how it is written, and how a run stops where it can go on."""
 
-import errno
 import os
 import shutil
 import signal
@@ -20,13 +19,13 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from simmim.durable import sync_folder, written_whole
 from simmim.mistakes import FULL
 from simmim.weights.shards import is_sharded, read_sharded
 
 CHECKPOINTS = "checkpoints"
 LAST = "last.ckpt"
-UNFINISHED = ".unfinished"  # what a file's name ends with while it is being written
-BEFORE = ".before"  # what that of an earlier folder ends with while a later one takes its place
+BEFORE = ".before"  # what an earlier folder's name ends with while a later one takes its place
 
 NOTHING, SAVE, STOP, REQUEUE = range(4)  # what is to be done before the next step
 
@@ -199,11 +198,7 @@ def best_checkpoint(folder: Path, monitor: str, mode: str) -> ModelCheckpoint:
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
-    """Write a checkpoint beside its place, and put it there when it is safely on the disk.
-
-    Whatever happens meanwhile (kill -9, a full disk, a power cut), the file under the final name
-    is whole: the earlier one or the new one.
-    """
+    """Write a checkpoint such that it is whole, or the earlier one."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
@@ -216,21 +211,13 @@ class DurableCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):  # a remote store has no rename
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
         try:
-            with beside.open("wb") as file:
+            with written_whole(Path(path)) as part, part.open("wb") as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        except BaseException as error:
-            beside.unlink(missing_ok=True)
+        except Exception as error:
             if full := _full_disk(error):
                 raise OSError(full.errno, "no room for a checkpoint", str(path)) from error
             raise
-        _sync_folder(path.parent)
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load a checkpoint; one in shards is put together."""
@@ -250,7 +237,7 @@ def put_in_place(beside: Path, path: Path) -> None:
     if path.exists():
         path.rename(before)
     beside.rename(path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     remove(before)
 
 
@@ -268,27 +255,8 @@ def remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def sync(path: Path) -> None:
-    """See that a file is on the disk."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
 def _full_disk(error: BaseException | None) -> OSError | None:
     """The error that says so: torch raises one of its own on top of it."""
     while error is not None and not (isinstance(error, OSError) and error.errno in FULL):
         error = error.__context__
     return error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut (Windows cannot open folders, and need not)."""
-    with suppress(PermissionError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems
-                raise
-        finally:
-            os.close(descriptor)

@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from simmim.checkpoints import UNFINISHED
+from simmim.durable import written_whole
 from simmim.mistakes import one_line
 
 PROJECT = "simmim"  # on the board, where WANDB_PROJECT says no other
@@ -128,12 +128,13 @@ class _Table:
             return list(csv.DictReader(file))
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
-        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}{UNFINISHED}")
-        with beside.open("w", newline="", encoding="utf-8") as file:
+        with (
+            written_whole(self.path) as part,
+            part.open("w", newline="", encoding="utf-8") as file,
+        ):
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(rows)
-        beside.replace(self.path)
 
 
 def _is_before(row: Mapping[str, str | None], step: int | None) -> bool:

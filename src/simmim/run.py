@@ -18,8 +18,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 
-from simmim.checkpoints import BEFORE, CHECKPOINTS, LAST, UNFINISHED, remove, there_is
+from simmim.checkpoints import BEFORE, CHECKPOINTS, LAST, remove, there_is
 from simmim.configuration import read_config
+from simmim.durable import UNFINISHED, write_whole
 
 CONFIG = "config.yaml"
 SLURM_JOB = ".slurm_job"  # the job that works on a run
@@ -250,9 +251,7 @@ class KeepConfig(Callback):
     @rank_zero_only
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write it once the data are known to be there."""
-        beside = self.folder / f".{CONFIG}{UNFINISHED}"
-        beside.write_text(yaml.safe_dump(self.config, sort_keys=False), encoding="utf-8")
-        beside.replace(self.folder / CONFIG)
+        write_whole(self.folder / CONFIG, yaml.safe_dump(self.config, sort_keys=False))
         if self.job:
             (self.folder / SLURM_JOB).write_text(self.job, encoding="utf-8")
         for logger in trainer.loggers:

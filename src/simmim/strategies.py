@@ -39,7 +39,8 @@ from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from simmim.checkpoints import UNFINISHED, put_in_place, sync
+from simmim.checkpoints import put_in_place
+from simmim.durable import UNFINISHED, sync
 from simmim.weights.shards import META, by_position, is_sharded, safe_metadata
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from simmim import __version__
-from simmim.data.shards import write_beside
 from simmim.data.workers import cpu_count
+from simmim.durable import write_whole
 
 PACKAGES = ("torch", "torchvision", "lightning", "timm", "numpy", "pillow", "simplejpeg")
 
@@ -59,7 +59,7 @@ def write_record(out: str | None, figures: Mapping[str, Any]) -> str:
     if out is None:
         return ""
     text = json.dumps({**circumstances(), **figures}, indent=1)
-    write_beside(Path(out), text.encode())
+    write_whole(Path(out), text)
     return f"{out}: these figures"
 
 

@@ -11,6 +11,7 @@ import yaml
 
 from simmim.compare.evidence import Result
 from simmim.configuration import differences, read_config
+from simmim.durable import write_whole
 from simmim.run import CONFIG, new_run
 
 RESULTS, CORRECT = "results.csv", "correct"
@@ -44,9 +45,7 @@ def open_folder(out: str | None, settings: Mapping[str, Any]) -> Path:
     for group in [group for group in plain if group in kept]:
         _check_same(folder, group, plain[group], kept[group])
     (folder / CORRECT).mkdir(parents=True, exist_ok=True)
-    beside = folder / f".{CONFIG}"
-    beside.write_text(yaml.safe_dump({**kept, **plain}, sort_keys=False), encoding="utf-8")
-    beside.replace(folder / CONFIG)
+    write_whole(folder / CONFIG, yaml.safe_dump({**kept, **plain}, sort_keys=False))
     return folder
 
 
@@ -77,7 +76,7 @@ def read_results(folder: Path, images: int) -> dict[Key, Result]:
         return {}
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     if not lines[-1].endswith("\n"):  # a row that a crash cut off
-        path.write_text("".join(lines[:-1]), encoding="utf-8")
+        write_whole(path, "".join(lines[:-1]))
         lines.pop()
     found: dict[Key, Result] = {}
     for row in csv.DictReader(lines):

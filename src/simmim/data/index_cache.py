@@ -41,6 +41,7 @@ from simmim.data.index import (
     warn_of_refused,
 )
 from simmim.data.mapped import as_array, cache_folder, open_tensors, write_tensors
+from simmim.durable import UNFINISHED
 
 VERSION = 1
 WORTH = 10_000  # files; fewer are read, and split, in less than a second
@@ -209,10 +210,11 @@ def _stamps(paths: Sequence[str], chunk: int = 256) -> npt.NDArray[np.int64]:
 
 def _forget(cache: Path) -> None:
     """Delete what nobody used for long, and what was never finished."""
-    for file in (*cache.glob("index-*.safetensors*"), *cache.glob("split-*.safetensors*")):
+    unfinished = cache.glob(f".*{UNFINISHED}")
+    for file in (*cache.glob("index-*"), *cache.glob("split-*"), *unfinished):
         with suppress(OSError):  # another process was quicker, or still has it open (Windows)
             days = (time.time() - file.stat().st_mtime) / 86400
-            if days > (1 if file.suffix == ".partial" else DAYS):
+            if days > (1 if file.suffix == UNFINISHED else DAYS):
                 file.unlink()
 
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +19,8 @@ from platformdirs import user_cache_path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from simmim.durable import written_whole
 
 PLACE = "SIMMIM_CACHE"  # where the cache lies; off: there is none
 
@@ -78,16 +79,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: dict[str, st
     Returns:
         Whether it is there: a disk that is full or must not be written to is no error.
     """
-    beside = path.with_name(f"{path.name}.{uuid4().hex}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(tensors), beside, notes)
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())  # after a power cut: the old file or the new one, not zeros
-        beside.replace(path)
+        with written_whole(path) as part:
+            save_file(dict(tensors), part, notes)
     except (OSError, SafetensorError):
-        with suppress(OSError):
-            beside.unlink()
         return False
     return True
 

@@ -34,9 +34,9 @@ from simmim.data.shards import (
     Shard,
     check_pyarrow,
     is_packed,
-    write_beside,
 )
 from simmim.data.workers import cpu_count
+from simmim.durable import UNFINISHED, beside, sync, write_whole
 
 BATCH_BYTES = 16 * 2**20  # of a record batch: what other tools read at once
 SAMPLE = 32  # images that the size of all is estimated from
@@ -275,7 +275,7 @@ def _begin(
                 )
         if packed.source != source:
             raise ValueError(f"{folder} was packed from other files: use another --out")
-        for leftover in folder.glob("*.partial"):
+        for leftover in folder.glob(f".*{UNFINISHED}"):
             leftover.unlink(missing_ok=True)
         return packed
     packed = Packed(options, source, parts)
@@ -368,7 +368,7 @@ def _write(
         for place, reason in packed.parts[name].bad.items()
     ]
     if lines:
-        write_beside(folder / BAD_FILES, "".join(lines).encode())
+        write_whole(folder / BAD_FILES, "".join(lines))
     packed.complete = True
     packed.save(folder)
 
@@ -446,10 +446,9 @@ class ShardWriter:
         self._flush()
         if self._file is not None:
             self._arrow.close()
-            self._file.flush()
-            os.fsync(self._file.fileno())
             size = self._file.tell()
             self._file.close()
+            sync(self._beside)
             name = self.part.shard_file(len(self.part.shards))
             self._beside.replace(self.folder / name)
             self.part.shards.append(Shard(name, self._rows, size, self._kept))
@@ -477,7 +476,7 @@ class ShardWriter:
             return
         if self._file is None:
             name = self.part.shard_file(len(self.part.shards))
-            self._beside = self.folder / f"{name}.{os.getpid()}.partial"
+            self._beside = beside(self.folder / name)
             self._file = self._beside.open("wb")
             self._arrow = pa.ipc.new_file(self._file, self.schema)
         # A name may be no text on Linux; other tools get the bytes that there are.
@@ -517,7 +516,7 @@ def _write_index(folder: Path, part: PackedPart, files: FileIndex) -> None:
     table, stream = pa.table(columns), pa.BufferOutputStream()
     with pa.ipc.new_file(stream, table.schema) as writer:
         writer.write_table(table)
-    write_beside(folder / part.index_file, stream.getvalue())
+    write_whole(folder / part.index_file, stream.getvalue())
 
 
 def _report(out: str, packed: Packed) -> str:

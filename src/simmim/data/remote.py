@@ -12,13 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from fsspec.callbacks import Callback
 from fsspec.core import url_to_fs
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from simmim.data.shards import FILE, Packed, write_beside
+from simmim.data.shards import FILE, Packed
+from simmim.durable import write_whole, written_whole
 
 STREAMS = 8  # files that are copied at a time
 BEGUN = "fetching.json"  # packed.json, until everything that it names is there
@@ -52,7 +52,7 @@ def fetch(url: str, folder: str) -> None:
         return
     copy.mkdir(parents=True, exist_ok=True)
     _forget_others(copy, text)
-    write_beside(copy / BEGUN, text)
+    write_whole(copy / BEGUN, text)
     packed = Packed.load(copy, BEGUN)
     if not packed.complete:
         raise ValueError(f"{url} is packed in part only: finish simmim pack, and copy it anew")
@@ -87,12 +87,8 @@ class _Bar(Callback):
 
 
 def _copy(store: Any, path: str, target: Path, callback: Callback) -> None:
-    beside = target.with_name(f"{target.name}.{uuid4().hex}.partial")
-    try:
-        store.get_file(path, str(beside), callback=callback)
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
+    with written_whole(target) as part:
+        store.get_file(path, str(part), callback=callback)
 
 
 def _forget_others(copy: Path, text: bytes) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from simmim.data.index import FileIndex
+from simmim.durable import write_whole
 
 FILE = "packed.json"
 VERSION = 1
@@ -97,7 +98,7 @@ class Packed:
     def save(self, folder: Path) -> None:
         """Write it, beside its place first: it is never half there."""
         text = json.dumps({"version": VERSION, **asdict(self)}, indent=1)
-        write_beside(folder / FILE, text.encode())
+        write_whole(folder / FILE, text)
 
     @classmethod
     def load(cls, folder: str | Path, file: str = FILE) -> "Packed":
@@ -133,16 +134,6 @@ def _part(table: dict[str, Any]) -> PackedPart:
     if not all(isinstance(n, int) and n >= 0 for s in shards for n in (s.rows, s.size)):
         raise ValueError("it has shards of no size")
     return part
-
-
-def write_beside(path: Path, data: bytes) -> None:
-    """Write a file such that it is whole, or is what it was."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with beside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 def check_pyarrow() -> None:

@@ -21,6 +21,7 @@ from simmim.data.decode import UnreadableImage
 from simmim.data.mapped import cache_folder
 from simmim.data.sampler import choose
 from simmim.data.scans import Intensity, Pixels
+from simmim.durable import write_whole
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel, in 0..1
 
@@ -102,10 +103,7 @@ def _once(kind: str, data: ImageData, places: list[int], measure: Callable[[], A
         return json.loads(file.read_text())
     measured = measure()
     with suppress(OSError):  # a home that cannot be written costs the next run a few seconds
-        file.parent.mkdir(parents=True, exist_ok=True)
-        beside = file.with_suffix(f".{os.getpid()}")
-        beside.write_text(json.dumps(measured))
-        beside.replace(file)
+        write_whole(file, json.dumps(measured))
     return measured
 
 

@@ -27,6 +27,7 @@ from simmim.data.sampler import choose
 from simmim.data.shards import PackedIndex, is_packed, join_packed, read_packed
 from simmim.data.statistics import imagenet_statistics
 from simmim.data.workers import default_workers
+from simmim.durable import written_whole
 from simmim.embed.pictures import (
     Tile,
     check_map,
@@ -36,7 +37,7 @@ from simmim.embed.pictures import (
     save_figure,
 )
 from simmim.embed.scores import HELD_OUT, score, score_table
-from simmim.embed.table import Embeddings, check_format, join, write, written_whole
+from simmim.embed.table import Embeddings, check_format, join, write
 from simmim.readout import Reader, choose_layers, describe
 from simmim.transfer import Backbone, open_backbone
 

@@ -2,14 +2,15 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+from simmim.durable import written_whole
 
 FORMATS = (".npz", ".parquet")
 
@@ -91,18 +92,6 @@ def write(embeddings: Embeddings, path: Path, about: Mapping[str, str]) -> None:
                 classes=embeddings.classes,
                 parts=embeddings.parts,
             )
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Give a name to write to; the file gets its own when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _write_parquet(embeddings: Embeddings, path: Path, about: Mapping[str, str]) -> None:

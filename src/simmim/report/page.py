@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from simmim.checkpoints import UNFINISHED
+from simmim.durable import write_whole
 
 POINTS = 800  # of a curve; more are averaged in groups
 
@@ -104,13 +104,8 @@ def write_page(page: Page, path: Path) -> Path:
         body += [_html(part) for part in parts]
         body.append("</section>")
     text = _PAGE.format(title=escape(page.title), style=_STYLE, body="\n".join(body), script=_JS)
-    beside = path.with_name(f".{path.name}{UNFINISHED}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        return beside.replace(path)
-    except OSError:  # a full disk
-        beside.unlink(missing_ok=True)
-        raise
+    write_whole(path, text)
+    return path
 
 
 def _html(part: Part) -> str:

@@ -1,7 +1,6 @@
 """What users call: weights of any kind into a timm model, a SimMIM, or a checkpoint of ours."""
 
 import inspect
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,6 +11,7 @@ from lightning import __version__ as lightning_version
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from simmim.durable import written_whole
 from simmim.weights.files import find_checkpoint, read_checkpoint
 from simmim.weights.fit import HEAD, MODEL, TOKEN, Report, Weights, fit
 from simmim.weights.official import official_weights
@@ -191,10 +191,8 @@ def convert(weights: str | Path, out: str | Path, **kwargs: Any) -> Report | str
 
 
 def _write(checkpoint: Mapping[str, Any], out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f"{out.name}.part")
-    torch.save(checkpoint, part)
-    os.replace(part, out)
+    with written_whole(out) as part:
+        torch.save(checkpoint, part)
 
 
 def _places(model: "Recipe") -> dict[str, Tensor]:
