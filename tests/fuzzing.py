@@ -179,7 +179,7 @@ def read_as_voc(path: Path) -> None:
 
 def read_as_labels(path: Path) -> None:
     """A table of labels."""
-    from simmim.data.classification import read_labels
+    from simmim.data.labels import read_labels
 
     for several in (True, False):
         _or_sentence(lambda p, several=several: read_labels(str(p), several=several), path)

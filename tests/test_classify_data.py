@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from simmim.data import ImageFolderData
-from simmim.data.classification import ClassificationData, read_labels
+from simmim.data.classification import ClassificationData
+from simmim.data.labels import read_labels
 
 Make = Callable[..., Path]
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from simmim.data.dataset import ImageData, Loader, collate
 from simmim.data.index import FileIndex, Folder, folder_stamp, scan
 from simmim.data.index_cache import index_file, read_index, write_index
+from simmim.data.labels import label_files
 from simmim.data.layout import split_off
 from simmim.data.mapped import PLACE
 from simmim.data.sampler import EpochSampler
@@ -63,6 +64,7 @@ def startup(
     files: list[int] | None = None,
     workers: list[int] | None = None,
     real: int = 200_000,
+    labels: int = 1_000_000,
     batches: int = 400,
     start: Literal["fork", "spawn"] = "fork",
 ) -> str:
@@ -72,6 +74,7 @@ def startup(
         files: Numbers of files to simulate. 10 thousand to 14 million (ImageNet-22k).
         workers: Numbers of workers whose memory is measured, with the most files. 0, 4 and 8.
         real: Real files, empty ones, that are scanned for comparison.
+        labels: Rows of a table of labels (`--data.labels`) that is read, and read again.
         batches: Batches of 256 that are read before the memory is measured; they touch most pages
             of the index.
         start: How workers begin: fork (Linux) or spawn (Windows and macOS).
@@ -87,12 +90,13 @@ def startup(
     for name, number, least in (
         ("files", files[0], 10_000),
         ("real", real, 10_000),
+        ("labels", labels, 10_000),
         ("workers", min(workers, default=0), 0),
         ("batches", batches, 1),
     ):
         if number < least:
             raise ValueError(f"--{name} {number} is too small: use {least} or more")
-    steps = len(files) + 1 + len(workers)
+    steps = len(files) + 2 + len(workers)
     with _own_cache() as folder, Tqdm(total=steps, desc="Start-up", leave=False) as bar:
         times, memory = {}, {}
         with _new_process() as pool:
@@ -101,6 +105,9 @@ def startup(
                 times[n] = pool.submit(measure_times, str(folder / str(n))).result()
                 bar.update()
             scanned = pool.submit(measure_scan, folder / "real", real).result()
+            bar.update()
+            _simulate(folder / "labels", labels)
+            named = pool.submit(measure_labels, folder / "labels").result()
             bar.update()
         for count in workers if ROLLUP.exists() else ():
             for n in {files[0], files[-1]}:
@@ -112,6 +119,7 @@ def startup(
         f"simmim --help: {measure_help():.2f} s",
         "",
         *_time_table(times, real, scanned),
+        f"{labels:,} labels in a table: {named[0]:.2f} s to read, {named[1]:.3f} s from the cache",
         "",
         *_memory_table(memory, workers, files, start),
     ]
@@ -182,6 +190,22 @@ def measure_scan(root: Path, n: int) -> tuple[float, float]:
     began = time.perf_counter()
     read_index(str(root))
     return scanned, time.perf_counter() - began
+
+
+def measure_labels(root: Path) -> tuple[float, float]:
+    """Write a table of all files, with a thousand classes; seconds to read it, and once more."""
+    index = read_index(str(root))
+    table = root / "labels.csv"
+    rows = (f"{name},class {i % 1000}\n" for i, name in enumerate(index.all_names()))
+    with table.open("w") as file:
+        file.write("path,label\n")
+        file.writelines(rows)
+    os.utime(table, (time.time() - 3600,) * 2)
+    marks = [time.perf_counter()]
+    for _ in range(2):
+        label_files(str(table), [index], str(root), several=False)
+        marks.append(time.perf_counter())
+    return marks[1] - marks[0], marks[2] - marks[1]
 
 
 class Names(ImageData):

@@ -39,7 +39,8 @@ from simmim.compare.trials import (
     train,
 )
 from simmim.configuration import read_config
-from simmim.data.classification import ClassificationData, read_labels
+from simmim.data.classification import ClassificationData
+from simmim.data.labels import read_labels
 from simmim.data.split import group_of
 from simmim.inner_runs import quiet
 from simmim.report import REPORT, Page, Picture, Table, Text, write_page
@@ -262,7 +263,7 @@ def images_of(weights: str, root: str | None, said: Mapping[str, Any]) -> dict[s
         ValueError: If nobody says where the images are; if labels are several to an image.
     """
     if "labels" in said:
-        several = int((read_labels(said["labels"], several=True).presence.sum(1) != 1).sum())
+        several = int((read_labels(said["labels"], several=True).table.counts != 1).sum())
         if several:
             raise ValueError(
                 f"labels {said['labels']}: {several} images have none or several labels, and "

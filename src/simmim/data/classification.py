@@ -1,14 +1,11 @@
 """Images to classify: labels from folders or a table, fewer of them, and stronger augmentation."""
 
-import csv
-import os
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +18,7 @@ from torch.nn import functional as F
 
 from simmim.data.dataset import ImageData, Key
 from simmim.data.image_folder import ImageFolderData
-from simmim.data.index import FileIndex
+from simmim.data.labels import LabelTable, label_files
 from simmim.data.layout import Part
 from simmim.data.transforms import Box, CenterCrop, RandomCrop, Size, center_box, random_box
 
@@ -89,17 +86,22 @@ class ClassificationData(ImageFolderData):
         """Training images of each class, or with each label."""
         data = self.sets["training"]
         if isinstance(data, LabelledImages):
-            return [int(n) for n in data.presence.sum(0)]
+            return data.label_counts
         return super().class_counts
 
     def _setup_parts(self) -> None:
         """Split as pretraining does, whatever the labels; then label, and choose."""
         super()._setup_parts()
         if self.labels is not None:
-            table = read_labels(self.labels, several=self.multi_label)
-            for name in [name for name in self.sets if name != "predict"]:
-                self._label(name, table)
-            self.classes, self.has_labels = table.classes, True
+            names = [name for name in self.sets if name != "predict"]
+            folders = {self.sets[name].files.root: self.sets[name].files for name in names}
+            found = label_files(
+                self.labels, [*folders.values()], self.root, several=self.multi_label
+            )
+            tables = dict(zip(folders, found, strict=True))
+            for name in names:
+                self._label(name, *tables[self.sets[name].files.root])
+            self.classes, self.has_labels = found[0][0].classes, True
         if not self.has_labels:
             raise ValueError(
                 f"{self.root!r} has no labels: put each class's images into a folder of its own, "
@@ -115,11 +117,10 @@ class ClassificationData(ImageFolderData):
             self.sets["probe"] = self._make(part, self.val_transform)
             rank_zero_info(f"labels of {len(chosen)} of {len(whole)} training images are used")
 
-    def _label(self, name: str, table: "LabelTable") -> None:
+    def _label(self, name: str, table: LabelTable, rows: Tensor) -> None:
         """Give a part the labels of the table; images that are not in it are left out."""
         data = self.sets[name]
-        rows = table.find(data.files, self.root)
-        places = np.arange(len(rows)) if data.places is None else data.places.numpy()
+        places = torch.arange(len(rows)) if data.places is None else data.places
         kept = places[rows[places] >= 0]
         if not len(kept):
             example = data.files.name(int(places[0]))
@@ -132,12 +133,12 @@ class ClassificationData(ImageFolderData):
             rank_zero_warn(f"{missing} images of {name} are not in {table.source}: left out")
         labels = None
         if not self.multi_label:
-            labels = table.presence[rows].argmax(1)  # of those that are not in it, nonsense
+            labels = table.numbers[rows.clamp(min=0)]  # of those that are not in it, nonsense
         files = replace(data.files, labels=labels, classes=table.classes)
         kind = LabelledImages if self.multi_label else ImageData
-        labelled = self._make(Part(files, kept), data.transform, kind)
+        labelled = self._make(Part(files, kept.numpy()), data.transform, kind)
         if isinstance(labelled, LabelledImages):
-            labelled.presence = table.presence[rows[kept]]
+            labelled.table, labelled.rows = table, rows
         self.sets[name] = labelled
 
 
@@ -145,89 +146,22 @@ class LabelledImages(ImageData):
     """Images with several labels each.
 
     Attributes:
-        presence: Whether each image has each label, uint8, (n, K).
+        table: The labels.
+        rows: The row of each file of the index in it, int64.
     """
 
-    presence: Tensor
+    table: LabelTable
+    rows: Tensor
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         sample = super().__getitem__(key)
-        return {**sample, "label": self.presence[sample["index"]]}
+        row = int(self.rows[self._place(sample["index"])])
+        return {**sample, "label": self.table.presence(row)}
 
-
-@dataclass(frozen=True)
-class LabelTable:
-    """What a CSV file says of images.
-
-    Attributes:
-        source: The file.
-        classes: Names of the labels.
-        rows: Path of an image -> its row.
-        presence: Whether each has each label, uint8, (n, K).
-    """
-
-    source: str
-    classes: list[str]
-    rows: dict[str, int]
-    presence: Tensor
-
-    def find(self, files: FileIndex, root: str) -> Places:
-        """Find the row of each file by its path below the root, or below train/, ...; -1: none."""
-        part = os.path.relpath(files.root, root).replace(os.sep, "/")
-        prefix = "" if part == "." else f"{part}/"
-        names = files.all_names()
-        rows = (self.rows.get(prefix + name, self.rows.get(name, -1)) for name in names)
-        return np.fromiter(rows, np.int64, len(files))
-
-
-def read_labels(path: str, *, several: bool) -> LabelTable:
-    """Read a table of paths and labels.
-
-    Args:
-        path: CSV file, as `ClassificationData` describes it.
-        several: Whether an image can have several labels, or none.
-
-    Raises:
-        ValueError: If it is not such a table.
-    """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            header, *lines = [line for line in csv.reader(file) if line]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"data.labels {path} cannot be read: {error}") from error
-    except ValueError as error:
-        raise ValueError(
-            f"data.labels {path} is empty: give a header, and rows of paths"
-        ) from error
-    if len(header) < 2 or not lines:
-        raise ValueError(f"data.labels {path} needs a header, and rows of a path and labels")
-    wrong = next((line for line in lines if len(line) != len(header)), None)
-    if wrong is not None:
-        raise ValueError(f"data.labels {path}: the row {wrong} has not {len(header)} columns")
-    if len(header) == 2:
-        named = [_separate(line[1]) for line in lines]
-        classes = sorted({name for names in named for name in names})
-    else:
-        classes = header[1:]
-        named = [_present(path, line, classes) for line in lines]
-    number = {name: i for i, name in enumerate(classes)}
-    presence = torch.zeros(len(lines), len(classes), dtype=torch.uint8)
-    for row, names in zip(presence, named, strict=True):
-        row[[number[name] for name in names]] = 1
-    if not several and (bad := (presence.sum(1) != 1).nonzero().flatten().tolist()):
-        line = lines[bad[0]]
-        raise ValueError(
-            f"data.labels {path}: {line[0]} has {int(presence[bad[0]].sum())} labels, not one: "
-            "correct it, or use --model.multi_label true"
-        )
-    names = [line[0].replace("\\", "/").removeprefix("./") for line in lines]
-    if repeated := [name for name, n in Counter(names).items() if n > 1]:
-        raise ValueError(
-            f"data.labels {path} has {len(repeated)} images in several rows, such as "
-            f"{repeated[0]}: give each one row, with all its labels"
-        )
-    rows = {name: i for i, name in enumerate(names)}
-    return LabelTable(path, classes, rows, presence)
+    @property
+    def label_counts(self) -> list[int]:
+        """How many of the images have each label."""
+        return self.table.frequencies(self.rows if self.places is None else self.rows[self.places])
 
 
 def choose_labels(data: ImageData, amount: float, seed: int) -> Places:
@@ -368,18 +302,6 @@ def _apply(augment: Callable[[Image.Image], Image.Image], image: Tensor, seed: i
         np.random.set_state(states[1])  # noqa: NPY002
     augmented = torch.from_numpy(pixels)
     return augmented[None] if augmented.ndim == 2 else augmented.permute(2, 0, 1).contiguous()
-
-
-def _separate(names: str) -> list[str]:
-    return [name.strip() for name in names.replace("|", ";").split(";") if name.strip()]
-
-
-def _present(path: str, line: list[str], classes: list[str]) -> list[str]:
-    known: dict[str, Literal[0, 1]] = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "": 0}
-    wrong = next((value for value in line[1:] if value.strip() not in known), None)
-    if wrong is not None:
-        raise ValueError(f"data.labels {path}: {line[0]} has {wrong!r} where 0 or 1 is expected")
-    return [name for name, v in zip(classes, line[1:], strict=True) if known[v.strip()]]
 
 
 def _hash(name: str, seed: int) -> int:

@@ -1,4 +1,4 @@
-"""The index of a folder, and its split, kept from one run to the next.
+"""The index of a folder, and what is made of it, kept from one run to the next.
 
 To read a folder of 14 million files takes minutes, on a network disk an hour. What was found is
 kept in the user's cache folder, under a key of the folder's path, and used as long as no folder
@@ -47,8 +47,10 @@ VERSION = 1
 WORTH = 10_000  # files; fewer are read, and split, in less than a second
 COARSE = 2 * 10**9  # ns; the times of FAT, the coarsest that there are
 DAYS = 90  # after which what nobody used is deleted
+KINDS = ("index", "split", "labels", "pairs")
 
 Places = npt.NDArray[np.int64]
+Kept = tuple[dict[str, Tensor], dict[str, str]]
 
 
 def read_index(root: str) -> FileIndex:
@@ -123,20 +125,74 @@ def keep_split(
         options: What else the split depends on.
         split: Gives the places of both sides.
     """
-    cache = cache_folder()
-    if cache is None or len(files) < WORTH:
-        return split()
+
+    def make() -> Kept:
+        trains, validates = split()
+        return {"train": torch.from_numpy(trains), "val": torch.from_numpy(validates)}, {}
+
+    def fits(tensors: dict[str, Tensor], notes: dict[str, str]) -> bool:
+        trains, validates = tensors["train"], tensors["val"]
+        whole = len(trains) + len(validates) == len(files)
+        return whole and all(lies_within(side, len(files)) for side in (trains, validates))
+
     classes = None if files.labels is None else files.classes
-    file = cache / f"split-{_hash(digest_of(files), classes, *options)}.safetensors"
+    key = (digest_of(files), classes, *options)
+    tensors, _ = keep("split", len(files), key, make, fits)
+    return as_array(tensors["train"]), as_array(tensors["val"])
+
+
+def keep(
+    kind: str,
+    files: int,
+    key: Sequence[object],
+    make: Callable[[], Kept],
+    fits: Callable[[dict[str, Tensor], dict[str, str]], bool],
+) -> Kept:
+    """Make tensors of an index, or open those that were made of the same before.
+
+    Args:
+        kind: What they are, one of KINDS.
+        files: How many files they are about: of few nothing is kept.
+        key: All that they depend on.
+        make: Gives them by name, and notes.
+        fits: Whether what was kept is whole: what is read there must not go astray.
+    """
+    cache = cache_folder()
+    if cache is None or files < WORTH:
+        return make()
+    file = cache / f"{kind}-{_hash(*key)}.safetensors"
+
+    def open_it() -> Kept:
+        tensors, notes = open_tensors(file)
+        if not fits(tensors, notes):
+            raise ValueError(f"{file} is damaged")
+        os.utime(file)  # it is in use
+        return tensors, notes
+
     with suppress(OSError, ValueError, KeyError):
-        return _open_split(file, len(files))
-    trains, validates = split()
-    tensors = {"train": torch.from_numpy(trains), "val": torch.from_numpy(validates)}
+        return open_it()
+    tensors, notes = make()
     _forget(cache)
-    if write_tensors(file, tensors, {}):
+    if write_tensors(file, tensors, notes):
         with suppress(OSError, ValueError, KeyError):
-            return _open_split(file, len(files))
-    return trains, validates
+            return open_it()
+    return tensors, notes
+
+
+def file_stamp(path: str) -> tuple[object, ...] | None:
+    """Tell a file from what it is after a change; None if it cannot be told, or is not there."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    if status.st_mtime_ns > time.time_ns() - COARSE:
+        return None
+    return os.path.realpath(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def lies_within(numbers: Tensor, n: int, least: int = 0) -> bool:
+    """Whether all numbers are at least that, and below n."""
+    return not len(numbers) or (int(numbers.min()) >= least and int(numbers.max()) < n)
 
 
 def digest_of(files: FileIndex) -> str:
@@ -182,22 +238,9 @@ def _check(index: FileIndex) -> None:
     fits = len(starts) > 1 and int(starts[0]) == 0 and int(starts[-1]) == len(index.names)
     fits = fits and bool((starts[1:] > starts[:-1]).all())
     if labels is not None:
-        fits = fits and len(labels) == len(index) and _within(labels, len(index.classes))
+        fits = fits and len(labels) == len(index) and lies_within(labels, len(index.classes))
     if not fits:
         raise ValueError("the index is damaged")
-
-
-def _open_split(file: Path, n: int) -> tuple[Places, Places]:
-    tensors, _ = open_tensors(file)
-    trains, validates = tensors["train"], tensors["val"]
-    if len(trains) + len(validates) != n or not (_within(trains, n) and _within(validates, n)):
-        raise ValueError("the split is damaged")
-    os.utime(file)
-    return as_array(trains), as_array(validates)
-
-
-def _within(numbers: Tensor, n: int) -> bool:
-    return not len(numbers) or (int(numbers.min()) >= 0 and int(numbers.max()) < n)
 
 
 def _stamps(paths: Sequence[str], chunk: int = 256) -> npt.NDArray[np.int64]:
@@ -210,8 +253,8 @@ def _stamps(paths: Sequence[str], chunk: int = 256) -> npt.NDArray[np.int64]:
 
 def _forget(cache: Path) -> None:
     """Delete what nobody used for long, and what was never finished."""
-    unfinished = cache.glob(f".*{UNFINISHED}")
-    for file in (*cache.glob("index-*"), *cache.glob("split-*"), *unfinished):
+    kept = (file for kind in KINDS for file in cache.glob(f"{kind}-*.safetensors"))
+    for file in (*kept, *cache.glob(f".*{UNFINISHED}")):
         with suppress(OSError):  # another process was quicker, or still has it open (Windows)
             days = (time.time() - file.stat().st_mtime) / 86400
             if days > (1 if file.suffix == UNFINISHED else DAYS):

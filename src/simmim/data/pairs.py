@@ -2,11 +2,15 @@
 
 import os
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from simmim.data.index import FileIndex, check_folder, find_parts
+from simmim.data.index_cache import Kept, digest_of, keep, lies_within
 from simmim.data.layout import read_folder, split_off
 
 IMAGES, MASKS = "images", "masks"
@@ -19,19 +23,19 @@ class Pairs:
     Attributes:
         images: The index of images.
         masks: That of masks.
-        partners: Place of the mask of each image of the index, (n,).
+        partners: Place of the mask of each image of the index, int64, (n,).
         places: Which of the images; None: all.
     """
 
     images: FileIndex
     masks: FileIndex
-    partners: npt.NDArray[np.int64]
+    partners: Tensor
     places: npt.NDArray[np.int64] | None = None
 
     def mask_paths(self) -> list[str]:
         """Paths of the masks of the chosen images."""
         partners = self.partners if self.places is None else self.partners[self.places]
-        return [self.masks.path(int(place)) for place in partners]
+        return [self.masks.path(place) for place in partners.tolist()]
 
 
 def read_pairs(
@@ -71,10 +75,10 @@ def read_pairs(
 
 def without_masks(files: FileIndex) -> npt.NDArray[np.int64] | None:
     """Places of the files that are no masks beside images/; None: all."""
-    names = [f"/{name}" for name in files.all_names()]
-    if not any(f"/{IMAGES}/" in name for name in names):
+    if not any(f"/{IMAGES}/" in f"/{name}" for name in files.all_names()):
         return None
-    return np.array([i for i, name in enumerate(names) if f"/{MASKS}/" not in name], np.int64)
+    is_mask = (f"/{MASKS}/" in f"/{name}" for name in files.all_names())
+    return np.flatnonzero(~np.fromiter(is_mask, bool, len(files)))
 
 
 def _find_folders(root: str) -> dict[str, tuple[str, str]]:
@@ -107,9 +111,22 @@ def _pair(images: str, masks: str) -> Pairs:
             f"{masks!r} holds {min(jpeg)} files, and JPEG changes the values of pixels: "
             "masks are PNG"
         )
+    n = len(pictures)
+    make = partial(_find_partners, pictures, labels)
+    key = (digest_of(pictures), digest_of(labels))
+    tensors, _ = keep("pairs", n, key, make, lambda kept, _: _are_partners(kept["partners"], n))
+    return Pairs(pictures, labels, tensors["partners"])
+
+
+def _are_partners(partners: Tensor, n: int) -> bool:
+    return len(partners) == n and lies_within(partners, n)
+
+
+def _find_partners(pictures: FileIndex, labels: FileIndex) -> Kept:
+    """Find the mask of each image by its stem."""
     own, place = _stems(pictures), _stems(labels)
     if alone := own.keys() - place.keys():
-        wanted = os.path.join(masks, f"{min(alone)}.png")
+        wanted = os.path.join(labels.root, f"{min(alone)}.png")
         raise ValueError(
             f"{len(alone)} of {len(own)} images have no mask, such as "
             f"{pictures.path(own[min(alone)])!r}: add {wanted!r}, or take the image out"
@@ -119,7 +136,7 @@ def _pair(images: str, masks: str) -> Pairs:
             f"{len(alone)} of {len(place)} masks have no image, such as "
             f"{labels.path(place[min(alone)])!r}: add it, or take the mask out"
         )
-    return Pairs(pictures, labels, np.array([place[stem] for stem in own], np.int64))
+    return {"partners": torch.tensor([place[stem] for stem in own])}, {}
 
 
 def _stems(files: FileIndex) -> dict[str, int]:

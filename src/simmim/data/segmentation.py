@@ -200,7 +200,8 @@ class SegmentationData(LoaderModule):
         training = self.sets["training"]
         assert self.legend is not None
         assert isinstance(training, MaskedImages)
-        return count_classes(training.pairs.mask_paths(), self.legend)
+        paths = [training.mask_path(index) for index in range(len(training))]
+        return count_classes(paths, self.legend)
 
     def _setup_parts(self) -> None:
         parts = read_pairs(self.root, self.val_fraction, self.split_seed, self.group_pattern)
@@ -265,11 +266,11 @@ class MaskedImages(ImageData):
 
     def __init__(self, pairs: Pairs, legend: Legend, transform: Transform, **kwargs: Any) -> None:
         super().__init__(pairs.images, transform, pairs.places, labelled=False, **kwargs)
-        self.pairs, self.legend = pairs, legend
+        self.masks, self.partners, self.legend = pairs.masks, pairs.partners, legend
 
     def mask_path(self, index: int) -> str:
         """Path of the mask of a sample."""
-        return self.pairs.masks.path(int(self.pairs.partners[self._place(index)]))
+        return self.masks.path(int(self.partners[self._place(index)]))
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         """Read an image, (C, H, W), and its mask, (H, W)."""

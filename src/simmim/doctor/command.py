@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from simmim.configuration import find_config, read_config
 from simmim.data import ImageFolderData
 from simmim.data.bad_files import escape
-from simmim.data.classification import LabelTable, read_labels
 from simmim.data.index import SUFFIXES, FileIndex
+from simmim.data.labels import NamedTable, read_labels
 from simmim.data.layout import Part, read_parts
 from simmim.data.sampler import choose
 from simmim.data.shards import is_packed
@@ -154,7 +154,7 @@ def open_data(
 
 
 def find_files(
-    data: ImageFolderData, sample: int | None, table: LabelTable | None = None
+    data: ImageFolderData, sample: int | None, table: NamedTable | None = None
 ) -> tuple[Inspector, list[File], list[str], dict[str, int]]:
     """List the images of each part.
 
@@ -164,7 +164,7 @@ def find_files(
     parts = read_parts(data.root, data.val_fraction, data.split_seed, data.group_pattern)
     files: list[File] = []
     images: dict[str, int] = {}
-    classes = parts["train"].files.classes if table is None else table.classes
+    classes = parts["train"].files.classes if table is None else table.table.classes
     for name, part in parts.items():
         places = _places(part)
         images[name] = len(places)
@@ -183,12 +183,12 @@ def find_files(
     return Inspector(indices, data.in_chans, data.intensity, crop), files, classes, images
 
 
-def _labels(files: FileIndex, root: str, table: LabelTable | None) -> Any:
+def _labels(files: FileIndex, root: str, table: NamedTable | None) -> Any:
     """The class of each file of an index; -1 where a table does not name it."""
     if table is None:
         return files.labels
     rows = table.find(files, root)
-    return np.where(rows < 0, -1, table.presence.argmax(1).numpy()[rows])
+    return table.table.numbers[rows.clamp(min=0)].where(rows >= 0, -1)
 
 
 def _places(part: Part) -> "np.ndarray[Any, np.dtype[np.int64]]":
