@@ -33,6 +33,7 @@ from simmim.data.shards import (
     PackedPart,
     Shard,
     check_pyarrow,
+    digest_of_file,
     is_packed,
     write_beside,
 )
@@ -450,9 +451,9 @@ class ShardWriter:
             os.fsync(self._file.fileno())
             size = self._file.tell()
             self._file.close()
-            name = self.part.shard_file(len(self.part.shards))
+            name, digest = self.part.shard_file(len(self.part.shards)), digest_of_file(self._beside)
             self._beside.replace(self.folder / name)
-            self.part.shards.append(Shard(name, self._rows, size, self._kept))
+            self.part.shards.append(Shard(name, self._rows, size, self._kept, digest))
         self._reset()
 
     def __enter__(self) -> Self:

@@ -12,6 +12,7 @@ import re
 from bisect import bisect_right
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from hashlib import blake2b, file_digest
 from importlib.util import find_spec
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -38,12 +39,14 @@ class Shard:
         rows: Images in it.
         size: In bytes.
         kept: Scans in it that were left as they are.
+        digest: Hash of its bytes; "" where an earlier version wrote none.
     """
 
     file: str
     rows: int
     size: int
     kept: int
+    digest: str = ""
 
 
 @dataclass
@@ -143,6 +146,12 @@ def write_beside(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
+
+
+def digest_of_file(path: Path) -> str:
+    """Hash the bytes of a file."""
+    with path.open("rb") as file:
+        return file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
 
 
 def check_pyarrow() -> None:
