@@ -55,8 +55,7 @@ def fetch(url: str, folder: str) -> None:
     """
     copy = Path(folder)
     try:
-        store, path = _ask(url, lambda: url_to_fs(url))
-        text = _ask(url, lambda: store.cat_file(f"{path}/{FILE}"))
+        store, path, text = read_store(url)
     except ValueError as error:
         if not (copy / FILE).exists():
             raise
@@ -68,6 +67,19 @@ def fetch(url: str, folder: str) -> None:
     with _alone(url, copy):
         if not _is_whole(copy, text):
             _copy_all(url, store, path, text, copy)
+
+
+def read_store(url: str) -> tuple[Any, str, bytes]:
+    """Look a packed folder up.
+
+    Returns:
+        The store, the path of the folder in it, and its packed.json.
+
+    Raises:
+        ValueError: If it cannot be read, or is no packed folder.
+    """
+    store, path = ask_store(url, lambda: url_to_fs(url))
+    return store, path, ask_store(url, lambda: store.cat_file(f"{path}/{FILE}"))
 
 
 def _is_whole(copy: Path, text: bytes) -> bool:
@@ -127,7 +139,7 @@ def _copy_all(url: str, store: Any, path: str, text: bytes, copy: Path) -> None:
         ]
         try:
             for job in jobs:
-                _ask(url, job.result)
+                ask_store(url, job.result)
         finally:
             pool.shutdown(cancel_futures=True)  # what has not begun, where something went wrong
     (copy / BEGUN).replace(copy / FILE)
@@ -139,6 +151,29 @@ def shown(url: str) -> str:
     place = rest.partition("?")[0]
     host, slash, path = place.partition("/")
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
+def ask_store(url: str, what: Callable[[], Any]) -> Any:
+    """Ask a store.
+
+    Args:
+        url: Its address.
+        what: Does it.
+
+    Raises:
+        ValueError: Whatever goes wrong there, in one sentence without passwords.
+    """
+    try:
+        return what()
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{shown(url)} holds no {FILE}, or less than it says: give the address of a folder "
+            "that simmim pack has written"
+        ) from error
+    except Exception as error:  # of the store's own kinds
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = re.sub(r"\w+://[^\s'\"]+", lambda found: shown(found[0]), reason)
+        raise ValueError(f"{shown(url)} cannot be read: {reason}") from error
 
 
 class _Bar(Callback):
@@ -175,18 +210,3 @@ def _forget_others(copy: Path, text: bytes) -> None:
 
 def _size(file: Path) -> int | None:
     return file.stat().st_size if file.exists() else None
-
-
-def _ask(url: str, what: Callable[[], Any]) -> Any:
-    """Ask the store; whatever goes wrong there is one sentence, without passwords."""
-    try:
-        return what()
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{shown(url)} holds no {FILE}, or less than it says: give the address of a folder "
-            "that simmim pack has written"
-        ) from error
-    except Exception as error:  # of the store's own kinds
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        reason = re.sub(r"\w+://[^\s'\"]+", lambda found: shown(found[0]), reason)
-        raise ValueError(f"{shown(url)} cannot be read: {reason}") from error

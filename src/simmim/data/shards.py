@@ -114,8 +114,21 @@ class Packed:
             ValueError: If it is damaged, or from a later version.
         """
         path = Path(folder, file)
+        return cls.parse(path.read_bytes(), path)
+
+    @classmethod
+    def parse(cls, text: bytes, path: str | Path) -> "Packed":
+        """Understand it.
+
+        Args:
+            text: What the file holds.
+            path: Where it lies, for the errors.
+
+        Raises:
+            ValueError: If it is damaged, or from a later version.
+        """
         try:
-            table = json.loads(path.read_bytes())
+            table = json.loads(text)
             version = table.pop("version")
             parts = {name: _part(part) for name, part in table.pop("parts").items()}
             packed = cls(parts=parts, **table)
