@@ -1,7 +1,9 @@
 """Packed folders in a store: copied once to each machine, whole or not at all."""
 
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from simmim.data import ImageFolderData, pack
-from simmim.data.remote import fetch, local_copy
+from simmim.data.remote import fetch, local_copy, shown
 from simmim.data.shards import Packed
 
 URL = "memory://bucket/photos"
@@ -90,6 +92,112 @@ def test_a_changed_store_is_copied_anew(tmp_path: Path, store: MemoryFileSystem)
     assert all(
         (copy / n).read_bytes() == (tmp_path / "packed" / n).read_bytes() for n in names_in(copy)
     )
+
+
+def test_other_pixels_of_the_same_size_are_another_store(
+    tmp_path: Path, store: MemoryFileSystem
+) -> None:
+    copy = tmp_path / "copy"
+    fetch(URL, str(copy))
+    before = shards_in(copy)
+    shutil.rmtree(tmp_path / "packed")
+    for i in range(3):
+        (tmp_path / "root" / "cat" / f"{2 - i:03d}.png").rename(tmp_path / f"{i:03d}.png")
+    for i in range(3):
+        (tmp_path / f"{i:03d}.png").rename(tmp_path / "root" / "cat" / f"{i:03d}.png")
+    pack.pack(str(tmp_path / "root"), str(tmp_path / "packed"), "raw", shard_mb=1, workers=0)
+    store.rm("/bucket/photos", recursive=True)
+    store.put(str(tmp_path / "packed"), "/bucket/photos", recursive=True)
+    fetch(URL, str(copy))
+    after = shards_in(copy)
+    assert {n: len(data) for n, data in after.items()} == {n: len(d) for n, d in before.items()}
+    assert after == shards_in(tmp_path / "packed") != before
+
+
+def shards_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.arrow"))}
+
+
+def test_what_is_damaged_on_its_way_is_not_taken(
+    tmp_path: Path, store: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get = MemoryFileSystem.get_file
+
+    def get_file(self: Any, path: str, target: str, **kwargs: Any) -> None:
+        get(self, path, target, **kwargs)
+        data = bytearray(Path(target).read_bytes())
+        data[len(data) // 2] ^= 1
+        Path(target).write_bytes(data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "get_file", get_file)
+        with pytest.raises(ValueError, match=r"\.arrow is not what packed\.json says, or was dam"):
+            fetch(URL, str(tmp_path / "copy"))
+    assert not shards_in(tmp_path / "copy")
+    fetch(URL, str(tmp_path / "copy"))
+    assert shards_in(tmp_path / "copy") == shards_in(tmp_path / "packed")
+
+
+def test_of_two_that_want_it_one_copies(
+    tmp_path: Path, store: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get, asked = MemoryFileSystem.get_file, []
+
+    def get_file(self: Any, path: str, *args: Any, **kwargs: Any) -> None:
+        asked.append(path)
+        time.sleep(0.3)  # so that the others come meanwhile
+        get(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", get_file)
+    with ThreadPoolExecutor(3) as pool:
+        jobs = [pool.submit(fetch, URL, str(tmp_path / "copy")) for _ in range(3)]
+    assert [job.result() for job in jobs] == [None] * 3
+    assert len(asked) == len({*asked}) > 1
+    assert names_in(tmp_path / "copy") == names_in(tmp_path / "packed")
+
+
+def test_what_was_half_copied_is_removed(tmp_path: Path, store: MemoryFileSystem) -> None:
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / ".images-00000.arrow.1a2b3c4d.unfinished").write_bytes(b"x" * 1000)  # killed
+    fetch(URL, str(tmp_path / "copy"))
+    assert names_in(tmp_path / "copy") == names_in(tmp_path / "packed")
+
+
+def test_a_whole_copy_does_without_the_store(
+    tmp_path: Path, store: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch(URL, str(tmp_path / "copy"))
+
+    def cat_file(*_: Any, **__: Any) -> bytes:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+    with pytest.warns(UserWarning, match="no route to host; the copy in .*copy is used as it is"):
+        fetch(URL, str(tmp_path / "copy"))
+    with pytest.raises(ValueError, match="cannot be read: no route to host"):
+        fetch(URL, str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("s3://bucket/photos", "s3://bucket/photos"),
+        ("https://me:secret@host/photos?sig=secret", "https://host/photos"),
+        ("sftp://me@host/a/b", "sftp://host/a/b"),
+    ],
+)
+def test_nobody_is_told_a_password(
+    url: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: str) -> None:
+        raise OSError(f"401 Unauthorized, url='{url}/packed.json'")
+
+    assert shown(url) == said
+    assert "secret" not in local_copy(url, "data")
+    monkeypatch.setattr("simmim.data.remote.url_to_fs", refuse)
+    with pytest.raises(ValueError, match=f"^{said} cannot be read: 401") as error:
+        fetch(url, str(tmp_path / "copy"))
+    assert "secret" not in str(error.value)
 
 
 def test_what_cannot_be_copied(

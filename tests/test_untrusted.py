@@ -180,6 +180,7 @@ def damaged() -> dict[str, bytes]:
     ours = {**code, "hyper_parameters": hparams}
     torch.save(code, stream)
     whole = stream.getvalue()
+    big = torch.zeros(1_000_000)
     flipped = bytearray(whole)
     flipped[whole.rindex(b"archive/data/0") - 60] ^= 1
     packed = io.BytesIO()
@@ -188,6 +189,8 @@ def damaged() -> dict[str, bytes]:
             data = bytes(20_000_000) if name.endswith("data/0") else source.read(name)
             target.writestr(name, data)
     return {
+        "claims.ckpt": rewritten(pickled({**ours, "state_dict": {"x": big}}), claim_more),
+        "twice.ckpt": rewritten(whole, lambda name, data: data, twice="data/0"),
         "empty.ckpt": b"",
         "cut.ckpt": whole[: len(whole) // 2],
         "bomb.ckpt": packed.getvalue(),  # 20 MB in 20 kB
@@ -204,6 +207,27 @@ def damaged() -> dict[str, bytes]:
     }
 
 
+def rewritten(
+    whole: bytes, change: Callable[[str, bytes], bytes], twice: str | None = None
+) -> bytes:
+    """A checkpoint with other records, under check sums that are right."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(whole)) as source, zipfile.ZipFile(out, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, change(name, source.read(name)))
+            if twice is not None and name.endswith(twice):
+                target.writestr(name.upper(), bytes(len(source.read(name))))
+    return out.getvalue()
+
+
+def claim_more(name: str, data: bytes) -> bytes:
+    """Let tensors of a million numbers be of 2 ** 28: behind the end of their record."""
+    return data.replace(MILLION, b"J\x00\x00\x00\x10") if name.endswith("data.pkl") else data
+
+
+MILLION = b"J" + (1_000_000).to_bytes(4, "little")  # as a pickle writes it
+
+
 def pickled(value: Any) -> bytes:
     stream = io.BytesIO()
     torch.save(value, stream)
@@ -217,6 +241,18 @@ def test_files_that_are_no_checkpoints_are_named(
     (tmp_path / name).write_bytes(damaged()[name])
     for command, said in refusals(str(tmp_path / name), images, tmp_path / "out", capsys).items():
         assert name in said or "other weights" in said, (command, said)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bool, torch.float8_e4m3fn])
+def test_records_are_compared_with_the_tensors_in_them(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Torch 2.9 would read on behind the end of a record, up to a crash."""
+    one = torch.zeros(1_000_000, dtype=dtype)
+    whole = pickled({"x": one, "y": one[5:], "other": torch.zeros(3)})
+    (tmp_path / "x.pth").write_bytes(whole)
+    assert torch.equal(read_checkpoint(tmp_path / "x.pth")["y"], one[5:])
+    (tmp_path / "x.pth").write_bytes(rewritten(whole, claim_more))
+    with pytest.raises(ValueError, match=r"x\.pth is damaged: copy it again"):
+        read_checkpoint(tmp_path / "x.pth")
 
 
 def test_every_flipped_byte_of_a_tensor_is_noticed(tmp_path: Path) -> None:

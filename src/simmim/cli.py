@@ -25,6 +25,7 @@ MEASURES = {
     "data": "the loader: images/s, where the time goes, and whether training will starve",
     "step": "the training step: images/s, and where the time goes",
     "startup": "the opening of folders of up to millions of files, and the memory of workers",
+    "store": "an object store: image by image, or shards that are copied",
 }
 
 

@@ -1,8 +1,8 @@
 """How fast is it here? The loader, the training step, and both together.
 
 `experiment` opens a config of pretraining as that command would, `data` measures its loader, `step`
-its training step, `together` a run of both, `startup` the opening of large folders; `record` says
-on what machine that was.
+its training step, `together` a run of both, `startup` the opening of large folders, `store`
+the reading of an object store; `record` says on what machine that was.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from typing import Any
 from simmim.benchmark.data import data
 from simmim.benchmark.startup import startup
 from simmim.benchmark.step import step
+from simmim.benchmark.store import store
 from simmim.benchmark.together import together
 
 MEASURES: dict[str, Callable[..., Any]] = {
@@ -18,6 +19,7 @@ MEASURES: dict[str, Callable[..., Any]] = {
     "data": data,
     "step": step,
     "startup": startup,
+    "store": store,
 }
 
-__all__ = ["MEASURES", "data", "startup", "step", "together"]
+__all__ = ["MEASURES", "data", "startup", "step", "store", "together"]

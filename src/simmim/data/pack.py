@@ -33,6 +33,7 @@ from simmim.data.shards import (
     PackedPart,
     Shard,
     check_pyarrow,
+    digest_of_file,
     is_packed,
 )
 from simmim.data.workers import cpu_count
@@ -449,9 +450,9 @@ class ShardWriter:
             size = self._file.tell()
             self._file.close()
             sync(self._beside)
-            name = self.part.shard_file(len(self.part.shards))
+            name, digest = self.part.shard_file(len(self.part.shards)), digest_of_file(self._beside)
             self._beside.replace(self.folder / name)
-            self.part.shards.append(Shard(name, self._rows, size, self._kept))
+            self.part.shards.append(Shard(name, self._rows, size, self._kept, digest))
         self._reset()
 
     def __enter__(self) -> Self:

@@ -6,9 +6,11 @@ and big, and copied at the speed of the network instead.
 """
 
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ from typing import Any
 from fsspec.callbacks import Callback
 from fsspec.core import url_to_fs
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from simmim.data.shards import FILE, Packed
-from simmim.durable import write_whole, written_whole
+from simmim.data.shards import FILE, Packed, digest_of_file
+from simmim.durable import UNFINISHED, write_whole, written_whole
 
 STREAMS = 8  # files that are copied at a time
 BEGUN = "fetching.json"  # packed.json, until everything that it names is there
@@ -31,12 +34,17 @@ def is_url(root: str) -> bool:
 
 def local_copy(url: str, data_dir: str) -> str:
     """Name the folder in `data_dir` that the copy lies in."""
-    name = url.rstrip("/").rpartition("/")[2]
-    return os.path.join(data_dir, f"{name}-{blake2b(url.encode(), digest_size=4).hexdigest()}")
+    name = shown(url).rstrip("/").rpartition("/")[2]
+    return os.path.join(
+        data_dir, f"{name}-{blake2b(shown(url).encode(), digest_size=4).hexdigest()}"
+    )
 
 
 def fetch(url: str, folder: str) -> None:
     """Copy a packed folder, unless it is there; what was copied before an interruption is kept.
+
+    Several processes may ask for it at once: one copies, the others wait. Where the store cannot be
+    reached, a whole copy is used as it is.
 
     Args:
         url: Address, of any store that fsspec knows: s3://, gs://, https://, file:// ...
@@ -45,34 +53,127 @@ def fetch(url: str, folder: str) -> None:
     Raises:
         ValueError: If it cannot be read, is no packed folder, or the disk is too small.
     """
-    store, path = _ask(url, lambda: url_to_fs(url))
-    text = _ask(url, lambda: store.cat_file(f"{path}/{FILE}"))
     copy = Path(folder)
-    if (copy / FILE).exists() and (copy / FILE).read_bytes() == text:
+    try:
+        store, path, text = read_store(url)
+    except ValueError as error:
+        if not (copy / FILE).exists():
+            raise
+        rank_zero_warn(f"{error}; the copy in {copy} is used as it is")
+        return
+    if _is_whole(copy, text):
         return
     copy.mkdir(parents=True, exist_ok=True)
+    with _alone(url, copy):
+        if not _is_whole(copy, text):
+            _copy_all(url, store, path, text, copy)
+
+
+def read_store(url: str) -> tuple[Any, str, bytes]:
+    """Look a packed folder up.
+
+    Returns:
+        The store, the path of the folder in it, and its packed.json.
+
+    Raises:
+        ValueError: If it cannot be read, or is no packed folder.
+    """
+    store, path = ask_store(url, lambda: url_to_fs(url))
+    return store, path, ask_store(url, lambda: store.cat_file(f"{path}/{FILE}"))
+
+
+def _is_whole(copy: Path, text: bytes) -> bool:
+    return (copy / FILE).exists() and (copy / FILE).read_bytes() == text
+
+
+@contextmanager
+def _alone(url: str, copy: Path) -> Iterator[None]:
+    """Wait until no other process copies; one that ends, or is killed, lets go."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(copy.with_name(f".{copy.name}.lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        rank_zero_info(f"another process copies {shown(url)}: waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _copy_all(url: str, store: Any, path: str, text: bytes, copy: Path) -> None:
+    """Copy what is not there yet.
+
+    Args:
+        url: What was asked for.
+        store: The store.
+        path: The packed folder in it.
+        text: Its packed.json.
+        copy: The copy.
+    """
     _forget_others(copy, text)
     write_whole(copy / BEGUN, text)
     packed = Packed.load(copy, BEGUN)
     if not packed.complete:
-        raise ValueError(f"{url} is packed in part only: finish simmim pack, and copy it anew")
-    sizes = {s.file: s.size for part in packed.parts.values() for s in part.shards}
-    wanted = [name for name, size in sizes.items() if _size(copy / name) != size]
-    missing = sum(sizes[name] for name in wanted)
+        raise ValueError(
+            f"{shown(url)} is packed in part only: finish simmim pack, and copy it anew"
+        )
+    shards = {shard.file: shard for part in packed.parts.values() for shard in part.shards}
+    wanted = {n: shard.digest for n, shard in shards.items() if _size(copy / n) != shard.size}
+    missing = sum(shards[name].size for name in wanted)
     if missing > (free := shutil.disk_usage(copy).free):
         raise ValueError(
-            f"{copy} has {free / 1e9:,.1f} GB free, {missing / 1e9:,.1f} GB are needed for {url}: "
-            "use another data.data_dir"
+            f"{copy} has {free / 1e9:,.1f} GB free, {missing / 1e9:,.1f} GB are needed for "
+            f"{shown(url)}: use another data.data_dir"
         )
-    wanted += [part.index_file for part in packed.parts.values()]
+    wanted |= {part.index_file: "" for part in packed.parts.values()}
     with (
         Tqdm(total=missing, desc="Copying", unit="B", unit_scale=True) as bar,
         ThreadPoolExecutor(STREAMS) as pool,
     ):
-        jobs = [pool.submit(_copy, store, f"{path}/{n}", copy / n, _Bar(bar)) for n in wanted]
-        for job in jobs:
-            _ask(url, job.result)
+        jobs = [
+            pool.submit(_copy, store, f"{path}/{name}", copy / name, digest, _Bar(bar))
+            for name, digest in wanted.items()
+        ]
+        try:
+            for job in jobs:
+                ask_store(url, job.result)
+        finally:
+            pool.shutdown(cancel_futures=True)  # what has not begun, where something went wrong
     (copy / BEGUN).replace(copy / FILE)
+
+
+def shown(url: str) -> str:
+    """An address without what is nobody's business: a password in front, a signature behind."""
+    scheme, _, rest = url.partition("://")
+    place = rest.partition("?")[0]
+    host, slash, path = place.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
+def ask_store(url: str, what: Callable[[], Any]) -> Any:
+    """Ask a store.
+
+    Args:
+        url: Its address.
+        what: Does it.
+
+    Raises:
+        ValueError: Whatever goes wrong there, in one sentence without passwords.
+    """
+    try:
+        return what()
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{shown(url)} holds no {FILE}, or less than it says: give the address of a folder "
+            "that simmim pack has written"
+        ) from error
+    except Exception as error:  # of the store's own kinds
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = re.sub(r"\w+://[^\s'\"]+", lambda found: shown(found[0]), reason)
+        raise ValueError(f"{shown(url)} cannot be read: {reason}") from error
 
 
 class _Bar(Callback):
@@ -86,13 +187,17 @@ class _Bar(Callback):
         self.bar.update(inc)
 
 
-def _copy(store: Any, path: str, target: Path, callback: Callback) -> None:
+def _copy(store: Any, path: str, target: Path, digest: str, callback: Callback) -> None:
     with written_whole(target) as part:
         store.get_file(path, str(part), callback=callback)
+        if digest and digest_of_file(part) != digest:
+            raise ValueError(f"{target.name} is not what {FILE} says, or was damaged on its way")
 
 
 def _forget_others(copy: Path, text: bytes) -> None:
-    """Remove what was copied when the store held something else."""
+    """Remove what was half copied, and what was copied when the store held something else."""
+    for leftover in copy.glob(f".*{UNFINISHED}"):
+        leftover.unlink()
     known = [copy / name for name in (FILE, BEGUN) if (copy / name).exists()]
     if known and all(file.read_bytes() != text for file in known):
         for file in (*known, *copy.glob("*.arrow")):
@@ -101,17 +206,3 @@ def _forget_others(copy: Path, text: bytes) -> None:
 
 def _size(file: Path) -> int | None:
     return file.stat().st_size if file.exists() else None
-
-
-def _ask(url: str, what: Callable[[], Any]) -> Any:
-    """Ask the store; whatever goes wrong there is one sentence."""
-    try:
-        return what()
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{url} holds no {FILE}, or less than it says: give the address of a folder that "
-            "simmim pack has written"
-        ) from error
-    except Exception as error:  # of the store's own kinds
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{url} cannot be read: {reason or type(error).__name__}") from error

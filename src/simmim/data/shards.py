@@ -12,6 +12,7 @@ import re
 from bisect import bisect_right
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from hashlib import blake2b, file_digest
 from importlib.util import find_spec
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -39,12 +40,14 @@ class Shard:
         rows: Images in it.
         size: In bytes.
         kept: Scans in it that were left as they are.
+        digest: Hash of its bytes; "" where an earlier version wrote none.
     """
 
     file: str
     rows: int
     size: int
     kept: int
+    digest: str = ""
 
 
 @dataclass
@@ -112,8 +115,21 @@ class Packed:
             ValueError: If it is damaged, or from a later version.
         """
         path = Path(folder, file)
+        return cls.parse(path.read_bytes(), path)
+
+    @classmethod
+    def parse(cls, text: bytes, path: str | Path) -> "Packed":
+        """Understand it.
+
+        Args:
+            text: What the file holds.
+            path: Where it lies, for the errors.
+
+        Raises:
+            ValueError: If it is damaged, or from a later version.
+        """
         try:
-            table = json.loads(path.read_bytes())
+            table = json.loads(text)
             version = table.pop("version")
             parts = {name: _part(part) for name, part in table.pop("parts").items()}
             packed = cls(parts=parts, **table)
@@ -134,6 +150,12 @@ def _part(table: dict[str, Any]) -> PackedPart:
     if not all(isinstance(n, int) and n >= 0 for s in shards for n in (s.rows, s.size)):
         raise ValueError("it has shards of no size")
     return part
+
+
+def digest_of_file(path: Path) -> str:
+    """Hash the bytes of a file."""
+    with path.open("rb") as file:
+        return file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
 
 
 def check_pyarrow() -> None:

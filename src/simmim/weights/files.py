@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from simmim.weights.shards import META, is_sharded, read_sharded
+from simmim.weights.storages import holds_storages
 
 # The official files hold their configuration as a pickled CfgNode, a dict with attributes: an
 # OrderedDict has both, so that yacs need neither be installed nor trusted.
@@ -93,7 +94,7 @@ def load_safely(load: Callable[..., T], source: Any, *args: Any, **kwargs: Any) 
         kwargs: As it takes them; weights_only=False trusts the file.
 
     Raises:
-        ValueError: If the file asks for code to be run, or is no file of torch.
+        ValueError: If the file asks for code to be run, or is damaged, or no file of torch.
     """
     opened: Any = source
     if isinstance(source, str | Path) and str(source).startswith("http"):
@@ -101,25 +102,37 @@ def load_safely(load: Callable[..., T], source: Any, *args: Any, **kwargs: Any) 
 
         with fsspec.open(str(source), "rb") as stream:
             opened = BytesIO(stream.read())
+    if isinstance(opened, BytesIO):
+        check_archive(source, opened)
+        opened.seek(0)
+    elif isinstance(opened, str | Path):
+        check_archive(opened)
     try:
         return load(opened, *args, **{"weights_only": True, **kwargs})
     except pickle.UnpicklingError as error:
         raise ValueError(_refusal(source, error)) from error
 
 
-def check_archive(path: Path) -> None:
-    """Compare a checkpoint with the check sums that are in it, which torch does not look at.
+def check_archive(path: str | Path, stream: BytesIO | None = None) -> None:
+    """Compare a checkpoint with what it says of itself, which torch believes.
+
+    Args:
+        path: The file.
+        stream: Its content, where it is not on the disk.
 
     Raises:
-        ValueError: If they differ, or if it would fill the memory: torch packs nothing, so that
-            no file is larger when it is open.
+        ValueError: If check sums differ, if a record is shorter than the tensors in it (torch 2.9
+            reads on behind its end, and the process may end with SIGSEGV; 2.15 refuses it), or if
+            it would fill the memory: torch packs nothing, so that no file is larger when open.
     """
-    if not is_zipfile(path):  # before torch 1.6 it was none
+    source = stream or Path(path)
+    if not is_zipfile(source):  # before torch 1.6 it was none
         return
     try:
-        with ZipFile(path) as archive:
+        size = len(stream.getbuffer()) if stream else Path(path).stat().st_size
+        with ZipFile(source) as archive:
             claimed = sum(entry.file_size for entry in archive.infolist())
-            is_whole = claimed <= path.stat().st_size and archive.testzip() is None
+            is_whole = claimed <= size and archive.testzip() is None and holds_storages(archive)
     except Exception as error:  # a damaged table of contents leads anywhere
         raise ValueError(f"{path} is damaged: {error}") from error
     if not is_whole:
