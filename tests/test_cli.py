@@ -118,7 +118,7 @@ def test_every_option_is_explained(
     subcommand: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "400")
-    assert main(["pretrain", subcommand, "--help"]) == 0
+    assert main(["pretrain", subcommand, "--help", "all"]) == 0
     out = capsys.readouterr().out
     options = re.findall(r"^  (--\S+)[^\n]*?(?:  |\n {10,})(\S[^\n]*)", out, flags=re.MULTILINE)
     assert len(options) > 80
@@ -213,6 +213,13 @@ def test_a_mistake_of_a_plain_command_is_one_sentence(capsys: pytest.CaptureFixt
     for line, status, words in (
         ("convert", 2, "--weights and --out must be given"),
         ("convert --weigths x", 2, "did you mean --weights?"),
+        ("doctor --root images --config imagefolder", 2, "did you mean 'image_folder'?"),
+        ("doctor --root images -c imagefolder", 2, "did you mean 'image_folder'?"),
+        ("pack --root images --out x --format jpg", 2, "did you mean jpeg?"),
+        ("benchmark dta", 2, "did you mean data?"),
+        ("benchmark data --wrokers 2", 2, "did you mean --workers?"),
+        ("benchmark -c digit", 2, "did you mean 'digits'?"),
+        ("compare --weights x --mode finetun", 2, "did you mean finetune?"),
         ("convert --weights none.pth --out x.ckpt", 1, "none.pth does not exist"),
         ("convert --weights none.pth --out x.ckpt --img_size big", 2, "it takes a whole number"),
     ):

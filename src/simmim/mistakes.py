@@ -51,7 +51,7 @@ def explain(error: BaseException) -> str | None:
         return one_line(str(error))
     if kind.__module__.split(".")[0] == "simmim":
         return one_line(str(error))
-    if isinstance(error, ValueError) and (_is_ours(error) or _while_configuring(error)):
+    if isinstance(error, ValueError) and (is_ours(error) or _while_configuring(error)):
         return one_line(str(error))
     if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
         return one_line(str(error)) if _while_configuring(error) else None
@@ -95,6 +95,12 @@ def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
     return f"did you mean {near[0]}?" if near else ""
 
 
+def is_ours(error: BaseException) -> bool:
+    """Whether we raised it on purpose: the frame that raised it is in this package."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and _module(frames[-1][0]).split(".")[0] == "simmim"
+
+
 def _unknown(argument: str, options: Iterable[str]) -> str:
     option = argument.split("=")[0]
     if not option.startswith("-"):
@@ -132,12 +138,6 @@ def _subtypes(message: str) -> str:
     if found := re.search(r"Subtypes: (.*)", message):
         return found[1]
     return message.split("Got value")[0].split("Given value type")[0]
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether we raised it on purpose: the frame that raised it is in this package."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    return bool(frames) and _module(frames[-1][0]).split(".")[0] == "simmim"
 
 
 def _while_configuring(error: BaseException) -> bool:
