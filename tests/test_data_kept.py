@@ -160,7 +160,9 @@ def test_labels_are_the_same_with_and_without_a_cache(
 def test_many_labels_take_the_memory_of_those_that_are_there(tmp_path: Path) -> None:
     """Present or absent for each of 5,000 labels would be 100 MB."""
     table = tmp_path / "labels.csv"
-    table.write_text("path,label\n" + "".join(f"{i}.png,label {i // 4:04d}\n" for i in range(20_000)))
+    table.write_text(
+        "path,label\n" + "".join(f"{i}.png,label {i // 4:04d}\n" for i in range(20_000))
+    )
     found = labels.read_labels(str(table), several=True).table
     assert len(found.classes) == 5000
     assert found.starts.numel() + found.numbers.numel() == 40_001

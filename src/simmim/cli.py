@@ -98,6 +98,16 @@ COMMANDS = {
     ),
 }
 
+ELSEWHERE = {  # what people try first
+    **{name: f"pretrain {name}" for name in SUBCOMMANDS},
+    "train": "pretrain fit",
+    "finetune": "classify fit",
+    "probe": "classify fit --model.frozen true",
+    "classification": "classify",
+    "segmentation": "segment",
+    "detection": "detect",
+    "version": "--version",
+}
 EXAMPLES = {
     "simmim pretrain fit": "a demonstration: handwritten digits, minutes on a CPU",
     "simmim pretrain fit -c image_folder --data.root DIR": "your own images",
@@ -145,6 +155,9 @@ def _dispatch(args: list[str]) -> None:
         print(simmim.__version__)
         return
     name, rest = args[0], args[1:]
+    if name in ELSEWHERE:
+        hint = f"did you mean simmim {ELSEWHERE[name]}?"
+        raise ArgumentError(None, f"unknown command {name!r}: {hint} See simmim --help")
     if name not in COMMANDS:
         _refuse(f"unknown command {name!r}", name, COMMANDS)
     command = COMMANDS[name]

@@ -164,6 +164,8 @@ def _take_ours(args: list[str]) -> tuple[dict[str, list[str]], list[str]]:
     while words:
         option, equals, value = words.pop(0).partition("=")
         key = OURS.get(option)
+        if option.startswith("-c") and key is None:
+            raise ArgumentError(None, f"unknown option {option}: did you mean -c or --config?")
         if key is None:
             rest.append(option + equals + value)
             continue
