@@ -118,7 +118,7 @@ def test_every_option_is_explained(
     subcommand: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "400")
-    assert main(["pretrain", subcommand, "--help"]) == 0
+    assert main(["pretrain", subcommand, "--help", "all"]) == 0
     out = capsys.readouterr().out
     options = re.findall(r"^  (--\S+)[^\n]*?(?:  |\n {10,})(\S[^\n]*)", out, flags=re.MULTILINE)
     assert len(options) > 80
@@ -137,6 +137,10 @@ def test_help_of_the_task_needs_no_torch(capsys: pytest.CaptureFixture[str]) -> 
 
 MISTAKES = [
     ("fit --model.mask_ration 0.5", 2, "did you mean --model.mask_ratio?"),
+    ("fit --epochs 3", 2, "did you mean --trainer.max_epochs?"),
+    ("fit --learning-rate 3", 2, "did you mean --model.base_lr?"),
+    ("fit --batch_size 3", 2, "did you mean --data.batch_size?"),
+    ("fit -config x", 2, "did you mean -c or --config?"),
     ("fit --model.mask_ratio abc", 2, "'abc': it takes a number or a list"),
     ("fit --model.mask_fill tokn", 2, "did you mean token?"),
     ("fit --model.encoder_kwargs.depthh 3", 1, "depthh"),
@@ -150,11 +154,12 @@ MISTAKES = [
     ("fit --data.root nowhere", 1, "nowhere"),
     ("fit --data.batch_size 0", 1, "batch_size 0"),
     ("fit --trainer.precision bf16-mxed", 2, "did you mean bf16-mixed?"),
-    ("fit --trainer.strategy dpp", 1, "dpp"),
-    ("fit --trainer.accelerator gpus", 1, "gpus"),
+    ("fit --trainer.strategy dpp", 1, "--trainer.strategy dpp is not known: did you mean ddp?"),
+    ("fit --trainer.accelerator cdua", 1, "did you mean cuda?"),
     ("fit --trainer.max_epochs", 2, "--trainer.max_epochs needs a value"),
     ("fit --trainer.default_root_dir x", 1, "--run_dir"),
     ("fit stray", 2, "'stray'"),
+    ("fit --name x stray", 2, "'stray', did you mean --data.root stray?"),
     ("fit -c", 2, "needs a value"),
     ("fit -c swin_base", 2, "did you mean 'swin_base_"),
     ("fit -c images", 2, "'images'"),
@@ -192,8 +197,15 @@ def test_a_mistake_is_one_sentence(
 
 
 def test_an_unknown_command_proposes_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["pretrian"]) == 2
-    assert "did you mean pretrain?" in capsys.readouterr().err
+    for line, words in {
+        "pretrian": "did you mean pretrain?",
+        "fit -c image_folder": "did you mean simmim pretrain fit?",
+        "finetune": "did you mean simmim classify fit?",
+        "pretrain ftt": "did you mean fit?",
+        "benchmark stp": "did you mean step?",
+    }.items():
+        assert main(line.split()) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_debugging_shows_where_a_mistake_was_found(
@@ -213,6 +225,14 @@ def test_a_mistake_of_a_plain_command_is_one_sentence(capsys: pytest.CaptureFixt
     for line, status, words in (
         ("convert", 2, "--weights and --out must be given"),
         ("convert --weigths x", 2, "did you mean --weights?"),
+        ("doctor images", 2, "did you mean --root images?"),
+        ("doctor --root images --config imagefolder", 2, "did you mean 'image_folder'?"),
+        ("doctor --root images -c imagefolder", 2, "did you mean 'image_folder'?"),
+        ("pack --root images --out x --format jpg", 2, "did you mean jpeg?"),
+        ("benchmark dta", 2, "did you mean data?"),
+        ("benchmark data --wrokers 2", 2, "did you mean --workers?"),
+        ("benchmark -c digit", 2, "did you mean 'digits'?"),
+        ("compare --weights x --mode finetun", 2, "did you mean finetune?"),
         ("convert --weights none.pth --out x.ckpt", 1, "none.pth does not exist"),
         ("convert --weights none.pth --out x.ckpt --img_size big", 2, "it takes a whole number"),
     ):

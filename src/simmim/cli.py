@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from importlib import import_module
 
 import simmim
-from simmim.mistakes import explain, nearest
+from simmim.configuration import EXPERIMENTS
+from simmim.help import HELP, asked, fill, groups_of, page_of_function, page_of_task, table
+from simmim.mistakes import explain, is_ours, nearest
 
 SUBCOMMANDS = {
     "fit": "train",
@@ -97,6 +99,16 @@ COMMANDS = {
     ),
 }
 
+ELSEWHERE = {  # what people try first
+    **{name: f"pretrain {name}" for name in SUBCOMMANDS},
+    "train": "pretrain fit",
+    "finetune": "classify fit",
+    "probe": "classify fit --model.frozen true",
+    "classification": "classify",
+    "segmentation": "segment",
+    "detection": "detect",
+    "version": "--version",
+}
 EXAMPLES = {
     "simmim pretrain fit": "a demonstration: handwritten digits, minutes on a CPU",
     "simmim pretrain fit -c image_folder --data.root DIR": "your own images",
@@ -111,16 +123,21 @@ def main(argv: list[str] | None = None) -> int:
         argv: The arguments; those of the process by default.
 
     Returns:
-        The exit status: 0, 1 where the command failed, 2 where it was misused, 130 on Ctrl+C.
+        The exit status: 0, 1 where the command failed, 2 where it was misused, 130 on Ctrl+C, 141
+        where nobody reads what it prints any more.
     """
     try:
         _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
     except SystemExit as stop:  # --help, --print_config
         return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
     except KeyboardInterrupt as stop:
         print(f"simmim: stopped; {stop}" if str(stop) else "simmim: stopped", file=sys.stderr)
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and is_ours(error):  # a print, before `| head`
+            _let_go_of_output()
+            return 141  # 128 + SIGPIPE, as of other programs
         sentence = explain(error)
         if sentence is None or os.environ.get("SIMMIM_DEBUG") == "1":
             raise
@@ -130,18 +147,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dispatch(args: list[str]) -> None:
-    if not args or args[0] in ("-h", "--help", "help"):
+    if args[:1] == ["help"] and args[1:]:  # simmim help pretrain fit
+        args = [*args[1:], "--help"]
+    if not args or args[0] in (*HELP, "help"):
         print(_overview())
         return
     if args[0] in ("-V", "--version"):
         print(simmim.__version__)
         return
     name, rest = args[0], args[1:]
+    if name in ELSEWHERE:
+        hint = f"did you mean simmim {ELSEWHERE[name]}?"
+        raise ArgumentError(None, f"unknown command {name!r}: {hint} See simmim --help")
     if name not in COMMANDS:
         _refuse(f"unknown command {name!r}", name, COMMANDS)
     command = COMMANDS[name]
     if command.subcommands:
-        if rest and rest[0] in ("-h", "--help"):
+        if rest and rest[0] in HELP:
             print(_overview_of(name, command))
             return
         named = bool(rest) and not rest[0].startswith("-")
@@ -149,7 +171,24 @@ def _dispatch(args: list[str]) -> None:
             _refuse(f"simmim {name} needs a subcommand first", "", command.subcommands)
         if named and rest[0] not in command.subcommands:
             _refuse(f"unknown subcommand {rest[0]!r} of {name}", rest[0], command.subcommands)
+    word = asked(rest)
+    if word == "" or (word is not None and name not in EXPERIMENTS):
+        print(_page_of(name, command, rest))
+        return
     command.load()(rest)
+
+
+def _page_of(name: str, command: Command, args: list[str]) -> str:
+    which = args[0] if args[0] in command.subcommands else ""
+    if name in EXPERIMENTS:
+        summary = command.summary if which == "fit" else command.subcommands[which]
+        return page_of_task(name, which, summary, args[1:])
+    return page_of_function(f"{name} {which}".strip())
+
+
+def _let_go_of_output() -> None:
+    """Throw away what is left to be printed, for which nobody is there."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refuse(what: str, given: str, names: Iterable[str]) -> None:
@@ -162,13 +201,15 @@ def _overview() -> str:
         [
             "usage: simmim COMMAND ...",
             "",
-            "Masked image modelling (SimMIM): pretrain an image encoder on unlabelled images.",
+            *fill(
+                "Masked image modelling (SimMIM): pretrain an image encoder on unlabelled images."
+            ),
             "",
             "commands:",
-            *_table({name: command.summary for name, command in COMMANDS.items()}),
+            *table({name: command.summary for name, command in COMMANDS.items()}),
             "",
             "to start with:",
-            *_table(EXAMPLES),
+            *table(EXAMPLES),
             "",
             "simmim COMMAND --help says more.",
         ]
@@ -182,17 +223,13 @@ def _overview_of(name: str, command: Command) -> str:
     summaries |= {f"simmim {name} {choice}": text for choice, text in command.subcommands.items()}
     return "\n".join(
         [
-            f"usage: simmim {name} {choices} [-c CONFIG ...] [--OPTION VALUE ...]",
+            *fill(f"usage: simmim {name} {choices} [-c CONFIG ...] [--OPTION VALUE ...]"),
             "",
-            f"{command.summary.capitalize()}.",
+            *fill(f"{command.summary.capitalize()}."),
             "",
-            *_table(summaries),
+            *table(summaries),
+            *(groups_of(name) if command.alone else []),
             "",
-            f"simmim {name} {next(iter(command.subcommands))} --help lists every option.",
+            f"simmim {name} {next(iter(command.subcommands))} --help says more.",
         ]
     )
-
-
-def _table(rows: dict[str, str]) -> list[str]:
-    width = max(map(len, rows))
-    return [f"  {name:<{width}}  {text}" for name, text in rows.items()]

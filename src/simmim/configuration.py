@@ -5,6 +5,7 @@ from argparse import ArgumentError
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,13 @@ OURS = {
     "--run_dir": "run_dir",
 }
 OVERLAY = "overlay"  # the folder of configs that change an experiment but are none
+EXPERIMENTS = {  # of the tasks, where the user names none
+    "pretrain": "pretrain/digits",
+    "classify": "classify/finetune_small",
+    "segment": "segment/upernet_small",
+    "detect": "detect/rcnn_small",
+}
+PROBES = {"classify": "classify/linear_probe", "segment": "segment/linear"}  # and of a frozen one
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,45 @@ def read_request(
     )
 
 
+def default_experiment(command: str, args: list[str]) -> str:
+    """The config of a task where none is named; a probe's recipe is another.
+
+    Args:
+        command: The task, such as "classify".
+        args: What the command line holds.
+    """
+    words = [part for arg in args for part in arg.split("=", 1)]
+    frozen = [value for option, value in pairwise(words) if option == "--model.frozen"][-1:]
+    probes = frozen and frozen[0].lower() == "true" and command in PROBES
+    return PROBES[command] if probes else EXPERIMENTS[command]
+
+
+def read_layers(command: str, args: list[str]) -> tuple[str, dict[str, Any]]:
+    """What the configs of a command line say together, and the name of the experiment.
+
+    Args:
+        command: The task, such as "pretrain".
+        args: What stands behind the subcommand.
+
+    Raises:
+        ArgumentError: If a config is not found, or is no mapping.
+    """
+    paths = [find_config(name, command) for name in _take_ours(args)[0].get("config", [])]
+    if all(path.parent.name == OVERLAY for path in paths):
+        paths.insert(0, find_config(default_experiment(command, args), command))
+    merged: dict[str, Any] = {}
+    for path in paths:
+        merged = _laid_over(merged, read_config(path))
+    return next(path for path in paths if path.parent.name != OVERLAY).stem, merged
+
+
+def _laid_over(config: Any, other: Any) -> Any:
+    """A config with what another says instead, or besides."""
+    if not (isinstance(config, Mapping) and isinstance(other, Mapping)):
+        return other
+    return {**config, **{k: _laid_over(config.get(k), v) for k, v in other.items()}}
+
+
 def _take_ours(args: list[str]) -> tuple[dict[str, list[str]], list[str]]:
     """Take out what is read before Lightning's parser is built, and leave the rest as it is.
 
@@ -117,6 +164,8 @@ def _take_ours(args: list[str]) -> tuple[dict[str, list[str]], list[str]]:
     while words:
         option, equals, value = words.pop(0).partition("=")
         key = OURS.get(option)
+        if option.startswith("-c") and key is None:
+            raise ArgumentError(None, f"unknown option {option}: did you mean -c or --config?")
         if key is None:
             rest.append(option + equals + value)
             continue

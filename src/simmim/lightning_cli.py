@@ -23,6 +23,8 @@ from simmim.configuration import (
     read_config,
     restrict,
 )
+from simmim.help import asked
+from simmim.help.options import page_of_options
 from simmim.loggers import Board, board, lineage, run_loggers
 from simmim.mistakes import word_usage_error
 from simmim.run import (
@@ -63,7 +65,8 @@ class TaskCLI(LightningCLI):
                 "allow_abbrev": False,
                 request.subcommand: {
                     "usage": f"simmim {task.name} {request.subcommand} [-c CONFIG ...] "
-                    "[--OPTION VALUE ...]"
+                    "[--OPTION VALUE ...]",
+                    "description": "Options in full, with the sources of their defaults.",
                 },
             },
             args=self._layers(start),
@@ -123,6 +126,9 @@ class TaskCLI(LightningCLI):
         """Parse, and let a checkpoint that is gone on with overrule the options it contradicts."""
         self._document()
         assert isinstance(args, list)
+        if about := asked(args):
+            print(page_of_options(self.options, about))
+            raise SystemExit(0)
         if PRINT_SHORT in args:
             self._print_short([word for word in args if word != PRINT_SHORT])
         self.config = self._parse(args)
@@ -193,6 +199,7 @@ class TaskCLI(LightningCLI):
         }
         for action in self.options._actions:
             action.help = texts.get(action.dest, action.help)
+        self.options._action_groups[-1].title = "Checkpoint"  # the method's arguments come last
 
     def _contradictions(self, start: Start) -> dict[str, tuple[Any, Any]]:
         """Options that differ from the checkpoint's: {name: (asked for, in the checkpoint)}."""

@@ -20,6 +20,28 @@ TYPES = {  # as jsonargparse writes them, and as people do
     r"tuple": "a list of numbers",
     r"dict": "a table {name: value}, in quotes",
 }
+ELSEWHERE = {  # what other tools call our options
+    "epochs": "trainer.max_epochs",
+    "steps": "trainer.max_steps",
+    "gpus": "trainer.devices",
+    "ngpus": "trainer.devices",
+    "fp16": "trainer.precision",
+    "amp": "trainer.precision",
+    "lr": "model.base_lr",
+    "learning_rate": "model.base_lr",
+    "arch": "model.encoder",
+    "backbone": "model.encoder",
+    "pretrained": "model.weights",
+    "checkpoint": "ckpt_path",
+    "resume": "ckpt_path",
+    "data_path": "data.root",
+    "dir": "data.root",
+    "workers": "data.num_workers",
+    "seed": "seed_everything",
+    "output": "run_dir",
+    "output_dir": "run_dir",
+}
+ROOTS = ("--root", "--data.root")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -47,11 +69,14 @@ def explain(error: BaseException) -> str | None:
         )
     if found := re.match(r"Error\(s\) in loading state_dict for (\w+):\s*(.*)", str(error)):
         return f"the checkpoint holds other weights than its {found[1]} has: {found[2][:200]}"
+    if found := re.match(r"You selected an invalid (\w+) name: `\w+='(.*?)'`", str(error)):
+        names = re.search(r"(?:choices|names are): ([\w, ]+)", str(error))  # Lightning's
+        return _unknown_name(f"--trainer.{found[1]}", found[2], names[1] if names else "")
     if kind.__name__ == "MisconfigurationException":  # Lightning's
         return one_line(str(error))
     if kind.__module__.split(".")[0] == "simmim":
         return one_line(str(error))
-    if isinstance(error, ValueError) and (_is_ours(error) or _while_configuring(error)):
+    if isinstance(error, ValueError) and (is_ours(error) or _while_configuring(error)):
         return one_line(str(error))
     if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
         return one_line(str(error)) if _while_configuring(error) else None
@@ -95,12 +120,26 @@ def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
     return f"did you mean {near[0]}?" if near else ""
 
 
+def is_ours(error: BaseException) -> bool:
+    """Whether we raised it on purpose: the frame that raised it is in this package."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and _module(frames[-1][0]).split(".")[0] == "simmim"
+
+
 def _unknown(argument: str, options: Iterable[str]) -> str:
     option = argument.split("=")[0]
+    names = [name for name in options if name not in ("-h", "--help")]
     if not option.startswith("-"):
-        return f"unexpected argument {argument!r}: options begin with --, configs follow -c"
-    hint = nearest(option, options) or "see --help for those that there are"
-    return f"unknown option {option}: {hint}"
+        root = next((f", did you mean {n} {argument}?" for n in ROOTS if n in names), "")
+        return f"unexpected argument {argument!r}{root}: options begin with --, configs follow -c"
+    theirs = f"--{ELSEWHERE.get(option.strip('-').replace('-', '_'))}"
+    hint = f"did you mean {theirs}?" if theirs in names else nearest(option, names)
+    return f"unknown option {option}: {hint or 'see --help for those that there are'}"
+
+
+def _unknown_name(option: str, name: str, names: str) -> str:
+    hint = nearest(name, names.split(", "))
+    return one_line(f"{option} {name} is not known: {hint} choose from {names.strip(', ')}")
 
 
 def _wrong_value(key: str, message: str) -> str:
@@ -132,12 +171,6 @@ def _subtypes(message: str) -> str:
     if found := re.search(r"Subtypes: (.*)", message):
         return found[1]
     return message.split("Got value")[0].split("Given value type")[0]
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether we raised it on purpose: the frame that raised it is in this package."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    return bool(frames) and _module(frames[-1][0]).split(".")[0] == "simmim"
 
 
 def _while_configuring(error: BaseException) -> bool:

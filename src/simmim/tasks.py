@@ -5,14 +5,13 @@ import os
 import warnings
 from dataclasses import replace
 from inspect import signature
-from itertools import pairwise
 
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from simmim.checkpoints import CHECKPOINTS, LAST, signals_put_back
-from simmim.configuration import Request, read_request
+from simmim.configuration import Request, default_experiment, read_request
 from simmim.lightning_cli import TaskCLI
 from simmim.loggers import finish_board
 from simmim.mistakes import one_line
@@ -42,7 +41,7 @@ def pretrain(args: list[str]) -> None:
             name="pretrain",
             model=SimMIM,
             data=ImageFolderData,
-            default="pretrain/digits",
+            default=default_experiment("pretrain", args),
             callbacks={
                 "reconstructions": callbacks.Reconstructions,
                 "probe": callbacks.OnlineProbe,
@@ -72,7 +71,7 @@ def classify(args: list[str]) -> None:
             name="classify",
             model=Classifier,
             data=ClassificationData,
-            default="classify/linear_probe" if _is_frozen(args) else "classify/finetune_small",
+            default=default_experiment("classify", args),
             callbacks={
                 "confusion": ConfusionMatrix,
                 "board_predictions": BoardPredictions,
@@ -100,7 +99,7 @@ def segment(args: list[str]) -> None:
             name="segment",
             model=Segmenter,
             data=SegmentationData,
-            default="segment/linear" if _is_frozen(args) else "segment/upernet_small",
+            default=default_experiment("segment", args),
             callbacks={
                 "segmentations": Segmentations,
                 **_every_run(),
@@ -123,7 +122,7 @@ def detect(args: list[str]) -> None:
             name="detect",
             model=Detector,
             data=DetectionData,
-            default="detect/rcnn_small",
+            default=default_experiment("detect", args),
             callbacks={
                 "detections": Detections,
                 "predictions": DetectionWriter,
@@ -159,13 +158,6 @@ def _as_the_weights() -> dict[str, Link]:
         "data.img_size": Link(("model.img_size", "model.weights"), image_size),
         "data.in_chans": Link(("model.in_chans", "model.weights"), channels),
     }
-
-
-def _is_frozen(args: list[str]) -> bool:
-    """Whether the command line asks for a probe, whose recipe is another."""
-    words = [part for arg in args for part in arg.split("=", 1)]
-    values = [value for option, value in pairwise(words) if option == "--model.frozen"]
-    return bool(values) and values[-1].lower() == "true"
 
 
 def run_task(task: Task, args: list[str]) -> None:
