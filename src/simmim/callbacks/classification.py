@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from simmim.callbacks.look import last_step
 from simmim.callbacks.pictures import BACKGROUND, INK
 from simmim.callbacks.schedule import check_every_n_epochs, show
 
@@ -68,10 +69,11 @@ class ConfusionMatrix(L.Callback):
             name = "confusion_matrix"
 
             def to_wandb(logger: WandbLogger) -> None:
-                logger.log_image(name, [picture])
+                logger.log_image(name, [picture], last_step(trainer))
                 assert counts is not None
                 if len(counts) <= MOST_ON_BOARD:
-                    logger.log_metrics({"confusion": board_confusion(counts, module.class_names)})
+                    chart = board_confusion(counts, module.class_names)
+                    logger.log_metrics({"confusion": chart}, last_step(trainer))
 
             show(trainer, name, picture, to_wandb)
         if trainer.fast_dev_run or (not trainer.loggers and trainer.state.fn != "fit"):  # type: ignore[attr-defined]

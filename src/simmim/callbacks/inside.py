@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from simmim.callbacks.look import Samples, call, fixed_samples, log_now, undisturbed
+from simmim.callbacks.look import Samples, call, fixed_samples, last_step, log_now, undisturbed
 from simmim.callbacks.schedule import EpochPictures
 
 SHOWN = {  # what each histogram is of
@@ -82,9 +82,9 @@ def _log_histogram(trainer: L.Trainer, name: str, values: Tensor) -> None:
         if isinstance(logger, WandbLogger):
             import wandb
 
-            logger.log_metrics({name: wandb.Histogram(values.numpy())}, trainer.global_step)
+            logger.log_metrics({name: wandb.Histogram(values.numpy())}, last_step(trainer))
         elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_histogram(name, values, trainer.global_step)
+            logger.experiment.add_histogram(name, values, last_step(trainer))
 
 
 def draw_histograms(values: Mapping[str, Tensor]) -> Image.Image:

@@ -7,7 +7,7 @@ from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 from torch import Tensor
 
-from simmim.callbacks.look import batch_at, evaluation_loader, spread_places
+from simmim.callbacks.look import batch_at, evaluation_loader, last_step, spread_places
 from simmim.callbacks.pictures import draw_panel, to_rgb, to_unit
 from simmim.callbacks.schedule import EpochPictures
 from simmim.masking import upsample_mask
@@ -71,7 +71,7 @@ class Masks(EpochPictures):
                 }
                 for i in range(len(pictures))
             ]
-            logger.log_image(self.NAME, pictures, trainer.global_step, masks=layers)
+            logger.log_image(self.NAME, pictures, last_step(trainer), masks=layers)
 
         columns = {"image": images}
         columns |= {f"in {name}": images.masked_fill(mask, 0.5) for name, mask in hidden.items()}

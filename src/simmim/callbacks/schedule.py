@@ -12,6 +12,8 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 
+from simmim.callbacks.look import last_step
+
 
 class EpochPictures(L.Callback, ABC):
     """Draw every few epochs, and at the end, however the run comes to it.
@@ -116,13 +118,13 @@ class EpochPictures(L.Callback, ABC):
             import wandb
 
             table = [[wandb.Image(p), *row] for p, row in zip(pictures, rows, strict=True)]
-            logger.log_table(self.NAME, ["picture", *header], table, step=trainer.global_step)
+            logger.log_table(self.NAME, ["picture", *header], table, step=last_step(trainer))
 
         self.keep(trainer, panel, epochs, to_wandb)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 text = _markdown([header, ["---"] * len(header), *rows])
-                logger.experiment.add_text(self.NAME, text, trainer.global_step)
+                logger.experiment.add_text(self.NAME, text, last_step(trainer))
         if self.folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         try:
@@ -164,12 +166,12 @@ def show(
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             if to_wandb is None:
-                logger.log_image(name, [picture], trainer.global_step)
+                logger.log_image(name, [picture], last_step(trainer))
             else:
                 to_wandb(logger)
         elif isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image(
-                name, np.asarray(picture), trainer.global_step, dataformats="HWC"
+                name, np.asarray(picture), last_step(trainer), dataformats="HWC"
             )
 
 
