@@ -105,7 +105,7 @@ def draw_histograms(values: Mapping[str, Tensor]) -> Image.Image:
         ):
             axes.hist(value.numpy(), bins=40, color="#1f77b4")
             mean, std = float(value.mean()), float(value.std(correction=0))
-            axes.set_title(f"{SHOWN.get(name, name)}\n{mean:.3g} ± {std:.3g}", fontsize=9)
+            axes.set_title(f"{SHOWN.get(name, name)}\nmean {mean:.2g}, std {std:.2g}", fontsize=9)
             axes.set_yticks([])
             axes.spines[["top", "right", "left"]].set_visible(False)
         canvas.draw()
