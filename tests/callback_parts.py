@@ -101,21 +101,24 @@ class MiniSimMIM(L.LightningModule):
         keys = sample_keys(index, 1 if validation else 0, 0 if validation else self.current_epoch)
         return draw_masks(random_mask, keys, (2, 2), 0.5), keys
 
-    def step(self, batch: Any, validation: bool = False) -> Tensor:
+    def step(self, batch: Any, validation: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         raw, images, index = self.inputs(batch, 0)
         mask, _ = self.draw_mask(raw, index, validation=validation)
-        return masked_mean(self.error(self(images, mask), images), mask)
+        error = self.error(self(images, mask), images)
+        return masked_mean(error, mask), {"index": index, "mask": mask, "error": error}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = self.step(batch)
+        loss, _ = self.step(batch)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val/loss", self.step(batch, True), batch_size=len(batch["image"]))
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        loss, parts = self.step(batch, True)
+        self.log("val/loss", loss, batch_size=len(batch["image"]))
+        return parts
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("test/loss", self.step(batch, True), batch_size=len(batch["image"]))
+        self.log("test/loss", self.step(batch, True)[0], batch_size=len(batch["image"]))
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         raw, images, index = self.inputs(batch, batch_idx)

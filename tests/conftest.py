@@ -27,7 +27,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("SIMMIM_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_images() -> Callable[..., Path]:
     """Write small smooth pictures: `make_images(folder, n, size=32)` -> the folder."""
 

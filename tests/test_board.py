@@ -1,16 +1,20 @@
-"""The board: what an offline run has recorded, read back curve by curve and panel by panel."""
+"""The boards: what four tasks record offline, read back curve by curve and panel by panel."""
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from board_records import config, history, records
+from board_records import config, history, records, summary
 from simmim.cli import main
 from simmim.loggers import lineage
+from test_detect import blocks
 
 # jsonargparse's own, about what LightningCLI calls
 pytestmark = pytest.mark.filterwarnings(
@@ -26,26 +30,34 @@ TINY = [
     "--probe.layer=2",
 ]
 QUIET = [
-    "--data.root=images",
-    "--data.batch_size=8",
     "--data.num_workers=0",
     "--trainer.accelerator=cpu",
     "--trainer.devices=1",
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
+    "--trainer.log_every_n_steps=1",
 ]
+DETECTOR = ["--model.fpn_channels=16", "--model.proposals=50", "--model.rois_per_image=16"]
+ALL_LOGGERS = json.dumps(
+    [
+        {"class_path": "WandbLogger"},
+        {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "."}},
+    ]
+)
 CURVES = {
     "train/loss",
     "val/loss",
     "gap/loss",
     "best/loss",
     "lr",
-    "val/avg_dist",
     "throughput/images_per_s",
     "throughput/data_wait",
     "throughput/batch_size",
     "train/grad_norm",
     "memory/max_gib",
+}
+OF_PRETRAINING = {
+    "val/avg_dist",
     "collapse/effective_rank",
     "collapse/feature_variance",
     "val/knn_top1",
@@ -56,7 +68,233 @@ CURVES = {
     "histograms/mask_token_mean",
     "histograms/head_std",
 }
-HISTOGRAMS = ("mask_token", "head", "prediction", "target")
+HISTOGRAMS = {f"histograms/{k}" for k in ("mask_token", "head", "prediction", "target")}
+OWN = {"_step", "_runtime", "_timestamp", "trainer/global_step", "epoch"}  # of W&B and Lightning
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, make_images: Make) -> Iterator[dict[str, Path]]:
+    """A short run of each task with all three loggers, the later three from the first."""
+    place = tmp_path_factory.mktemp("boards")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setenv("HOME", str(place))
+        patch.setenv("SIMMIM_CACHE", str(place / "cache"))
+        patch.setenv("WANDB_MODE", "offline")
+        for name in ("cat", "dog"):
+            make_images(place / "images" / name, 20, size=32)
+        for part, n in (("train", 8), ("val", 3)):
+            blocks(place / "boxes" / part, n)
+            squares(place / "squares" / part, n)
+        board = ["--board.tags=[small, cats]", "--board.group=first", "--board.notes=two classes"]
+        found = fit("pretrain", "images", 2, *TINY, "--probe.every_n_epochs=1", *board)
+        begun = f"--model.weights={found}"
+        yield {
+            "pretrain": found,
+            "classify": fit("classify", "images", 1, begun),
+            "segment": fit("segment", "squares", 1, begun),
+            "detect": fit("detect", "boxes", 1, begun, "--model.img_size=[48, 64]", *DETECTOR),
+        }
+
+
+def fit(task: str, data: str, epochs: int, *options: str) -> Path:
+    few = [f"--data.root={data}", "--data.batch_size=4", f"--trainer.max_epochs={epochs}"]
+    loggers = [f"--trainer.logger={ALL_LOGGERS}", "--board.log_checkpoints=true"]
+    assert main([task, "fit", f"--name={task}", *few, *QUIET, *loggers, *options]) == 0
+    return Path.cwd() / "runs" / task / "version_0"
+
+
+def squares(folder: Path, n: int) -> None:
+    """Images with a red square on gray, and masks that say where it is."""
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True)
+    for i in range(n):
+        mask = np.zeros((32, 40), np.uint8)
+        mask[4 + i : 20 + i, 8:24] = 1
+        image = np.where(mask[..., None], (220, 20, 20), (90, 90, 90)).astype(np.uint8)
+        Image.fromarray(image).save(folder / "images" / f"{i}.png")
+        Image.fromarray(mask).save(folder / "masks" / f"{i}.png")
+
+
+def board_of(run: Path) -> Path:
+    (board,) = (run / "wandb").glob("offline-run-*")
+    return board
+
+
+def media(run: Path, panel: str) -> list[list[Path]]:
+    """The files of a panel at each of its steps."""
+    return [[run / "files" / n for n in names] for names in history(run)[f"{panel}.filenames"]]
+
+
+def artifacts(run: Path) -> list[Any]:
+    return records(run, "artifact")
+
+
+def table_of(run: Path, panel: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The last table of a panel, and where its files lie, by their names."""
+    name, found = f"{panel}.table.json", []
+    for artifact in artifacts(run):
+        files = {e["path"]: e["local_path"] for e in artifact["manifest"]["contents"]}
+        found += [files] if name in files else []
+    return json.loads(Path(found[-1][name]).read_text()), found[-1]
+
+
+def events(run: Path) -> dict[str, list[str]]:
+    """What TensorBoard has, by kind."""
+    return EventAccumulator(str(run / "tensorboard"), {"images": 0}).Reload().Tags()
+
+
+TASKS = ("pretrain", "classify", "segment", "detect")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_all_loggers_have_the_same_metrics(runs: dict[str, Path], task: str) -> None:
+    values = history(board_of(runs[task]))
+    panels = {key.rpartition(".")[0] for key in values if key.endswith("._type")}
+    wandb = {key for key in values if key.rpartition(".")[0] not in panels}
+    with (runs[task] / "metrics.csv").open(newline="") as file:
+        table = set(next(csv.reader(file)))
+    assert wandb - OWN == table - {"step", "epoch"}
+    assert set(events(runs[task])["scalars"]) == table - {"step"}
+    assert wandb >= CURVES | (OF_PRETRAINING if task == "pretrain" else set())
+
+
+PANELS = {  # on W&B; what TensorBoard has as pictures, and as text; what lies in the run's folder
+    "pretrain": (
+        {"reconstructions", "masks", "worst", *HISTOGRAMS},
+        {"reconstructions", "masks", "worst"},
+        {"worst"},
+        {"reconstructions", "masks", "worst", "worst.csv", "histograms"},
+    ),
+    "classify": (
+        {"confusion_matrix", "confusion_table", "val_predictions"},
+        {"confusion_matrix", "val_predictions"},
+        {"val_predictions"},
+        {"confusion_matrix.png", "classes.csv", "val_predictions", "val_predictions.csv"},
+    ),
+    "segment": ({"segmentations"}, {"segmentations"}, set(), {"segmentations"}),
+    "detect": ({"detections"}, {"detections"}, set(), {"detections"}),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_what_is_no_number_is_on_each_board_and_in_the_folder(
+    runs: dict[str, Path], task: str
+) -> None:
+    on_wandb, pictures, texts, files = PANELS[task]
+    values = history(board_of(runs[task]))
+    assert {key.rpartition(".")[0] for key in values if key.endswith("._type")} == on_wandb
+    found = events(runs[task])
+    assert set(found["images"]) == pictures
+    assert set(found["histograms"]) == (HISTOGRAMS if task == "pretrain" else set())
+    assert {name.removesuffix("/text_summary") for name in found["tensors"]} >= texts
+    assert {path.name for path in runs[task].iterdir()} >= files
+    for path in (runs[task] / name for name in files):
+        assert path.stat().st_size if path.is_file() else list(path.glob("epoch_*.png"))
+
+
+def test_pictures_of_pretraining_have_a_step_for_each_look(runs: dict[str, Path]) -> None:
+    board = board_of(runs["pretrain"])
+    for name, per_step in (("reconstructions", 1), ("masks", 4)):
+        steps = media(board, name)
+        assert [len(paths) for paths in steps] == [per_step] * 2  # untrained, and after the last
+        assert all(path.stat().st_size for paths in steps for path in paths)
+    for name in HISTOGRAMS:
+        assert history(board)[f"{name}._type"] == ["histogram"] * 2
+    first, last = (
+        {name: [layer[name] for layer in layers] for name in ("validation", "training")}
+        for layers in history(board)["masks.all_masks"]
+    )
+    pixels = np.asarray(Image.open(board / "files" / first["validation"][0]["path"]))
+    assert (pixels == 1).mean() == pytest.approx(10 / 16)  # ceil(0.6 of 16 cells)
+    sums = [[layer["sha256"] for layer in part["validation"]] for part in (first, last)]
+    assert sums[0] == sums[1]  # fixed
+    sums = [[layer["sha256"] for layer in part["training"]] for part in (first, last)]
+    assert sums[0] != sums[1]
+
+
+def test_the_worst_images_are_listed_with_their_pictures(runs: dict[str, Path]) -> None:
+    content, files = table_of(board_of(runs["pretrain"]), "worst")
+    assert content["columns"] == ["picture", "rank", "loss", "path"]
+    assert all(Path(files[row[0]["path"]]).stat().st_size for row in content["data"])
+    with (runs["pretrain"] / "worst.csv").open(newline="") as file:
+        listed = [row["path"] for row in csv.DictReader(file)]
+    assert [row[3] for row in content["data"]] == listed
+    assert Path(listed[0]).is_file()
+
+
+def test_the_summary_has_the_last_and_the_best(runs: dict[str, Path]) -> None:
+    board = board_of(runs["pretrain"])
+    values, said = history(board), summary(board)
+    for name in ("loss", "knn_top1", "probe_top1"):
+        best = min if name == "loss" else max
+        assert said[f"val/{name}"] == values[f"val/{name}"][-1]
+        assert said[f"best/{name}"] == values[f"best/{name}"][-1]
+        assert said[f"best/{name}"] == best(values[f"val/{name}"][-2:])  # both epochs'
+
+
+def test_a_run_says_what_it_is(runs: dict[str, Path]) -> None:
+    (begun,) = records(board_of(runs["pretrain"]), "run")
+    assert (begun["run_group"], begun["tags"], begun["notes"], begun["project"]) == (
+        "first",
+        ["small", "cats"],
+        "two classes",
+        "simmim",
+    )
+    assert [records(board_of(runs[task]), "run")[0]["job_type"] for task in TASKS] == list(TASKS)
+
+
+def test_checkpoints_are_artifacts_with_a_lineage(runs: dict[str, Path]) -> None:
+    board = board_of(runs["pretrain"])
+    (artifact,) = (a for a in artifacts(board) if a["type"] == "model")
+    (begun,) = records(board, "run")
+    assert artifact["name"] == f"model-{begun['run_id']}"
+    assert set(artifact["aliases"]) == {"best", "latest"}
+    for task in TASKS[1:]:
+        assert config(board_of(runs[task]))["lineage"] == {
+            "weights": str(runs["pretrain"]),
+            "run": begun["run_id"],
+            "artifact": f"model-{begun['run_id']}:best",
+        }
+
+
+def test_predictions_and_confusion_are_tables(runs: dict[str, Path]) -> None:
+    content, files = table_of(board_of(runs["classify"]), "val_predictions")
+    assert content["columns"] == ["picture", "path", "label", "prediction", "probability"]
+    assert {row[2] for row in content["data"]} == {"cat", "dog"}
+    assert all(Path(files[row[0]["path"]]).stat().st_size for row in content["data"])
+    with (runs["classify"] / "val_predictions.csv").open(newline="") as file:
+        rows = [list(row.values()) for row in csv.DictReader(file)]
+    assert [row[1:4] for row in content["data"]] == [row[:3] for row in rows]
+    content, _ = table_of(board_of(runs["classify"]), "confusion_table")
+    with (runs["classify"] / "classes.csv").open(newline="") as file:
+        images = {row["class"]: int(row["images"]) for row in csv.DictReader(file)}
+    for name, count in images.items():
+        assert sum(row[2] for row in content["data"] if row[0] == name) == count
+
+
+def test_segmentations_are_masks_that_can_be_switched(runs: dict[str, Path]) -> None:
+    board = board_of(runs["segment"])
+    (layers,) = history(board)["segmentations.all_masks"]
+    for i, layer in enumerate(layers):
+        assert layer.keys() == {"mask", "predicted"}
+        truth = np.asarray(Image.open(runs["segment"].parents[2] / f"squares/val/masks/{i}.png"))
+        pixels = np.asarray(Image.open(board / "files" / layer["mask"]["path"]))
+        assert np.array_equal(pixels, truth)
+        assert (board / "files" / layer["predicted"]["path"]).stat().st_size
+
+
+def test_detections_are_boxes_that_can_be_switched(runs: dict[str, Path]) -> None:
+    board = board_of(runs["detect"])
+    (layers,) = history(board)["detections.all_boxes"]
+    annotated = json.loads((runs["detect"].parents[2] / "boxes/val/annotations.json").read_text())
+    found = 0
+    for layer in layers:
+        assert layer.keys() == {"truth", "prediction"}
+        boxes = json.loads((board / "files" / layer["truth"]["path"]).read_text())["box_data"]
+        assert all(box["box_caption"] in ("cat", "dog") for box in boxes)
+        found += len(boxes)
+    assert found == len(annotated["annotations"])
 
 
 @pytest.fixture
@@ -71,103 +309,17 @@ def offline(tmp_path: Path, make_images: Make, monkeypatch: pytest.MonkeyPatch) 
 
 
 def pretrain(*args: str) -> Path:
-    assert main(["pretrain", "fit", "--name=pre", *TINY, *QUIET, *args]) == 0
+    data = ["--data.root=images", "--data.batch_size=8"]
+    assert main(["pretrain", "fit", "--name=pre", *data, *TINY, *QUIET, *args]) == 0
     return Path("runs/pre/version_0")
-
-
-def board_of(run: Path) -> list[Path]:
-    return sorted((run / "wandb").glob("offline-run-*"))
-
-
-def media(run: Path, values: dict[str, list[Any]], panel: str) -> list[Path]:
-    """The files of a panel, over all its steps."""
-    names = values.get(f"{panel}.filenames") or [[n] for n in values[f"{panel}.path"]]
-    return [run / "files" / name for step in names for name in step]
-
-
-def artifacts(run: Path) -> list[Any]:
-    return [r.artifact for r in records(run) if r.HasField("artifact")]
-
-
-def tables(run: Path, panel: str) -> list[dict[str, str]]:
-    """The files of each table of a panel: where they lie, by their names."""
-    return [
-        {entry.path: entry.local_path for entry in artifact.manifest.contents}
-        for artifact in artifacts(run)
-        if any(entry.path == f"{panel}.table.json" for entry in artifact.manifest.contents)
-    ]
-
-
-def test_pretraining_and_what_follows(offline: Path) -> None:
-    run = pretrain(
-        "--trainer.max_epochs=2",
-        "--probe.every_n_epochs=1",
-        "--board.tags=[small, cats]",
-        "--board.group=first",
-        "--board.notes=two classes",
-        "--board.log_checkpoints=true",
-    )
-    (board,) = board_of(run)
-    values = history(board)
-    assert values.keys() >= CURVES
-    assert len(media(board, values, "reconstructions")) == 2  # untrained, and after the last
-    assert all(path.stat().st_size for path in media(board, values, "reconstructions"))
-    for name in HISTOGRAMS:
-        assert values[f"histograms/{name}._type"] == ["histogram"] * 2
-    (table,) = tables(board, "worst")
-    content = json.loads(Path(table["worst.table.json"]).read_text())
-    assert content["columns"] == ["rank", "picture", "loss", "path"]
-    assert all(Path(table[row[1]["path"]]).stat().st_size for row in content["data"])
-    with (run / "worst.csv").open(newline="") as file:
-        listed = [row["path"] for row in csv.DictReader(file)]
-    assert [row[3] for row in content["data"]] == listed
-    assert Path(listed[0]).is_file()
-
-    begun = next(r.run for r in records(board) if r.HasField("run"))
-    assert (begun.run_group, list(begun.tags), begun.notes, begun.job_type, begun.project) == (
-        "first",
-        ["small", "cats"],
-        "two classes",
-        "pretrain",
-        "simmim",
-    )
-    (artifact,) = (a for a in artifacts(board) if a.type == "model")
-    assert artifact.name == f"model-{begun.run_id}"
-    assert {"best", "latest"} == set(artifact.aliases)
-
-    with (run / "metrics.csv").open(newline="") as file:
-        assert set(next(csv.reader(file))) >= CURVES
-
-    # A fine-tuning from it says whose weights it began with.
-    weights = f"--model.weights={run}"
-    fit = ["classify", "fit", "--name=fine", weights, *QUIET, "--trainer.max_epochs=1"]
-    assert main(fit) == 0
-    (fine,) = board_of(Path("runs/fine/version_0"))
-    assert config(fine)["lineage"] == {
-        "weights": str(run),
-        "run": begun.run_id,
-        "artifact": f"model-{begun.run_id}:best",
-    }
-    assert not [a for a in artifacts(fine) if a.type == "model"]  # off by default
-    assert next(r.run for r in records(fine) if r.HasField("run")).job_type == "classify"
-    (table,) = tables(fine, "predictions")
-    content = json.loads(Path(table["predictions.table.json"]).read_text())
-    assert content["columns"] == ["picture", "path", "label", "prediction", "probability"]
-    assert {row[2] for row in content["data"]} == {"cat", "dog"}
-    (table,) = tables(fine, "confusion_table")
-    content = json.loads(Path(table["confusion_table.table.json"]).read_text())
-    with Path("runs/fine/version_0/classes.csv").open(newline="") as file:
-        images = {row["class"]: int(row["images"]) for row in csv.DictReader(file)}
-    for name, count in images.items():
-        assert sum(row[2] for row in content["data"] if row[0] == name) == count
-    assert history(fine).keys() >= {"val/top1", "best/top1", "gap/loss", "train/grad_norm"}
 
 
 def test_a_resumed_run_is_the_same_on_the_board(offline: Path) -> None:
     quick = ["--probe.every_n_epochs=0", "--reconstructions.every_n_epochs=0"]
     run = pretrain("--trainer.max_epochs=1", *quick)
     pretrain("--trainer.max_epochs=2", "--ckpt_path=last", *quick)
-    first, second = board_of(run)
+    first, second = sorted((run / "wandb").glob("offline-run-*"))
+    assert not [a for a in artifacts(second) if a["type"] == "model"]  # off by default
     assert first.name.split("-")[-1] == second.name.split("-")[-1]  # the id
     before, after = (history(board)["trainer/global_step"] for board in (first, second))
     assert max(before) < min(after)

@@ -126,6 +126,6 @@ def test_the_worst_images_are_those_of_the_largest_loss(tmp_path: Path) -> None:
 def test_the_loss_of_images_is_their_share_of_the_batch() -> None:
     model, images = MiniSimMIM().eval(), torch.randn(3, 1, 8, 8)
     mask = torch.tensor([[[1, 0], [0, 0]]] * 3).bool()
-    losses = image_losses(model, images, mask, torch.arange(3))
-    whole = masked_mean(model.error(model(images, mask), images), mask)
+    error = model.error(model(images, mask), images)
+    losses, whole = image_losses(error, mask), masked_mean(error, mask)
     assert float(losses.mean().detach()) == pytest.approx(float(whole.detach()), rel=1e-5)

@@ -127,12 +127,13 @@ def browse(page: Path) -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
-CSV = """step,epoch,train/loss,val/loss,val/knn_top1,lr,val/avg_dist
-0,,,,0.25,,
-1,0,1.0,,,0.1,
-1,0,,0.8,0.5,,15
-3,1,0.6,,,0.05,
-3,1,,0.9,nan,,15
+LAYERS = "attention/entropy_12,attention/entropy_2"
+CSV = f"""step,epoch,train/loss,val/loss,val/knn_top1,lr,val/avg_dist,gap/loss,best/loss,{LAYERS}
+0,,,,0.25,,,,,,
+1,0,1.0,,,0.1,,,,0.7,0.9
+1,0,,0.8,0.5,,15,-0.2,0.8,,
+3,1,0.6,,,0.05,,,,0.6,0.8
+3,1,,0.9,nan,,15,0.3,0.8,,
 """
 
 
@@ -166,14 +167,19 @@ def test_diagrams_show_the_gap_and_leave_out_what_never_changes(run: Path) -> No
         for title, curves in choose_diagrams(read_metrics(run / "metrics.csv"))
     }
     assert diagrams["loss"] == {"train/loss": [1.0, 0.6], "val/loss": [0.8, 0.9]}
-    assert diagrams["gap: val/loss - train/loss"]["gap"] == pytest.approx([-0.2, 0.3])
-    assert not any("avg_dist" in title for title in diagrams)
+    assert diagrams["gap: val/loss - train/loss"] == {"gap/loss": [-0.2, 0.3]}
+    assert diagrams["attention: entropy by layer (1: on all alike)"] == {
+        "2": [0.9, 0.8],
+        "12": [0.7, 0.6],
+    }
+    assert list(diagrams["attention: entropy by layer (1: on all alike)"]) == ["2", "12"]
+    assert not any("avg_dist" in title or "best" in title for title in diagrams)
 
 
 def test_of_many_pictures_a_dozen_is_shown_from_first_to_last(run: Path) -> None:
     captions = [picture.caption for picture in series_of(run)["Reconstructions"]]
     assert len(captions) == 12
-    assert (captions[0], captions[-1]) == ("after 0 epochs", "after 290 epochs")
+    assert (captions[0], captions[-1]) == ("before training", "after 290 epochs")
 
 
 def test_commands_name_the_run_and_quote_its_folder(run: Path) -> None:

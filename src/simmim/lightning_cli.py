@@ -12,7 +12,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from simmim.checkpoints import CHECKPOINTS, DurableCheckpointIO, KeepLast, best_checkpoint
@@ -25,7 +25,7 @@ from simmim.configuration import (
 )
 from simmim.help import asked
 from simmim.help.options import page_of_options
-from simmim.loggers import Board, board, lineage, run_loggers
+from simmim.loggers import Board, board, lineage, run_loggers, tensorboard
 from simmim.mistakes import word_usage_error
 from simmim.run import (
     CONFIG,
@@ -290,13 +290,33 @@ class TaskCLI(LightningCLI):
             said = self.config[subcommand]
             options = Board(**said.board.as_dict()).options(self.task.name)
             options["source"] = lineage(said.model.get("weights"))
-        if isinstance(given, WandbLogger):
-            said = self.config[subcommand].trainer.logger.as_dict()
-            theirs = {**said.get("init_args", {}), **said.get("dict_kwargs", {})}
-            logger = board(folder, **{**options, **theirs}) if subcommand == "fit" else None
-            given = [logger] if logger else []
         before = start.step if subcommand == "fit" and start and start.goes_on else None
+        if isinstance(given, Logger | list):
+            said = self.config[subcommand].trainer.logger
+            pairs = zip(given, said, strict=True) if isinstance(given, list) else [(given, said)]
+            placed = [self._placed(folder, *pair, options, before) for pair in pairs]
+            given = [logger for logger in placed if logger is not None]
         return run_loggers(folder, given, subcommand, before, options)
+
+    def _placed(
+        self,
+        folder: Path,
+        logger: Logger,
+        said: Any,
+        options: Mapping[str, Any],
+        before: int | None,
+    ) -> Logger | None:
+        """A logger of the user's: W&B and TensorBoard know the run's folder, and only fits."""
+        if not isinstance(logger, WandbLogger | TensorBoardLogger):
+            return logger
+        if self.request.subcommand != "fit":
+            return None
+        known = signature(type(logger)).parameters
+        given = {**said.get("init_args", {}), **said.get("dict_kwargs", {})}
+        theirs = {k: v for k, v in given.items() if v != getattr(known.get(k), "default", None)}
+        if isinstance(logger, TensorBoardLogger):
+            return tensorboard(folder, before, **theirs)
+        return board(folder, **{**options, **theirs})
 
     def _config_to_keep(self) -> dict[str, Any]:
         """The full resolved config, as it can be given to -c again."""

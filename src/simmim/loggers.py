@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -145,6 +145,20 @@ def _is_before(row: Mapping[str, str | None], step: int | None) -> bool:
         and text.isdigit()
         and int(text) < (math.inf if step is None else step)
     )
+
+
+def tensorboard(folder: Path, before_step: int | None, **options: Any) -> TensorBoardLogger:
+    """Make a TensorBoard logger that writes into the run's folder, and goes on with its run.
+
+    Args:
+        folder: The run's folder; the event files lie in `tensorboard/` below it.
+        before_step: The step at which the run goes on: TensorBoard hides later ones.
+        options: What the user sets of Lightning's logger; save_dir "." means the run's folder.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if Path(given["save_dir"]) == Path("."):
+        given |= {"save_dir": folder, "name": "tensorboard", "version": ""}
+    return TensorBoardLogger(**{"default_hp_metric": False, "purge_step": before_step, **given})
 
 
 # Weights & Biases --------------------------------------------------------------------------------
@@ -298,7 +312,9 @@ class _Board(WandbLogger):
         with suppress(OSError):
             (folder.parent / RUN_ID).write_text(run.id)
         if self.offline:
-            rank_zero_info(f"W&B keeps an offline run; to sync it: wandb sync {_short(folder)}")
+            # The whole folder: a run that was resumed has a file for each part.
+            where = _short(folder.parent)
+            rank_zero_info(f"W&B keeps an offline run; to sync it: wandb sync {where}")
         if self.source:
             self._use(run)
         return run

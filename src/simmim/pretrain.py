@@ -75,6 +75,13 @@ class SimMIM(Recipe):
                 alone if they can: the loss is the same, and a GPU moves less memory. None: the
                 whole map.
         """
+        loss, prediction, _ = self._compare(images, mask, keys, count)
+        return loss, prediction
+
+    def _compare(
+        self, images: Tensor, mask: Tensor, keys: Tensor, count: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `loss_of`, and the error of each element that the loss is taken over."""
         region = mask if self.loss_region == "hidden" else None
         if count is None or not self._hidden_alone:
             prediction, target = self(images, mask, keys, count), self.target(images)
@@ -86,7 +93,7 @@ class SimMIM(Recipe):
         loss = masked_mean(error, region, denominator=self._mean_over_processes)
         if self.fourier_weight:
             loss = loss + self.fourier_weight * fourier_loss(prediction, target, mask)
-        return loss, prediction
+        return loss, prediction, error
 
     def draw_mask(self, raw: Tensor, index: Tensor, *, validation: bool) -> tuple[Tensor, Tensor]:
         """Draw the mask of each sample from (seed, epoch, sample index) and nothing else.
@@ -119,13 +126,17 @@ class SimMIM(Recipe):
         self.log("lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         return loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """The masked loss under fixed masks."""
-        self._evaluate("val", batch, batch_idx)
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """The masked loss under fixed masks.
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """The masked loss under fixed masks."""
-        self._evaluate("test", batch, batch_idx)
+        Returns:
+            For callbacks: the images' index, (B,), their mask, and the error, (B, C, h, w).
+        """
+        return self._evaluate("val", batch, batch_idx)
+
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """As `validation_step`, of the test images."""
+        return self._evaluate("test", batch, batch_idx)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Pictures of the reconstruction, as `reconstruct` gives them."""
@@ -133,16 +144,17 @@ class SimMIM(Recipe):
         mask, keys = self.draw_mask(raw, index, validation=True)
         return self.reconstruct(images, mask, keys)
 
-    def _evaluate(self, part: str, batch: Any, batch_idx: int) -> None:
+    def _evaluate(self, part: str, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         raw, images, index = self.inputs(batch, batch_idx)
         mask, keys = self.draw_mask(raw, index, validation=True)
-        loss, _ = self.loss_of(images, mask, keys)
+        loss, _, error = self._compare(images, mask, keys)
         # Weighted, so that the mean is over hidden cells, however they fall into batches.
         self.val_loss.update(loss, mask.sum() if self.loss_region == "hidden" else len(images))
         self.log(f"{part}/loss", self.val_loss, prog_bar=True)
         if batch_idx == 0:
             distance = average_distance(mask, self.encoder.mask_patch_size).nanmean()
             self.log(f"{part}/avg_dist", distance, sync_dist=self.trainer.world_size > 1)
+        return {"index": index, "mask": mask, "error": error}
 
     def inputs(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:
         """Take a batch apart: a dict of ours, (images, labels), or images alone.

@@ -46,6 +46,7 @@ def pretrain(args: list[str]) -> None:
                 "reconstructions": callbacks.Reconstructions,
                 "probe": callbacks.OnlineProbe,
                 "collapse_alarm": callbacks.CollapseAlarm,
+                "masks": callbacks.Masks,
                 "worst": callbacks.WorstImages,
                 "inside": callbacks.Inside,
                 **_every_run(),
@@ -58,11 +59,8 @@ def pretrain(args: list[str]) -> None:
 
 def classify(args: list[str]) -> None:
     """`simmim classify {fit,validate,test,predict}`."""
-    from simmim.callbacks.classification import (
-        BoardPredictions,
-        ConfusionMatrix,
-        PredictionTable,
-    )
+    from simmim.callbacks.classification import ConfusionMatrix, PredictionTable
+    from simmim.callbacks.predictions import BoardPredictions
     from simmim.classify import Classifier
     from simmim.data.classification import ClassificationData
 

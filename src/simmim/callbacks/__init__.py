@@ -5,6 +5,7 @@ None of them changes the weights that come out.
 
 from simmim.callbacks.alarms import CollapseAlarm, NonFiniteLoss, StopOnNonFinite
 from simmim.callbacks.inside import Inside
+from simmim.callbacks.masks import Masks
 from simmim.callbacks.probe import OnlineProbe
 from simmim.callbacks.progress import ProgressBar, Throughput
 from simmim.callbacks.reconstructions import PredictionWriter, Reconstructions
@@ -14,6 +15,7 @@ from simmim.callbacks.worst import WorstImages
 __all__ = [
     "CollapseAlarm",
     "Inside",
+    "Masks",
     "NonFiniteLoss",
     "OnlineProbe",
     "PredictionWriter",

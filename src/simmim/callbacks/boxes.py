@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import draw_segmentation_masks
 
-from simmim.callbacks.pictures import BACKGROUND, CAPTION, GAP, INK, cell_origin, to_rgb
+from simmim.callbacks.pictures import BACKGROUND, CAPTION, GAP, INK, cell_origin, to_rgb, to_unit
 
 SIDE = 512  # px that the longer side of a picture should have at least, so that names fit
 COLOURS = (  # of the classes: Tableau's ten, and their lighter halves
@@ -73,8 +73,7 @@ def draw_pairs(rows: Sequence[Mapping[str, Image.Image]]) -> Image.Image:
 
 def enlarge(picture: Tensor) -> Image.Image:
     """Turn (C, h, w), uint8 or 0..1, into a picture that names can be written on."""
-    unit = picture.float() / 255 if picture.dtype == torch.uint8 else picture
-    image = Image.fromarray(to_rgb(unit[None])[0])
+    image = Image.fromarray(to_rgb(to_unit(picture)[None])[0])
     scale = SIDE / max(image.size)
     if scale <= 1:
         return image

@@ -8,15 +8,14 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import torch
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from simmim.callbacks.look import batch_at, call, evaluation_loader, spread_places, undisturbed
-from simmim.callbacks.pictures import BACKGROUND, INK, to_rgb
-from simmim.callbacks.schedule import check_every_n_epochs, check_num_images, is_due, show
+from simmim.callbacks.look import last_step
+from simmim.callbacks.pictures import BACKGROUND, INK
+from simmim.callbacks.schedule import check_every_n_epochs, show
 
 NAMED, NUMBERED = 40, 20  # classes up to which rows have names, and cells numbers
 MOST, LEAST = (8, 48, 107), (247, 251, 255)  # colours of all and of none of a class's images
@@ -70,10 +69,11 @@ class ConfusionMatrix(L.Callback):
             name = "confusion_matrix"
 
             def to_wandb(logger: WandbLogger) -> None:
-                logger.log_image(name, [picture])
+                logger.log_image(name, [picture], last_step(trainer))
                 assert counts is not None
                 if len(counts) <= MOST_ON_BOARD:
-                    logger.log_metrics({"confusion": board_confusion(counts, module.class_names)})
+                    chart = board_confusion(counts, module.class_names)
+                    logger.log_metrics({"confusion": chart}, last_step(trainer))
 
             show(trainer, name, picture, to_wandb)
         if trainer.fast_dev_run or (not trainer.loggers and trainer.state.fn != "fit"):  # type: ignore[attr-defined]
@@ -87,61 +87,6 @@ class ConfusionMatrix(L.Callback):
                 picture.save(Path(folder) / "confusion_matrix.png")
         except OSError as error:  # a full disk costs the picture, not the run
             rank_zero_warn(f"no picture: {error}")
-
-
-class BoardPredictions(L.Callback):
-    """Show on W&B what the classifier says of some validation images, every few epochs.
-
-    A table of picture, path, label, prediction and probability, always of the same images, spread
-    evenly over the data set.
-
-    Args:
-        every_n_epochs: Epochs between two tables; the last epoch always has one. 0 makes none.
-        num_images: Validation images to show.
-    """
-
-    def __init__(self, every_n_epochs: int = 10, num_images: int = 32) -> None:
-        check_every_n_epochs(every_n_epochs)
-        check_num_images(num_images)
-        self.every_n_epochs, self.num_images = every_n_epochs, num_images
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log every few epochs."""
-        if is_due(trainer, self.every_n_epochs):
-            self._log(trainer, pl_module)
-
-    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        loader, module = evaluation_loader(trainer), pl_module
-        boards = [x for x in trainer.loggers if isinstance(x, WandbLogger)]
-        if not boards or loader is None or not len(loader.dataset):  # type: ignore[arg-type]
-            return
-        places = spread_places(len(loader.dataset), self.num_images)  # type: ignore[arg-type]
-        batch = batch_at(trainer, loader, places)
-        with undisturbed(pl_module):
-            found = call(trainer, lambda _: module.predict_step(batch, 0), batch["image"])
-        if trainer.is_global_zero:
-            rows = _prediction_rows(module, loader.dataset, places, batch, found["probabilities"])
-            columns = ["picture", "path", "label", "prediction", "probability"]
-            for logger in boards:
-                logger.log_table("predictions", columns, rows, step=trainer.global_step)
-
-
-def _prediction_rows(
-    module: Any, dataset: Any, places: Sequence[int], batch: Mapping[str, Tensor], shares: Tensor
-) -> list[list[Any]]:
-    import wandb
-
-    names, several = module.class_names, module.multi_label
-    raw = batch["image"]
-    pictures = to_rgb(raw.float() / 255 if raw.dtype == torch.uint8 else raw)
-    path = getattr(dataset, "path", str)
-    rows = []
-    for i, row in enumerate(shares.float().cpu().tolist()):
-        label = batch["label"][i]
-        truth = label_of(label.tolist(), names, True) if several else names[int(label)]
-        said = label_of(row, names, several)
-        rows.append([wandb.Image(pictures[i]), path(places[i]), truth, said, max(row)])
-    return rows
 
 
 def board_confusion(counts: Tensor, names: Sequence[str]) -> Any:

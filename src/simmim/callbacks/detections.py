@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from simmim.callbacks.boxes import board_boxes, draw_boxes, draw_pairs, enlarge, select
-from simmim.callbacks.look import call, datamodule, undisturbed
+from simmim.callbacks.look import call, datamodule, last_step, undisturbed
 from simmim.callbacks.pictures import PictureNames
 from simmim.callbacks.schedule import EpochPictures, save_png
 
@@ -74,7 +74,7 @@ class Detections(EpochPictures):
             rows.append({k: draw_boxes(picture, v, names, tuple(size)) for k, v in drawn.items()})
 
         def to_wandb(logger: WandbLogger) -> None:
-            self._keep_on_board(logger, found, names, trainer.global_step)
+            self._keep_on_board(logger, found, names, last_step(trainer))
 
         self.keep(trainer, draw_pairs(rows), epochs, to_wandb)
 

@@ -1,19 +1,29 @@
 """What goes on inside the model: where its attention looks, what the mask token and head do."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from simmim.callbacks.look import Samples, call, fixed_samples, log_now, undisturbed
-from simmim.callbacks.schedule import check_every_n_epochs, check_num_images, is_due
+from simmim.callbacks.look import Samples, call, fixed_samples, last_step, log_now, undisturbed
+from simmim.callbacks.schedule import EpochPictures
+
+SHOWN = {  # what each histogram is of
+    "mask_token": "values of the mask token",
+    "head": "weights of the head",
+    "prediction": "predicted at hidden places",
+    "target": "to be predicted there",
+}
 
 
-class Inside(L.Callback):
+class Inside(EpochPictures):
     """Log attention and histograms on a few fixed validation images, every few epochs.
 
     `attention/entropy_LAYER` is that of the attention's weights as a share of the largest possible
@@ -22,43 +32,39 @@ class Inside(L.Callback):
     sees the whole grid of patches (not within windows). Both are of unmasked images. Encoders
     without attention, or whose attention does not call PyTorch's, have neither.
 
-    `histograms/NAME` on W&B and TensorBoard, and its mean and standard deviation in every log, of:
-    mask_token (its values), head (its weights), prediction (of hidden elements) and target (what
-    should have been predicted there, where that is not classes).
+    `histograms/NAME` on W&B and TensorBoard, its mean and standard deviation in every log, and
+    `histograms/epoch_0007.png` in the run's folder, of: mask_token (its values), head (its
+    weights), prediction (of hidden elements) and target (what should have been predicted there,
+    where that is not classes).
 
     Args:
-        every_n_epochs: Epochs between two looks; the first and the last epoch have one. 0: none.
+        every_n_epochs: Epochs between two looks; the last epoch always has one. 0: none.
         num_images: Validation images to look at.
     """
 
+    NAME = "histograms"
+
     def __init__(self, every_n_epochs: int = 10, num_images: int = 8) -> None:
-        check_every_n_epochs(every_n_epochs)
-        check_num_images(num_images)
-        self.every_n_epochs, self.num_images = every_n_epochs, num_images
+        super().__init__(every_n_epochs, num_images)
         self._samples: Samples | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look at the untrained model."""
+        super().on_train_start(trainer, pl_module)
         self._samples = None
         if trainer.global_step == 0:
-            self._look(trainer, pl_module)
+            self.draw_now(trainer, pl_module, epochs=0)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look every few epochs."""
-        if is_due(trainer, self.every_n_epochs):
-            self._look(trainer, pl_module)
-
-    def _look(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self.every_n_epochs:
-            return
+    def draw(self, trainer: L.Trainer, pl_module: L.LightningModule, epochs: int) -> bool:
+        """Look inside, and log what is seen."""
         with undisturbed(pl_module):
             if self._samples is None:
                 self._samples = fixed_samples(trainer, self.num_images)
             if self._samples is None:
-                return
+                return False
             attention, values = call(trainer, lambda *s: inspect(pl_module, *s), *self._samples)
         if not trainer.is_global_zero:
-            return
+            return True
         values = {k: v[v.isfinite()] for k, v in values.items()}
         values = {k: v for k, v in values.items() if len(v)}
         moments = {f"histograms/{k}_mean": float(v.mean()) for k, v in values.items()}
@@ -66,6 +72,9 @@ class Inside(L.Callback):
         log_now(trainer, {**attention, **moments})
         for name, value in values.items():
             _log_histogram(trainer, f"histograms/{name}", value)
+        if values:
+            self.save(trainer, draw_histograms(values), epochs)
+        return True
 
 
 def _log_histogram(trainer: L.Trainer, name: str, values: Tensor) -> None:
@@ -73,9 +82,34 @@ def _log_histogram(trainer: L.Trainer, name: str, values: Tensor) -> None:
         if isinstance(logger, WandbLogger):
             import wandb
 
-            logger.log_metrics({name: wandb.Histogram(values.numpy())}, trainer.global_step)
+            logger.log_metrics({name: wandb.Histogram(values.numpy())}, last_step(trainer))
         elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_histogram(name, values, trainer.global_step)
+            logger.experiment.add_histogram(name, values, last_step(trainer))
+
+
+def draw_histograms(values: Mapping[str, Tensor]) -> Image.Image:
+    """Draw the histogram of each name's values, (n,), beside each other.
+
+    Returns:
+        The picture, RGB.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(3 * len(values), 2.6), dpi=120, layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        for axes, (name, value) in zip(
+            figure.subplots(1, len(values), squeeze=False)[0], values.items(), strict=True
+        ):
+            axes.hist(value.numpy(), bins=40, color="#1f77b4")
+            mean, std = float(value.mean()), float(value.std(correction=0))
+            axes.set_title(f"{SHOWN.get(name, name)}\nmean {mean:.2g}, std {std:.2g}", fontsize=9)
+            axes.set_yticks([])
+            axes.spines[["top", "right", "left"]].set_visible(False)
+        canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 @torch.no_grad()

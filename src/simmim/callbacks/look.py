@@ -136,12 +136,16 @@ def is_logging_step(trainer: L.Trainer, ahead: int = 0) -> bool:
     return every > 0 and (trainer.global_step + ahead) % every == 0
 
 
-def log_now(trainer: L.Trainer, metrics: dict[str, float]) -> None:
-    """Write metrics where Lightning's own logging does not reach: before and after the epochs.
+def last_step(trainer: L.Trainer) -> int:
+    """The last optimiser step, counted from 0, as Lightning puts it beside a metric.
 
-    As in Lightning's rows the step is that of the last optimiser step, counted from 0: a run that
-    goes on drops those from where it begins.
+    What is logged there belongs to the run that was, when it goes on: later steps are dropped.
     """
+    return max(trainer.global_step - 1, 0)
+
+
+def log_now(trainer: L.Trainer, metrics: dict[str, float]) -> None:
+    """Write metrics where Lightning's own logging does not reach: before and after the epochs."""
     for logger in trainer.loggers:
-        logger.log_metrics(metrics, step=max(trainer.global_step - 1, 0))
+        logger.log_metrics(metrics, step=last_step(trainer))
         logger.save()

@@ -8,6 +8,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
@@ -49,6 +50,11 @@ def cell_origin(row: int, column: int, size: tuple[int, int]) -> tuple[int, int]
     """Where a picture of (height, width) px lies in the panel: its left and top edge in px."""
     height, width = size
     return GAP + column * (width + GAP), GAP + CAPTION + row * (height + GAP)
+
+
+def to_unit(raw: Tensor) -> Tensor:
+    """Turn images as a batch has them, uint8 or 0..1, into 0..1."""
+    return raw.float() / 255 if raw.dtype == torch.uint8 else raw.float()
 
 
 def to_rgb(pictures: Tensor) -> NDArray[np.uint8]:

@@ -1,7 +1,8 @@
-"""When pictures are drawn while a model trains, and where they are kept."""
+"""When pictures are drawn while a model trains, and where they and their tables are kept."""
 
+import csv
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,6 +11,8 @@ import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
+
+from simmim.callbacks.look import last_step
 
 
 class EpochPictures(L.Callback, ABC):
@@ -24,7 +27,7 @@ class EpochPictures(L.Callback, ABC):
     """
 
     NAME: ClassVar[str]  # of the folder, and of the picture on the boards
-    CONTENT: ClassVar[str]  # what a person is told that the pictures show
+    CONTENT: ClassVar[str] = ""  # what a person is told that the pictures show; "": nothing
 
     def __init__(self, every_n_epochs: int, num_images: int) -> None:
         check_every_n_epochs(every_n_epochs)
@@ -61,7 +64,8 @@ class EpochPictures(L.Callback, ABC):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say where the pictures are."""
-        if trainer.is_global_zero and self.folder is not None and self.folder.is_dir():
+        shown = bool(self.CONTENT) and self.folder is not None and self.folder.is_dir()
+        if trainer.is_global_zero and shown:
             print(f"Pictures of {self.CONTENT}: {self.folder}")
 
     def draw_now(self, trainer: L.Trainer, pl_module: L.LightningModule, epochs: int) -> None:
@@ -85,6 +89,53 @@ class EpochPictures(L.Callback, ABC):
             to_wandb: Logs to W&B what it can show better than the picture; None: the picture.
         """
         show(trainer, self.NAME, panel, to_wandb)
+        self.save(trainer, panel, epochs)
+
+    def keep_table(
+        self,
+        trainer: L.Trainer,
+        panel: Image.Image,
+        epochs: int,
+        header: Sequence[str],
+        rows: Sequence[Sequence[Any]],
+        pictures: Sequence[Image.Image],
+    ) -> None:
+        """Put a table of images on the boards, and into the run's folder as `NAME.csv`.
+
+        W&B has a picture in each row, TensorBoard the panel and the rows as text. The file is the
+        last table; the panels stay.
+
+        Args:
+            trainer: The trainer, of the first process.
+            panel: All pictures in one.
+            epochs: Which it is named after.
+            header: Names of the columns.
+            rows: Of values, one an image.
+            pictures: One a row.
+        """
+
+        def to_wandb(logger: WandbLogger) -> None:
+            import wandb
+
+            table = [[wandb.Image(p), *row] for p, row in zip(pictures, rows, strict=True)]
+            logger.log_table(self.NAME, ["picture", *header], table, step=last_step(trainer))
+
+        self.keep(trainer, panel, epochs, to_wandb)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                text = _markdown([header, ["---"] * len(header), *rows])
+                logger.experiment.add_text(self.NAME, text, last_step(trainer))
+        if self.folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        try:
+            path = self.folder.parent / f"{self.NAME}.csv"
+            with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+                csv.writer(file).writerows([header, *rows])
+        except OSError as error:  # a full disk costs the table, not the run
+            rank_zero_warn(f"no table: {error}")
+
+    def save(self, trainer: L.Trainer, panel: Image.Image, epochs: int) -> None:
+        """Write a picture into the run's folder."""
         if self.folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         try:
@@ -105,12 +156,6 @@ def check_num_images(num_images: int) -> None:
         raise ValueError(f"num_images {num_images} is too few: use at least 1")
 
 
-def is_due(trainer: L.Trainer, every_n_epochs: int) -> bool:
-    """Whether the epoch that ends is one of every so many, or the last; never with 0."""
-    epochs = trainer.current_epoch + 1
-    return bool(every_n_epochs) and (epochs % every_n_epochs == 0 or epochs == trainer.max_epochs)
-
-
 def show(
     trainer: L.Trainer,
     name: str,
@@ -121,12 +166,12 @@ def show(
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             if to_wandb is None:
-                logger.log_image(name, [picture], trainer.global_step)
+                logger.log_image(name, [picture], last_step(trainer))
             else:
                 to_wandb(logger)
         elif isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image(
-                name, np.asarray(picture), trainer.global_step, dataformats="HWC"
+                name, np.asarray(picture), last_step(trainer), dataformats="HWC"
             )
 
 
@@ -134,3 +179,9 @@ def save_png(picture: Image.Image, path: Path) -> None:
     """Write a picture, and the folders above it where there are none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path)
+
+
+def _markdown(rows: Sequence[Sequence[Any]]) -> str:
+    """A table as TensorBoard shows it."""
+    lines = [" | ".join(str(cell).replace("|", "\\|") for cell in row) for row in rows]
+    return "\n".join(f"| {line} |" for line in lines)

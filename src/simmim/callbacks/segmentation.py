@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from simmim.callbacks.look import batch_at, call, evaluation_loader, spread_places, undisturbed
+from simmim.callbacks.look import (
+    batch_at,
+    call,
+    evaluation_loader,
+    last_step,
+    spread_places,
+    undisturbed,
+)
 from simmim.callbacks.pictures import BACKGROUND, GAP, INK, draw_panel
 from simmim.callbacks.reconstructions import PredictionWriter
 from simmim.callbacks.schedule import EpochPictures, save_png
@@ -57,7 +64,7 @@ class Segmentations(EpochPictures):
 
         def to_wandb(logger: WandbLogger) -> None:
             images, masks = for_board(found, names)
-            logger.log_image(self.NAME, images, trainer.global_step, masks=masks)
+            logger.log_image(self.NAME, images, last_step(trainer), masks=masks)
 
         self.keep(trainer, draw_segmentations(found, names, colors), epochs, to_wandb)
 

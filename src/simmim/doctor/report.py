@@ -37,10 +37,11 @@ def page(diagnosis: Diagnosis, sheet: Path, move: str) -> Page:
     rows = [_finding_row(finding) for finding in diagnosis.findings]
     findings = Table(["", "what", "files", "what to do"], rows) if rows else Text(NOTHING)
     worst = sum(finding.level == "bad" for finding in diagnosis.findings)
+    bad = "1 thing is bad" if worst == 1 else f"{worst} things are bad"
     images = sum(diagnosis.summary.images.values())
     return Page(
         diagnosis.root,
-        f"{images:,} images; {worst} things are bad, {len(rows) - worst} worth a look.",
+        f"{images:,} images; {bad}, {len(rows) - worst} worth a look.",
         [
             ("Findings", [findings, *([Text(move, verbatim=True)] if move else [])]),
             ("Contact sheet", [Picture(sheet)]),

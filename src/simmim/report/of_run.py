@@ -1,6 +1,7 @@
 """The report of a run, from what lies in its folder."""
 
 import csv
+import fnmatch
 import math
 import os
 import platform
@@ -21,19 +22,46 @@ from simmim.run import CONFIG
 from simmim.scores import less_is_better
 
 REPORT = "report.html"
+ROWS = 100  # of a table; a longer one stays in its file
 PANELS = 12  # pictures of a series; of more, as many are taken evenly
 PACKAGES = ("simmim", "torch", "torchvision", "lightning", "timm", "torchmetrics", "numpy")
 
 # What a diagram shows together. What none of them names gets one of its own.
 TOGETHER = {
     "loss": ("train/loss", "val/loss"),
-    "gap: val/loss - train/loss": ("gap",),
+    "gap: val/loss - train/loss": ("gap/loss",),
     "top-1 accuracy on frozen features": ("val/knn_top1", "val/probe_top1"),
     "accuracy": ("val/top1", "val/top5", "val/top1_balanced"),
-    "overlap and precision": ("val/miou", "val/map", "val/map_50"),
+    "accuracy of each class": ("val/top1_class/*",),
+    "segmentation": ("val/miou", "val/pixel_accuracy", "val/class_accuracy"),
+    "IoU of each class": ("val/iou/*",),
+    "mean average precision": ("val/map", "val/map_50", "val/map_75"),
+    "mean average precision by size": ("val/map_small", "val/map_medium", "val/map_large"),
+    "average precision of each class": ("val/map_class/*",),
+    "parts of the training loss": ("train/loss_*",),
     "learning rate": ("lr",),
+    "norm of the gradient, before clipping": ("train/grad_norm",),
+    "norm of the encoder's gradient alone": ("collapse/encoder_grad_norm",),
     "images per second": ("throughput/images_per_s",),
+    "share of the time spent waiting for data": ("throughput/data_wait",),
+    "memory held at most, GiB": ("memory/max_gib",),
+    "features: effective rank": ("collapse/effective_rank",),
+    "features: variance between images": ("collapse/feature_variance",),
+    "loss as a multiple of predicting the mean": ("collapse/loss_over_mean",),
+    "attention: entropy by layer (1: on all alike)": ("attention/entropy_*",),
+    "attention: distance by layer, pixels": ("attention/distance_*",),
+    "histograms: mean": ("histograms/*_mean",),
+    "histograms: standard deviation": ("histograms/*_std",),
 }
+# Pictures that say most come first; the others below the curves. What is not named comes last.
+FIRST = {
+    "reconstructions": "Reconstructions",
+    "segmentations": "Segmentations",
+    "detections": "Detections",
+    "confusion_matrix": "Confusion matrix",
+    "val_predictions": "Predictions",
+}
+LATER = {"worst": "Reconstructed worst", "masks": "Masks", "histograms": "Histograms"}
 IN_SHORT = ("val/loss", "val/knn_top1", "val/probe_top1", "val/top1", "val/miou", "val/map")
 
 Rows = Mapping[str, tuple[list[float], list[float]]]  # metric -> steps, values
@@ -54,11 +82,23 @@ def report_run(folder: Path) -> Path:
     if results := best_and_last(metrics):
         columns = ["metric", "first", "best", "at step", "last"]
         sections.append(("Results", [Table(columns, results)]))
-    sections += [(title, [Flow(pictures)]) for title, pictures in series_of(folder).items()]
+    pictures: dict[str, list[Part]] = {t: [Flow(p)] for t, p in series_of(folder).items()}
+    for title, name in {
+        "Reconstructed worst": "worst.csv",
+        "Confusion matrix": "classes.csv",
+    }.items():
+        if title in pictures and (table := _table(folder / name)):
+            pictures[title].append(table)
+    sections += [(title, pictures.pop(title)) for title in FIRST.values() if title in pictures]
     if diagrams := choose_diagrams(metrics):
-        same = [f"{name} {_number(y[0])}" for name, (_, y) in metrics.items() if _is_constant(y)]
+        same = [
+            f"{name} {_number(values[0])}"
+            for name, (_, values) in metrics.items()
+            if _is_constant(values) and not name.startswith(("best/", "val/", "epoch"))
+        ]
         said = [Text(f"Always the same: {', '.join(same)}.")] if same else []
         sections.append(("Curves", [Curves(diagrams), *said]))
+    sections += pictures.items()
     sections.append(("Go on", [Text(commands(folder, config), verbatim=True)]))
     sections.append(
         (
@@ -103,19 +143,25 @@ def best_and_last(metrics: Rows) -> list[tuple[str, float, float, int, float]]:
 
 
 def choose_diagrams(metrics: Rows) -> list[tuple[str, list[Curve]]]:
-    """Group the metrics into diagrams; those that never change have none."""
-    curves = {
-        name: Curve(name, *series)
+    """Group the metrics into diagrams; those that never change have none.
+
+    Nor have the best scores so far: they repeat the curves, and stand in the table of results.
+    """
+    left = {
+        name: series
         for name, series in metrics.items()
-        if name != "epoch" and not _is_constant(series[1])
+        if name != "epoch" and not name.startswith("best/")
     }
-    if gap := _gap(metrics):
-        curves["gap"] = gap
     diagrams = []
-    for title, names in TOGETHER.items():
-        if chosen := [curves.pop(name) for name in names if name in curves]:
-            diagrams.append((title, chosen))
-    return diagrams + [(name, [curve]) for name, curve in sorted(curves.items())]
+    for title, patterns in TOGETHER.items():
+        chosen = [
+            Curve(_short_name(name, pattern), *left.pop(name))
+            for pattern in patterns
+            for name in sorted(fnmatch.filter(left, pattern), key=_by_number)
+        ]
+        diagrams.append((title, chosen))
+    diagrams += [(name, [Curve(name, *series)]) for name, series in sorted(left.items())]
+    return [(t, curves) for t, curves in diagrams if not all(_is_constant(c.y) for c in curves)]
 
 
 def series_of(folder: Path) -> dict[str, list[Picture]]:
@@ -127,13 +173,16 @@ def series_of(folder: Path) -> dict[str, list[Picture]]:
             continue
         last = len(paths) - 1
         chosen = sorted({round(i * last / max(PANELS - 1, 1)) for i in range(PANELS)})
-        found[below.name.capitalize()] = [
-            Picture(paths[i], f"after {int(paths[i].stem.removeprefix('epoch_'))} epochs")
-            for i in chosen
+        found[below.name] = [
+            Picture(paths[i], _when(int(paths[i].stem.removeprefix("epoch_")))) for i in chosen
         ]
     for path in sorted(folder.glob("*.png")):
-        found[path.stem.replace("_", " ").capitalize()] = [Picture(path, path.name)]
-    return found
+        found[path.stem] = [Picture(path, f"{path.name}, of the last evaluation")]
+    titles = {**FIRST, **LATER}
+    known = [name for name in titles if name in found]
+    others = [name for name in found if name not in titles]
+    title = {name: name.replace("_", " ").capitalize() for name in others} | titles
+    return {title[name]: found[name] for name in (*known, *others)}
 
 
 def environment() -> dict[str, str]:
@@ -153,6 +202,14 @@ def environment() -> dict[str, str]:
         except PackageNotFoundError:  # run from its sources
             continue
     return found
+
+
+def _table(path: Path) -> Table | None:
+    """A table that the run has left, if it is there and short enough to be read."""
+    with suppress(OSError), path.open(newline="", encoding="utf-8", errors="replace") as file:
+        header, *rows = csv.reader(file)
+        return Table(header, rows) if len(rows) <= ROWS else None
+    return None
 
 
 def _processor() -> str:
@@ -201,19 +258,28 @@ def task_of(config: Mapping[str, Any]) -> str:
 
 
 def _is_constant(values: Sequence[float]) -> bool:
-    return len(values) > 1 and len(set(values)) == 1
+    return len(set(values)) == 1
 
 
-def _gap(metrics: Rows) -> Curve | None:
-    """How far the validation is behind the training, at each validation."""
-    if not {"train/loss", "val/loss"} <= metrics.keys():
-        return None
-    (train_steps, train), (steps, values) = metrics["train/loss"], metrics["val/loss"]
-    gaps = []
-    for before, step, value in zip([-1.0, *steps], steps, values, strict=False):
-        since = [t for s, t in zip(train_steps, train, strict=True) if before < s <= step]
-        gaps.append(value - sum(since) / len(since) if since else math.nan)
-    return Curve("gap", steps, gaps)
+def _short_name(name: str, pattern: str) -> str:
+    """What of a name the title of its diagram does not say: what the star stands for."""
+    before, star, after = pattern.partition("*")
+    return name.removeprefix(before).removesuffix(after) if star else name
+
+
+def _when(epochs: int) -> str:
+    """How long the model of a picture has trained."""
+    return f"after {_counted(epochs, 'epoch')}" if epochs else "before training"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _by_number(name: str) -> tuple[str, int]:
+    """Layer 10 comes after layer 9."""
+    text = name.rstrip("0123456789")
+    return text, int(name[len(text) :] or 0)
 
 
 def _lead(metrics: Rows) -> str:
@@ -221,7 +287,7 @@ def _lead(metrics: Rows) -> str:
         return "Nothing has been logged yet."
     last = max(steps[-1] for steps, _ in metrics.values())
     epochs = int(metrics["epoch"][1][-1]) + 1 if "epoch" in metrics else None
-    length = f"{int(last) + 1:,} steps" + (f", {epochs:,} epochs" if epochs else "")
+    length = _counted(int(last) + 1, "step") + (f", {_counted(epochs, 'epoch')}" if epochs else "")
     said = [f"{name} {_number(metrics[name][1][-1])}" for name in IN_SHORT if name in metrics]
     alarm = metrics.get("collapse/alarm")
     warning = " It has collapsed: see the curves." if alarm and alarm[1][-1] else ""

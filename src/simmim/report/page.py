@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from html import escape
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from simmim.durable import write_whole
 
 POINTS = 800  # of a curve; more are averaged in groups
+NAMED = 10  # curves of a diagram up to which a legend names them
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,12 @@ def _text(part: Text) -> str:
 
 
 def _table(part: Table) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in part.columns)
+    first = part.rows[0] if part.rows else [""] * len(part.columns)
+    numbers = [' class="number"' if _is_number(value) else "" for value in first]
+    head = "".join(
+        f"<th{number}>{escape(name)}</th>"
+        for name, number in zip(part.columns, numbers, strict=True)
+    )
     rows = ["".join(_cell(value) for value in row) for row in part.rows]
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -141,9 +147,13 @@ def _table(part: Table) -> str:
 
 
 def _cell(value: object) -> str:
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if _is_number(value):
         return f'<td class="number">{_number(value)}</td>'
     return f"<td>{escape(str(value))}</td>"
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _number(value: float) -> str:
@@ -188,7 +198,7 @@ def _draw(title: str, curves: Sequence[Curve], x_label: str) -> str:
         axes.set_xlabel(x_label)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        if len(curves) > 1:
+        if 1 < len(curves) <= NAMED:
             axes.legend(frameon=False)
         text = StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
@@ -229,7 +239,9 @@ h1 { margin-bottom: 0; overflow-wrap: anywhere; }
 h2 { border-bottom: 1px solid #ddd; margin-top: 2.5rem; }
 .lead { font-size: 1.15rem; }
 table { border-collapse: collapse; }
-th, td { padding: .25rem .9rem .25rem 0; text-align: left; border-bottom: 1px solid #eee; }
+th, td { padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top;
+  border-bottom: 1px solid #eee; }
+th:first-child, td:first-child { white-space: nowrap; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 .wide, pre { overflow-x: auto; }
 pre { background: #f6f6f6; padding: .8rem; border-radius: 4px; font-size: .85rem; }
@@ -241,6 +253,9 @@ img { max-width: 100%; }
 .diagrams figure { margin: 0; }
 .diagrams svg { width: 100%; height: auto; }
 .flow input { width: 100%; }
+.flow figure { display: flex; flex-direction: column; align-items: flex-start; }
+.flow figure[hidden] { display: none; }
+.flow figcaption { order: -1; margin-bottom: .3rem; }
 summary { cursor: pointer; }
 """
 
