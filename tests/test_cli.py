@@ -392,7 +392,8 @@ def test_the_board_gets_the_full_config(place: Path, monkeypatch: pytest.MonkeyP
 def test_without_loggers_the_run_is_kept_all_the_same(place: Path) -> None:
     assert fit("--trainer.max_epochs=1", "--trainer.logger=false") == 0
     names = {path.name for path in Path("runs/tiny/version_0").iterdir()}
-    assert names == {"config.yaml", "checkpoints", "report.html", "worst", "worst.csv"}
+    pictures = {"histograms", "masks", "worst"}
+    assert names == {"config.yaml", "checkpoints", "report.html", "worst.csv", *pictures}
 
 
 def test_a_logger_of_the_users_own_is_respected(place: Path) -> None:
