@@ -1,18 +1,23 @@
-"""Every W&B sweep names options that exist, with values that they take; one is run."""
+"""Every W&B sweep names options that exist, with values that they take; two are run."""
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from itertools import islice, product
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from sweeps import schema_violations_from_proposed_config
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+from wandb.sdk.sweeps.run_state import RunState
+from wandb.sdk.sweeps.scheduler.optimizer import RunWithMetrics
+from wandb.sdk.sweeps.scheduler.wandb import WandbOptimizer
+from wandb.sdk.sweeps.sweep_info import SweepInfo
 
 import simmim
-from board_records import history
+from board_records import history, records, summary
 from simmim.pretrain import SimMIM
 
 SWEEPS = sorted((Path(__file__).parents[1] / "configs" / "sweep").glob("*.yaml"))
@@ -49,50 +54,57 @@ def _small_swin(**options: Any) -> SimMIM:
     ).train()
 
 
-def command_lines(sweep: dict[str, Any]) -> Iterator[list[str]]:
-    """The runs of a grid, as W&B's agent words them: --NAME=VALUE, the last varies fastest."""
-    parameters = sweep["parameters"]
-    for values in product(*(_values(parameter) for parameter in parameters.values())):
-        args = [f"--{name}={value}" for name, value in zip(parameters, values, strict=True)]
-        python = [sys.executable, "-m"]
-        filled = {"${env}": [], "simmim": [*python, "simmim"], "${args}": args}
-        yield [part for word in sweep["command"] for part in filled.get(word, [word])]
+def agent_words(sweep: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """The command of a run, as W&B's agent words it."""
+    args = create_sweep_command_args({"args": config})["args"]
+    filled = {"${env}": [], "simmim": [sys.executable, "-m", "simmim"], "${args}": args}
+    return [part for word in sweep["command"] for part in filled.get(word, [word])]
 
 
-def test_the_agent_words_its_options_as_we_do() -> None:
-    """W&B's own agent makes of a run's parameters what `command_lines` makes of them."""
-    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
-
-    given = {"model.mask_ratio": {"value": 0.4}, "model.head": {"value": "mlp"}}
-    worded = create_sweep_command_args({"args": given})["args"]
-    sweep = {"parameters": given, "command": ["${args}"]}
-    assert worded == next(command_lines(sweep))
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
+def test_each_file_is_a_sweep_to_wandb(path: Path) -> None:
+    assert schema_violations_from_proposed_config(yaml.safe_load(path.read_text())) == []
 
 
+SMALL = [
+    "--model.img_size=32",
+    "--model.mask_patch_size=8",
+    "--model.encoder=vit_tiny_patch16_224",
+    "--model.encoder_kwargs={patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}",
+    "--model.drop_path_rate=0",
+    "--model.compile=false",
+    "--data.batch_size=8",
+    "--data.num_workers=0",
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--trainer.precision=32-true",
+    "--trainer.max_epochs=1",
+    "--trainer.enable_progress_bar=false",
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "metric"),
+    [
+        ("mask_ratio", "val/probe_top1"),
+        pytest.param("lr", "val/loss", marks=pytest.mark.slow),
+    ],
+)
 def test_a_sweep_is_run(
-    tmp_path: Path, make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    make_images: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    metric: str,
 ) -> None:
-    """Two runs of the sweep of mask ratios, offline, each compared by the sweep's own metric."""
+    """W&B's local controller asks for two runs, and is told what each has come to, offline."""
     monkeypatch.chdir(tmp_path)
-    for name in ("cat", "dog"):
-        make_images(tmp_path / "images" / name, 20, size=32)
-    sweep = yaml.safe_load((SWEEPS[0].parent / "mask_ratio.yaml").read_text())
+    for label in ("cat", "dog"):
+        make_images(tmp_path / "images" / label, 20, size=32)
+    sweep = yaml.safe_load((SWEEPS[0].parent / f"{name}.yaml").read_text())
     sweep["parameters"]["data.root"]["value"] = "images"
-    small = [
-        "--model.img_size=32",
-        "--model.mask_patch_size=8",
-        "--model.encoder=vit_tiny_patch16_224",
-        "--model.encoder_kwargs={patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}",
-        "--model.drop_path_rate=0",
-        "--model.compile=false",
-        "--data.batch_size=8",
-        "--data.num_workers=0",
-        "--trainer.accelerator=cpu",
-        "--trainer.devices=1",
-        "--trainer.precision=32-true",
-        "--trainer.max_epochs=1",
-        "--trainer.enable_progress_bar=false",
-    ]
+    assert sweep["metric"]["name"] == metric
+    controller = WandbOptimizer(SweepInfo("local", name, "nobody", "simmim", sweep, "controller"))
     environment = {
         # Without the address of a W&B service that another test here has begun and ended.
         **{k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"},
@@ -100,19 +112,29 @@ def test_a_sweep_is_run(
         "WANDB_SWEEP_ID": "local",
         "PYTHONPATH": str(Path(simmim.__file__).parents[1]),
     }
-    found = {}
-    for number, command in enumerate(islice(command_lines(sweep), 2)):
-        environment["WANDB_RUN_ID"] = f"sweep{number}"
+    key = next(key for key, value in sweep["parameters"].items() if "value" not in value)
+    tried = []
+    for number in range(2):
+        (asked,) = controller.ask_n_runs(1)
+        run_id = f"sweep{number}"
         done = subprocess.run(
-            [*command, *small], env=environment, capture_output=True, text=True, check=False
+            [*agent_words(sweep, asked.config.wire_dict()), *SMALL],
+            env={**environment, "WANDB_RUN_ID": run_id},
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         run = tmp_path / "runs" / "swin_base_100ep" / f"version_{number}"
-        ratio = yaml.safe_load((run / "config.yaml").read_text())["model"]["mask_ratio"]
-        (board,) = (run / "wandb").glob(f"offline-run-*-sweep{number}")
-        values = history(board)
-        found[ratio] = values[sweep["metric"]["name"]][-1]
-        assert values["val/avg_dist"]
-    assert list(found) == [0.4, 0.5]
-    assert all(0 <= score <= 1 for score in found.values())
-    assert sweep["metric"]["goal"] == "maximize"
+        model = yaml.safe_load((run / "config.yaml").read_text())["model"]
+        tried.append(model[key.removeprefix("model.")])
+        assert tried[-1] == pytest.approx(float(asked.config[key].value))
+        (board,) = (run / "wandb").glob(f"offline-run-*-{run_id}")
+        assert records(board, "run")[0]["sweep_id"] == "local"
+        said = summary(board)
+        assert said[metric] == history(board)[metric][-1]
+        told = RunWithMetrics(asked.config, RunState.FINISHED, run_id, said, [])
+        controller.tell_run(asked.run_id, told)
+    assert tried[0] != tried[1]
+    if name == "mask_ratio":
+        assert tried == [0.4, 0.5]
