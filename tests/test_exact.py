@@ -51,6 +51,8 @@ FIT = ["pretrain", "fit", "-c", "tiny.yaml"]
 OFTEN = [*FIT, "--checkpoint.every_n_minutes=0"]  # a checkpoint at each step
 LONGER = [*FIT, "--trainer.max_epochs=10"]
 
+OTHER_DISK = "/dev/shm" if os.path.isdir("/dev/shm") else "/tmp"  # another file system on Linux
+
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks on Windows")
 
 
@@ -182,7 +184,7 @@ def assert_same_run(whole: Path, parts: Path) -> None:
 def test_a_run_that_is_killed_at_random_ends_as_if_it_was_not(
     forks: Forks, kills: int, options: list[str]
 ) -> None:
-    """A quarter of the kills wait for a checkpoint that is being written."""
+    """A quarter of the kills wait for a checkpoint that is being written; TMPDIR lies elsewhere."""
     options = [*OFTEN, *options]
     forks.run(*options, "--name=whole")
     whole, parts = Path("runs/whole/version_0"), Path("runs/parts/version_0")
@@ -191,7 +193,7 @@ def test_a_run_that_is_killed_at_random_ends_as_if_it_was_not(
     draw, steps = random.Random(0), [0]
     for i in range(kills):
         go_on = ["--ckpt_path=last"] if i else []
-        process = forks.start(*options, "--name=parts", *go_on)
+        process = forks.start(*options, "--name=parts", *go_on, TMPDIR=OTHER_DISK)
         wait_for_a_step(process, parts)
         if i % 4 == 3:
             while process.is_alive() and not list(parts.glob("checkpoints/.*.unfinished")):
@@ -344,8 +346,18 @@ def test_a_full_disk_ends_a_run_in_a_sentence_and_it_goes_on_later(
 
 
 @pytest.mark.slow
-def test_two_processes_that_are_killed_end_as_if_they_were_not(place: Path) -> None:
-    two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=2"]
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--trainer.accumulate_grad_batches=2", "--data.num_workers=1"],
+        ["--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=4"],  # among three
+    ],
+)
+def test_two_processes_that_are_killed_end_as_if_they_were_not(
+    place: Path, options: list[str]
+) -> None:
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=2", *options]
     command = [sys.executable, "-m", "simmim", *OFTEN, *two]
     whole, parts = Path("runs/whole/version_0"), Path("runs/parts/version_0")
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -211,6 +212,17 @@ def test_a_checkpoint_is_written_whole(tmp_path: Path) -> None:
         io.save_checkpoint({"i": i}, tmp_path / "checkpoints" / "last.ckpt")
     assert io.load_checkpoint(tmp_path / "checkpoints" / "last.ckpt") == {"i": 1}
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def test_a_checkpoint_needs_no_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rename from another file system would be a copy, which a kill cuts short."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(FileNotFoundError):
+        tempfile.mkdtemp()
+    DurableCheckpointIO().save_checkpoint({"i": 1}, tmp_path / "last.ckpt")
+    assert torch.load(tmp_path / "last.ckpt") == {"i": 1}
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(

@@ -64,7 +64,7 @@ def store(root: str, seconds: float = 5.0, streams: int = 8, latency_ms: float =
     )
     later = f", each {latency_ms:g} ms later" if latency_ms else ""
     lines = [
-        f"{shown(root)}: {images:,} images, {size / 1e9:,.3f} GB in {len(shards):,} shards; "
+        f"{shown(root)}: {images:,} images, {size / 1e9:,.3f} GB in {_count(len(shards))}; "
         f"{streams} requests at a time{later}",
         _row("image by image", single.answers, single.bytes),
         _row("whole shards", whole.bytes / each, whole.bytes),
@@ -116,3 +116,7 @@ def _row(name: str, images: float, received: float) -> str:
 
 def _duration(seconds: float) -> str:
     return f"{seconds:,.1f} s" if seconds < 600 else f"{seconds / 60:,.0f} min"
+
+
+def _count(shards: int) -> str:
+    return "1 shard" if shards == 1 else f"{shards:,} shards"
