@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from functools import partialmethod
+from itertools import product
 from typing import Any
 
 import lightning as L
@@ -16,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
 from simmim import SimMIM, speed
-from simmim.callbacks import CollapseAlarm, ProgressBar, StopOnNonFinite, Throughput
+from simmim.benchmark.step import _precisions
+from simmim.callbacks import PRETRAINING, CollapseAlarm, ProgressBar
 from simmim.loss import take_hidden
 from simmim.masking import upsample_mask
 from simmim.speed import choose_attention
@@ -35,6 +37,11 @@ ENCODERS = {
     "beit": ("beit_base_patch16_224", SHARED_BIAS),
     "swin": ("swin_tiny_patch4_window7_224", SWIN),
     "convnext": ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 16), "patch_size": 2}),
+}
+SKIP = {"hidden_tokens": "skip", "head": "transformer", "head_kwargs": {"width": 32}}
+SKIPPING = {  # a feature of Swin's is 8 px there, as is a cell
+    "vit": ("vit_tiny_patch16_224", VIT),
+    "swin": ("swin_tiny_patch4_window7_224", {**SWIN, "patch_size": 4}),
 }
 # Operations that hand a value of the device to the host, which waits for it.
 WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "item", "equal"}
@@ -56,7 +63,7 @@ class Noise(Dataset[dict[str, Any]]):
 
 
 def make_model(kind: str = "vit", **options: Any) -> SimMIM:
-    name, kwargs = ENCODERS[kind]
+    name, kwargs = (SKIPPING if "hidden_tokens" in options else ENCODERS)[kind]
     size, cell = (64, 32) if kind == "convnext" else (32, 8)  # its features have a stride of 32
     return SimMIM(name, size, mask_patch_size=cell, encoder_kwargs=kwargs, **options)
 
@@ -122,24 +129,27 @@ class Listen(L.Callback):
             self.mode = None
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
+WAYS = [
+    {},
+    {"masking": "block"},
+    {"masking": "foreground", "mask_ratio": [0.4, 0.6]},
+    {"mask_fill": "noise", "target": "normalized_pixels", "drop_path_rate": 0.1},
+    {"fourier_weight": 0.5, "mask_fill": "mean"},
+]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"masking": "block"},
-        {"masking": "foreground", "mask_ratio": [0.4, 0.6]},
-        {"mask_fill": "noise", "target": "normalized_pixels", "drop_path_rate": 0.1},
-        {"fourier_weight": 0.5, "mask_fill": "mean"},
-    ],
+    ("kind", "options"),
+    [*product(ENCODERS, WAYS), *product(SKIPPING, [SKIP])],
     ids=str,
 )
 def test_a_step_never_waits_for_the_device(kind: str, options: dict[str, Any]) -> None:
-    """AdamW's fused kernel keeps its step count on the device, too."""
+    """With the callbacks of every run. AdamW's fused kernel keeps its step count there, too."""
     listen = Listen()
+    default = [make() for make in PRETRAINING.values() if make is not ProgressBar]  # see below
     fit(
         make_model(kind, **options),
-        *(CollapseAlarm(), StopOnNonFinite(), Throughput(), listen),
+        *(*default, listen),
         images=24,
         gradient_clip_val=5.0,
         log_every_n_steps=50,
@@ -183,16 +193,20 @@ class Graphs(L.Callback):
 
 @pytest.mark.usefixtures("_without_shape_checks")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [*product(ENCODERS, [{}]), *product(SKIPPING, [SKIP])],
+    ids=str,
+)
 def test_it_compiles_without_a_break_and_not_again_after_the_first_epoch(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training, a smaller last batch of validation, and looks at the model between them."""
     backend = partialmethod(nn.Module.compile, backend="aot_eager")
     monkeypatch.setattr(nn.Module, "compile", backend)
     torch._dynamo.reset()
     counters.clear()
-    model, graphs = make_model(kind, compile=True), Graphs()
+    model, graphs = make_model(kind, compile=True, **options), Graphs()
     keys = list(model.state_dict())
     fit(model, CollapseAlarm(4), graphs, images=8, val=6, max_epochs=3)
     assert not counters["graph_break"]
@@ -245,12 +259,12 @@ def test_the_loss_of_hidden_cells_alone_is_the_loss(kind: str, options: dict[str
     images = torch.randn(3, 3, *model.encoder.img_size)
     mask, keys = model.draw_mask(images, torch.arange(3), validation=True)
     found = []
-    for count in (None, model._hidden_count):
+    for count in (None, model.hidden_count):
         model.zero_grad()
         loss, _ = model.loss_of(images, mask, keys, count)
         loss.backward()
         found.append((loss, [p.grad for p in model.parameters() if p.grad is not None]))
-    assert model._hidden_count == {4: 3, 16: 10}[mask[0].numel()]  # ceil(0.6 x cells)
+    assert model.hidden_count == {4: 3, 16: 10}[mask[0].numel()]  # ceil(0.6 x cells)
     assert found[0][0].item() == pytest.approx(found[1][0].item(), rel=1e-6)
     for whole, alone in zip(found[0][1], found[1][1], strict=True):
         assert torch.allclose(whole, alone, atol=1e-5 * float(whole.abs().max()) + 1e-9)
@@ -355,6 +369,17 @@ def test_recomputing_activations_saves_memory_and_changes_nothing() -> None:
         found.append((peak, [p.grad for p in model.parameters()]))
     assert found[1][0] < 0.8 * found[0][0]
     assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_bf16_is_measured_where_the_processor_has_it(
+    able: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capabilities = {"avx512_bf16": able, "avx2": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert speed.multiplies_bf16() == able
+    chosen = ["32-true", "bf16-mixed"] if able else ["32-true"]
+    assert _precisions(torch.device("cpu")) == chosen
 
 
 def test_bf16_on_a_processor_without_it_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:

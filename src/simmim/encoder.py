@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointError
 from simmim.masking import fill_pixels, mask_grid, upsample_mask
 from simmim.observe import Call, Run, multiples
 from simmim.visible import PLAIN, VisibleTokens, restore_grid, visible_places
-from simmim.windows import HIERARCHICAL, GroupedWindows
+from simmim.windows import HIERARCHICAL, VisibleInWindows
 
 MASK_FILLS = ("token", "zero", "mean", "noise")
 HIDDEN_TOKENS = ("encode", "skip")
@@ -99,7 +99,7 @@ class Encoder(nn.Module):
         if mask_patch_size is not None:
             mask_grid(self.img_size, mask_patch_size)  # refuse before a large model is built
         self.mask_token: nn.Parameter | None = None
-        self._visible: VisibleTokens | GroupedWindows | None = None
+        self._visible: VisibleTokens | VisibleInWindows | None = None
         device = torch.empty(0).device  # what `with torch.device(...)` asks for
         with torch.device("cpu" if device.type == "meta" else device):  # meta cannot be observed
             rates = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
@@ -174,11 +174,6 @@ class Encoder(nn.Module):
         return self.model.forward_intermediates(
             images, indices=[layer - 1], stop_early=True, output_fmt="NCHW", intermediates_only=True
         )[0]
-
-    @property
-    def plans_on_host(self) -> bool:
-        """Whether a masked forward pass reads the mask back from the device, to plan with it."""
-        return isinstance(self._visible, GroupedWindows)
 
     def _measure(self, run: Run, mask_patch_size: int | None) -> None:
         """Read the sizes off a run of the model, and freeze what its features did not need."""
@@ -295,13 +290,12 @@ def check_skip(
     masking: str,
     mask_ratio: float | Sequence[float],
     hidden_count: int | None,
-    compile: bool,
 ) -> None:
     """Refuse what does not go with skipping hidden tokens.
 
     Raises:
-        ValueError: If the head sees one place alone, masks hide different numbers of cells or all
-            of them, or what is planned on the host is to be compiled.
+        ValueError: If the head sees one place alone, or masks hide different numbers of cells or
+            all of them.
     """
     cells = encoder.mask_grid[0] * encoder.mask_grid[1]
     if head in ("linear", "mlp"):
@@ -320,16 +314,11 @@ def check_skip(
             f"mask_ratio {mask_ratio} hides all {cells} cells, and hidden_tokens 'skip' would "
             "leave the encoder nothing: use a lower one"
         )
-    if compile and encoder.plans_on_host:
-        raise ValueError(
-            "compile does not go with hidden_tokens 'skip' of a hierarchical encoder, whose groups "
-            "of windows have another size in each step: set compile to false"
-        )
 
 
-def _skipping_kind(model: nn.Module, name: str) -> type[VisibleTokens] | type[GroupedWindows]:
+def _skipping_kind(model: nn.Module, name: str) -> type[VisibleTokens] | type[VisibleInWindows]:
     if isinstance(model, HIERARCHICAL):
-        return GroupedWindows
+        return VisibleInWindows
     if isinstance(model, PLAIN):
         return VisibleTokens
     raise ValueError(

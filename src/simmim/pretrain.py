@@ -121,7 +121,7 @@ class SimMIM(Recipe):
         """One step: hide, encode, predict, compare."""
         raw, images, index = self.inputs(batch, batch_idx)
         mask, keys = self.draw_mask(raw, index, validation=False)
-        loss, _ = self.loss_of(images, mask, keys, self._hidden_count)
+        loss, _ = self.loss_of(images, mask, keys, self.hidden_count)
         self.log("train/loss", loss, sync_dist=self.trainer.world_size > 1)
         self.log("lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         return loss
@@ -147,7 +147,9 @@ class SimMIM(Recipe):
     def _evaluate(self, part: str, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         raw, images, index = self.inputs(batch, batch_idx)
         mask, keys = self.draw_mask(raw, index, validation=True)
-        loss, _, error = self._compare(images, mask, keys)
+        # The error is wanted of the whole map; skipping asks for the count all the same.
+        count = self.hidden_count if self.hparams["hidden_tokens"] == "skip" else None
+        loss, _, error = self._compare(images, mask, keys, count)
         # Weighted, so that the mean is over hidden cells, however they fall into batches.
         self.val_loss.update(loss, mask.sum() if self.loss_region == "hidden" else len(images))
         self.log(f"{part}/loss", self.val_loss, prog_bar=True)

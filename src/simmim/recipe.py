@@ -181,10 +181,10 @@ class Recipe(Trainable):
             trust=trust,
         )
         self._check(target, loss)
-        self._hidden_count = self._count_hidden()
+        self.hidden_count = self._count_hidden()
         self._hidden_alone = self._may_see_hidden_alone()
         if hidden_tokens == "skip":
-            check_skip(self.encoder, head, masking, mask_ratio, self._hidden_count, compile)
+            check_skip(self.encoder, head, masking, mask_ratio, self.hidden_count)
         self.val_loss = MeanMetric()
         if compat == "official":
             init_official_(self.encoder)
@@ -222,8 +222,9 @@ class Recipe(Trainable):
         """Whether head and loss can do without the visible cells."""
         apart = getattr(self.head, "is_pointwise", False) and self.hparams["loss"] in LOSSES
         whole = self.loss_region == "all" or self.fourier_weight
+        whole = whole or self.hparams["hidden_tokens"] == "skip"
         divides = self.encoder.mask_patch_size % self.encoder.stride == 0
-        return bool(self._hidden_count and apart and divides and not whole)
+        return bool(self.hidden_count and apart and divides and not whole)
 
     # Set-up and optimisation -----------------------------------------------------------------
 

@@ -6,7 +6,6 @@ import warnings
 from dataclasses import replace
 from inspect import signature
 
-from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -42,15 +41,7 @@ def pretrain(args: list[str]) -> None:
             model=SimMIM,
             data=ImageFolderData,
             default=default_experiment("pretrain", args),
-            callbacks={
-                "reconstructions": callbacks.Reconstructions,
-                "probe": callbacks.OnlineProbe,
-                "collapse_alarm": callbacks.CollapseAlarm,
-                "masks": callbacks.Masks,
-                "worst": callbacks.WorstImages,
-                "inside": callbacks.Inside,
-                **_every_run(),
-            },
+            callbacks=callbacks.PRETRAINING,
             writers=(callbacks.PredictionWriter,),
         ),
         args,
@@ -59,6 +50,7 @@ def pretrain(args: list[str]) -> None:
 
 def classify(args: list[str]) -> None:
     """`simmim classify {fit,validate,test,predict}`."""
+    from simmim.callbacks import EVERY_RUN
     from simmim.callbacks.classification import ConfusionMatrix, PredictionTable
     from simmim.callbacks.predictions import BoardPredictions
     from simmim.classify import Classifier
@@ -73,7 +65,7 @@ def classify(args: list[str]) -> None:
             callbacks={
                 "confusion": ConfusionMatrix,
                 "board_predictions": BoardPredictions,
-                **_every_run(),
+                **EVERY_RUN,
             },
             writers=(PredictionTable,),
             links={
@@ -88,6 +80,7 @@ def classify(args: list[str]) -> None:
 
 def segment(args: list[str]) -> None:
     """`simmim segment {fit,validate,test,predict}`."""
+    from simmim.callbacks import EVERY_RUN
     from simmim.callbacks.segmentation import MaskWriter, Segmentations
     from simmim.data import SegmentationData
     from simmim.segment import Segmenter
@@ -100,7 +93,7 @@ def segment(args: list[str]) -> None:
             default=default_experiment("segment", args),
             callbacks={
                 "segmentations": Segmentations,
-                **_every_run(),
+                **EVERY_RUN,
             },
             writers=(MaskWriter,),
             links=_as_the_weights(),
@@ -111,6 +104,7 @@ def segment(args: list[str]) -> None:
 
 def detect(args: list[str]) -> None:
     """`simmim detect {fit,validate,test,predict}`."""
+    from simmim.callbacks import EVERY_RUN
     from simmim.callbacks.detections import Detections, DetectionWriter
     from simmim.data import DetectionData
     from simmim.detect import Detector
@@ -124,7 +118,7 @@ def detect(args: list[str]) -> None:
             callbacks={
                 "detections": Detections,
                 "predictions": DetectionWriter,
-                **_every_run(),
+                **EVERY_RUN,
             },
             links={
                 **_as_the_weights(),
@@ -134,18 +128,6 @@ def detect(args: list[str]) -> None:
         ),
         args,
     )
-
-
-def _every_run() -> dict[str, type[Callback]]:
-    """Callbacks of every task."""
-    from simmim import callbacks
-
-    return {
-        "non_finite": callbacks.StopOnNonFinite,
-        "throughput": callbacks.Throughput,
-        "vitals": callbacks.Vitals,
-        "progress_bar": callbacks.ProgressBar,
-    }
 
 
 def _as_the_weights() -> dict[str, Link]:
