@@ -18,7 +18,7 @@ from torch import Tensor
 
 from simmim.configuration import OVERLAY, find_config, read_config
 from simmim.data import ImageFolderData
-from simmim.inner_runs import quiet
+from simmim.inner_runs import make, quiet
 from simmim.mistakes import word_usage_error
 from simmim.pretrain import SimMIM
 from simmim.task import Task
@@ -26,7 +26,7 @@ from simmim.task import Task
 DEFAULT = "pretrain/digits"
 TASK = Task("pretrain", SimMIM, ImageFolderData, DEFAULT, {})
 OF_THE_TRAINER = (
-    *("accelerator", "precision", "accumulate_grad_batches"),
+    *("accelerator", "precision", "accumulate_grad_batches", "benchmark", "log_every_n_steps"),
     *("gradient_clip_val", "gradient_clip_algorithm"),
 )
 WARM_UP = 2  # steps that are not counted: kernels are chosen, memory is taken
@@ -55,6 +55,7 @@ class Experiment:
 def open_experiment(
     config: Sequence[str] | None,
     *,
+    model: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
     trainer: Mapping[str, Any] | None = None,
 ) -> Experiment:
@@ -63,33 +64,64 @@ def open_experiment(
     Args:
         config: Configs of `simmim pretrain`, by name or file, laid over each other; without an
             experiment among them the demo comes first.
-        data: Options of ImageFolderData that overrule theirs; None among them: theirs.
+        model: Options of SimMIM that overrule theirs, such as `encoder_kwargs.depth`; None among
+            them: theirs.
+        data: Options of ImageFolderData, likewise.
         trainer: Options of the Trainer, likewise.
 
     Raises:
         ArgumentError: If a config is not found, or an option is wrong.
         ValueError: If a config is another task's.
     """
-    paths = [find_config(name, TASK.name) for name in config or ()]
-    # Compiling takes minutes on a CPU, and gains little there.
-    model = {} if torch.cuda.is_available() else {"compile": False}
-    if all(path.parent.name == OVERLAY for path in paths):
-        paths = [find_config(DEFAULT, TASK.name), *paths]
-    said = {"model": model, "data": _said(data or {}), "trainer": _said(trainer or {})}
-    if "root" in said["data"]:
-        said["data"]["dataset"] = None
+    options = read_options(config, model=model, data=data, trainer=trainer)
+    name = " + ".join(path.stem for path in _paths(config))
+    return Experiment(
+        name,
+        make(SimMIM, options.model.as_dict()),
+        make(ImageFolderData, options.data.as_dict()),
+        trainer_options(options),
+    )
+
+
+def read_options(
+    config: Sequence[str] | None,
+    *,
+    model: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    trainer: Mapping[str, Any] | None = None,
+) -> Any:
+    """Read the options of a config of pretraining, without building anything.
+
+    Args:
+        config: As of `open_experiment`; so are model, data and trainer, and the errors.
+        model: Options of SimMIM that overrule theirs.
+        data: Options of ImageFolderData, likewise.
+        trainer: Options of the Trainer, likewise.
+
+    Returns:
+        The groups `model`, `data` and `trainer`, each option an attribute.
+    """
+    words = [f"--config={json.dumps(_read(path))}" for path in _paths(config)]
+    if not torch.cuda.is_available():  # compiling takes minutes on a CPU, and gains little there
+        words.append("--model.compile=false")
+    for group, values in {"model": model, "data": data, "trainer": trainer}.items():
+        for name, value in (values or {}).items():
+            if value is not None:
+                text = value if isinstance(value, str) else json.dumps(value)
+                words.append(f"--{group}.{name}={text}")
+    if (data or {}).get("root"):
+        words.append("--data.dataset=null")
     parser = _parser()
-    layers = [*map(_read, paths), said]
     try:
-        options = parser.parse_args([f"--config={json.dumps(layer)}" for layer in layers])
+        return parser.parse_args(words)
     except ArgumentError as error:
         names = [option for action in parser._actions for option in action.option_strings]
         raise ArgumentError(None, word_usage_error(str(error), names)) from error
-    kept = {name: value for name, value in options.trainer.items() if name in OF_THE_TRAINER}
-    build = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its older name
-    made = build(options)
-    name = " + ".join(path.stem for path in paths)
-    return Experiment(name, made.model, made.data, kept)
+
+
+def trainer_options(options: Any) -> dict[str, Any]:
+    """Those options of the Trainer that decide about speed."""
+    return {name: value for name, value in options.trainer.items() if name in OF_THE_TRAINER}
 
 
 def train(
@@ -193,8 +225,11 @@ class Clock(Callback):
             trainer.should_stop = True
 
 
-def _said(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
+def _paths(config: Sequence[str] | None) -> list[Path]:
+    paths = [find_config(name, TASK.name) for name in config or ()]
+    if all(path.parent.name == OVERLAY for path in paths):
+        return [find_config(DEFAULT, TASK.name), *paths]
+    return paths
 
 
 def _read(path: Path) -> dict[str, Any]:

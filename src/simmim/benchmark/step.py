@@ -1,19 +1,21 @@
 """`simmim benchmark step`: images/s of the training step, and where its time goes."""
 
-import itertools
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
+from simmim.benchmark.experiment import read_options, trainer_options
 from simmim.benchmark.record import check_out, describe, machine, write_record
 from simmim.benchmark.stopwatch import (
     WARM_UP,
@@ -26,13 +28,11 @@ from simmim.benchmark.stopwatch import (
     held,
     run_trainer,
 )
-from simmim.configuration import OVERLAY, find_config, read_config
 from simmim.inner_runs import make, quiet
 from simmim.mistakes import one_line
 from simmim.pretrain import SimMIM
 from simmim.speed import multiplies_bf16
 
-OF_THE_TRAINER = ("gradient_clip_val", "gradient_clip_algorithm", "benchmark", "log_every_n_steps")
 PARTS = ("forward", "backward", "optimizer", "logging")
 
 
@@ -53,6 +53,8 @@ class StepSpeed:
         flop_per_image: Floating-point operations of the model, forward and backward.
         matmul_flop_per_s: Rate of a large matrix product of the same type, in the same minutes.
         floor_ms: Milliseconds of a step of the bare timm model.
+        overheads: How much longer each step took than the bare model's before and after it, as a
+            share of these.
         failed: Why there are no numbers.
     """
 
@@ -68,6 +70,7 @@ class StepSpeed:
     flop_per_image: int = 0
     matmul_flop_per_s: float = 0.0
     floor_ms: float | None = None
+    overheads: list[float] = field(default_factory=list)
     failed: str = ""
 
     @property
@@ -86,9 +89,12 @@ class StepSpeed:
         return self.flop_per_image * self.images_per_s / self.matmul_flop_per_s
 
     @property
-    def overhead(self) -> float | None:
-        """How much longer a step takes than the bare model's, as a share of that."""
-        return self.step_ms / self.floor_ms - 1 if self.floor_ms else None
+    def overhead(self) -> tuple[float, float, float] | None:
+        """The quartiles of the overheads; the middle one is the measurement."""
+        if not self.overheads:
+            return None
+        low, middle, high = np.percentile(self.overheads, (25, 50, 75)).tolist()
+        return low, middle, high
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,7 @@ def step(
     compile: list[bool] | None = None,
     against: Literal["timm"] | None = None,
     steps: int = 10,
-    accelerator: str = "auto",
+    accelerator: str | None = None,
     out: str | None = None,
 ) -> StepReport:
     """Measure the training step of pretraining, on batches of noise: no image is read.
@@ -136,6 +142,10 @@ def step(
     are given, each combination is a line of the table. Utilisation is the model's floating-point
     operations (forward and backward, counted by torch) over what a large matrix product of the same
     type reaches in the same minutes.
+
+    The loop gives the batches out itself, and between two steps the bare model has its turn: what
+    else the machine does falls on both. "over timm" is the middle of the steps' ratios, and behind
+    it stand their quartiles.
 
     Args:
         config: Configs of `simmim pretrain`, by name or file (-c); the digits by default.
@@ -150,7 +160,7 @@ def step(
         against: timm also measures the bare encoder with a linear layer, a loss and fused AdamW,
             step by step in turn with ours: the floor.
         steps: Steps that are measured, of each line; 3 more warm up.
-        accelerator: cpu, gpu, ... (Lightning's).
+        accelerator: cpu, gpu, ... (Lightning's); by default the config's.
         out: New JSON file for the figures.
 
     Returns:
@@ -162,38 +172,39 @@ def step(
     if steps < 1:
         raise ValueError(f"steps {steps} measures nothing: use 10")
     check_out(out)
-    options = _read(config)
-    if encoder is not None:
-        options["model"] |= {"encoder": encoder, "encoder_kwargs": None}
+    options = read_options(config)
+    device = _device(accelerator or options.trainer.accelerator)
     values: dict[str, Sequence[Any]] = {
         "img_size": img_size or [None],
         "mask_patch_size": mask_patch_size or [None],
         "depth": depth or [None],
-        "batch_size": batch_size or [options["data"].get("batch_size", 64)],
+        "batch_size": batch_size or [options.data.batch_size],
         "compile": [False, True] if compile is None else compile,
-        "precision": precision or _precisions(accelerator),
+        "precision": precision or _precisions(device),
     }
-    cases = [dict(zip(values, case, strict=True)) for case in itertools.product(*values.values())]
+    cases = [dict(zip(values, case, strict=True)) for case in product(*values.values())]
     cases.sort(key=lambda case: bool(case["compile"]))  # what takes minutes comes last
     rows = []
     with Tqdm(total=len(cases) * (WARM_UP + steps + 1), desc="Steps", file=sys.stderr) as bar:
         for case in cases:
-            rows.append(_measure(options, case, steps, against, accelerator, bar))
+            trainer = {"precision": case["precision"], "accelerator": accelerator}
+            options = read_options(config, model=_said(case, encoder), trainer=trainer)
+            rows.append(_measure(options, case, device, steps, against, bar))
     report = StepReport(rows)
     write_record(out, report.as_dict())
     return report
 
 
 def _measure(
-    options: Mapping[str, dict[str, Any]],
+    options: Any,
     case: Mapping[str, Any],
+    device: torch.device,
     steps: int,
     against: str | None,
-    accelerator: str,
     bar: Any,
 ) -> StepSpeed:
     """Measure one line of the table."""
-    model = _model(options["model"], case)
+    model = make(SimMIM, options.model.as_dict())
     grid, encoder = model.encoder.mask_grid, model.encoder
     facts: dict[str, Any] = {
         "encoder": encoder.name,
@@ -204,9 +215,6 @@ def _measure(
         "precision": case["precision"],
         "compiled": case["compile"],
     }
-    trainer = {name: v for name, v in options["trainer"].items() if name in OF_THE_TRAINER}
-    trainer |= {"precision": case["precision"], "accelerator": accelerator}
-    device = _device(accelerator)
     batch = _noise(case["batch_size"], model)
     watch, matmul = Stopwatch(), Matmul(device, dtype_of(case["precision"]))
     flop = count_flop(model, encoder.img_size)
@@ -216,52 +224,50 @@ def _measure(
         bare = Bare(model, device, case["precision"], images, case["compile"])
         watch.others_bytes = held(bare.model, bare.optimizer) if device.type == "cuda" else 0
 
-    def between() -> None:
+    def between(i: int) -> None:
         bar.update()
-        matmul.run()
+        if i < WARM_UP:
+            matmul.run()
         if bare is not None:
             bare.step()
 
+    batches = Batches(batch, steps, watch, between)
+    trainer = {**trainer_options(options), "accumulate_grad_batches": 1}
     try:
         with quiet(), tempfile.TemporaryDirectory() as folder:
-            seconds = run_trainer(
-                model, Batches(batch, steps, watch, between), trainer, Path(folder, "step", "run")
-            )
+            run_trainer(model, batches, trainer, Path(folder, "step", "run"))
     except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:  # memory, no compiler
         return StepSpeed(**facts, failed=one_line(str(error)))
-    floor = 1000 * median(bare.seconds[WARM_UP:]) if bare else None
+    for _ in range(WARM_UP):
+        matmul.run()
     return StepSpeed(
         **facts,
-        ms={name: 1000 * value for name, value in seconds.items()},
+        ms={name: 1000 * value for name, value in watch.seconds().items()},
         peak_bytes=watch.peak_bytes,
         flop_per_image=flop,
-        matmul_flop_per_s=matmul.flop / median(matmul.seconds[WARM_UP:]),
-        floor_ms=floor,
+        matmul_flop_per_s=matmul.flop / median(matmul.seconds[1:]),
+        **(_compare(watch.steps(), bare.seconds[WARM_UP:]) if bare else {}),
     )
+
+
+def _compare(ours: Sequence[float], bare: Sequence[float]) -> dict[str, Any]:
+    """Compare each step with the bare model's before and after it; there is one more of these."""
+    around = [(before + after) / 2 for before, after in pairwise(bare)]
+    return {
+        "floor_ms": 1000 * median(bare),
+        "overheads": [step / floor - 1 for step, floor in zip(ours, around, strict=True)],
+    }
 
 
 # What is measured --------------------------------------------------------------------------------
 
 
-def _read(config: Sequence[str] | None) -> dict[str, dict[str, Any]]:
-    """The groups of the configs that matter here, laid over each other."""
-    paths = [find_config(name, "pretrain") for name in config or ()]
-    if all(path.parent.name == OVERLAY for path in paths):
-        paths = [find_config("pretrain/digits", "pretrain"), *paths]
-    groups: dict[str, dict[str, Any]] = {"model": {}, "data": {}, "trainer": {}}
-    for path in paths:
-        for name, group in groups.items():
-            group.update(read_config(path).get(name) or {})
-    return groups
-
-
-def _model(options: Mapping[str, Any], case: Mapping[str, Any]) -> SimMIM:
-    said = {name: case[name] for name in ("img_size", "mask_patch_size") if case[name]}
-    kwargs = dict(options.get("encoder_kwargs") or {})
-    if case["depth"]:
-        kwargs["depth"] = case["depth"]
-    asked = {**options, **said, "encoder_kwargs": kwargs, "compile": case["compile"]}
-    return make(SimMIM, asked)
+def _said(case: Mapping[str, Any], encoder: str | None) -> dict[str, Any]:
+    """The model's options that overrule the config's."""
+    said = {name: case[name] for name in ("img_size", "mask_patch_size", "compile")}
+    if encoder is not None:
+        said |= {"encoder": encoder, "encoder_kwargs": {}}
+    return {**said, "encoder_kwargs.depth": case["depth"]}
 
 
 def _noise(batch_size: int, model: SimMIM) -> dict[str, Tensor]:
@@ -279,9 +285,9 @@ def _device(accelerator: str) -> torch.device:
     return trainer.strategy.root_device
 
 
-def _precisions(accelerator: str) -> list[str]:
-    on_cpu = _device(accelerator).type == "cpu"
-    return ["32-true"] if on_cpu and not multiplies_bf16() else ["32-true", "bf16-mixed"]
+def _precisions(device: torch.device) -> list[str]:
+    slow = device.type == "cpu" and not multiplies_bf16()
+    return ["32-true"] if slow else ["32-true", "bf16-mixed"]
 
 
 # What is printed ---------------------------------------------------------------------------------
@@ -324,5 +330,6 @@ def _numbers(row: StepSpeed, with_floor: bool) -> list[str]:
     numbers += [f"{row.peak_bytes / 1e6:,.0f}", f"{row.flop_per_image / 1e9:,.3g}"]
     numbers.append(f"{100 * row.utilisation:.0f} %")
     if with_floor:
-        numbers += [f"{row.floor_ms:,.1f}", f"{100 * (row.overhead or 0):+.1f} %"]
+        low, middle, high = (f"{100 * value:+.1f}" for value in row.overhead or (0, 0, 0))
+        numbers += [f"{row.floor_ms:,.1f}", f"{middle} % ({low} to {high})"]
     return numbers

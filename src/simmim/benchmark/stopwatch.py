@@ -25,14 +25,6 @@ from simmim.loggers import board, finish_board, run_loggers
 from simmim.pretrain import SimMIM
 
 WARM_UP = 3  # steps that are not counted: memory is taken, kernels are chosen or compiled
-CALLBACKS = (  # those of every run, but the checkpoints, which are written between steps
-    callbacks.Reconstructions,
-    callbacks.OnlineProbe,
-    callbacks.CollapseAlarm,
-    callbacks.StopOnNonFinite,
-    callbacks.Throughput,
-    callbacks.ProgressBar,
-)
 
 
 class Stopwatch(L.Callback):
@@ -54,6 +46,16 @@ class Stopwatch(L.Callback):
         self.others_bytes = 0  # held on the device by what is measured beside
         self._marks: dict[str, float] = {}
         self._device = torch.device("cpu")
+
+    def seconds(self) -> dict[str, float]:
+        """Each part's median; for logging the mean, as it comes now and then."""
+        parts = self.parts.items()
+        return {name: (mean if name == "logging" else median)(part) for name, part in parts}
+
+    def steps(self) -> list[float]:
+        """Seconds of each step, if what is logged now and then were spread over all of them."""
+        *work, logging = self.parts.values()
+        return [sum(times) + mean(logging) for times in zip(*work, strict=True)]
 
     def mark(self, name: str) -> None:
         """Note the time at which the device is done."""
@@ -104,7 +106,7 @@ class Stopwatch(L.Callback):
             raw, images, index = module.inputs(batch, 0)
             mask, keys = module.draw_mask(raw, index, validation=False)
             with trainer.precision_plugin.forward_context():
-                loss, _ = module.loss_of(images, mask, keys)
+                loss, _ = module.loss_of(images, mask, keys, module.hidden_count)
             loss.backward()
 
         optimizer.zero_grad()
@@ -120,11 +122,15 @@ class Batches:
         batch: The batch, the same at every step.
         steps: How many.
         watch: Measures the steps, but for the warm-up.
-        between: Work that is done before each step, off the clock.
+        between: Work that is done before each step, off the clock; it gets the step's number.
     """
 
     def __init__(
-        self, batch: dict[str, Tensor], steps: int, watch: Stopwatch, between: Callable[[], None]
+        self,
+        batch: dict[str, Tensor],
+        steps: int,
+        watch: Stopwatch,
+        between: Callable[[int], None],
     ) -> None:
         self.batch, self.steps, self.watch, self.between = batch, steps, watch, between
         self.batch_size = len(batch["image"])
@@ -134,7 +140,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for i in range(len(self)):
-            self.between()
+            self.between(i)
             self.watch.mark("begin")
             yield self.batch
             if i >= WARM_UP:
@@ -230,24 +236,20 @@ def count_flop(model: SimMIM, img_size: tuple[int, int]) -> int:
     """Floating-point operations of one image, forward and backward, by torch's own counter.
 
     They are the model's: without what recomputed activations or a kernel's way of going about it
-    cost. Counted on a copy without numbers, on torch's meta device; where the mask is read to skip
-    hidden tokens, with numbers on the CPU.
+    cost. Counted on a copy without numbers, on torch's meta device.
     """
-    device = "cpu" if model.hparams["hidden_tokens"] == "skip" else "meta"
-    copy = deepcopy(model).to(device)
+    copy = deepcopy(model).to("meta")
     if model.hparams["grad_checkpointing"]:
         copy.encoder.model.set_grad_checkpointing(False)
-    index = torch.zeros(1, dtype=torch.long, device=device)
-    images = torch.empty(1, model.hparams["in_chans"], *img_size, device=device)
+    index = torch.zeros(1, dtype=torch.long, device="meta")
+    images = torch.empty(1, model.hparams["in_chans"], *img_size, device="meta")
     mask, keys = copy.draw_mask(images, index, validation=True)
     with FlopCounterMode(display=False) as counter:
-        copy.loss_of(images, mask, keys)[0].backward()
+        copy.loss_of(images, mask, keys, copy.hidden_count)[0].backward()
     return int(counter.get_total_flops())
 
 
-def run_trainer(
-    model: SimMIM, batches: Batches, options: dict[str, Any], folder: Path
-) -> dict[str, float]:
+def run_trainer(model: SimMIM, batches: Batches, options: dict[str, Any], folder: Path) -> None:
     """Train on noise as `simmim pretrain fit` does: its callbacks, its loggers.
 
     Args:
@@ -255,10 +257,6 @@ def run_trainer(
         batches: What it is trained on.
         options: Of the Trainer.
         folder: For what the loggers write. W&B's is an offline run that stays there.
-
-    Returns:
-        Seconds of each part of a step: the median, and for logging the mean, as it comes now and
-        then.
     """
     loggers = run_loggers(folder, [board(folder, offline=True)], "fit", None)
     folder.mkdir(parents=True)
@@ -273,7 +271,8 @@ def run_trainer(
             devices=1,
             max_epochs=1,
             logger=loggers,
-            callbacks=[*(kind() for kind in CALLBACKS), batches.watch],
+            # Checkpoints are written between steps.
+            callbacks=[*(kind() for kind in callbacks.PRETRAINING.values()), batches.watch],
             enable_checkpointing=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
@@ -283,8 +282,6 @@ def run_trainer(
             trainer.fit(model, batches)
         finally:
             finish_board(loggers, failed=False)
-    parts = batches.watch.parts
-    return {name: (mean if name == "logging" else median)(parts[name]) for name in parts}
 
 
 def dtype_of(precision: str) -> torch.dtype:
