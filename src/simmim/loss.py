@@ -118,9 +118,10 @@ def take_hidden(
     height, width = mask.shape[1:]
     # The lowest first: a stable sort leaves the order alone and its shapes are static.
     place = (~mask).flatten(1).int().argsort(dim=1, stable=True)[:, :count]
+    place = place + height * width * torch.arange(len(mask), device=mask.device)[:, None]
     cells = maps.unflatten(3, (width, -1)).unflatten(2, (height, -1))
-    cells = cells.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # b, cells, c, rows, columns
-    hidden = cells.gather(1, place[:, :, None, None, None].expand(-1, -1, *cells.shape[2:]))
+    cells = cells.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)  # b x cells, c, rows, columns
+    hidden = cells.index_select(0, place.flatten()).unflatten(0, (len(mask), count))
     return hidden.transpose(1, 2).flatten(2, 3)
 
 

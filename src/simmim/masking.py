@@ -160,6 +160,8 @@ def draw_counts(
     """
     shares = [_fraction(ratio) for ratio in ratio_range(mask_ratio)]
     low, high = (-(-cells * share.numerator // share.denominator) for share in shares)
+    if isinstance(low, int) and low == high:  # nothing is left to chance
+        return torch.full_like(keys, low)
     draw = hash_integers(keys, 1, _COUNT)[:, 0]
     return low + draw % (high - low + 1)
 
