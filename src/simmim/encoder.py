@@ -1,9 +1,11 @@
 """Any timm image model as the encoder of a masked image: images and a mask -> one feature map."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib.util import find_spec
+from inspect import signature
 from math import nan
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from simmim.masking import fill_pixels, mask_grid, upsample_mask
 from simmim.observe import Call, Run, multiples
+from simmim.parts import check_call, find_part, find_registered, is_path
 from simmim.visible import PLAIN, VisibleTokens, restore_grid, visible_places
 from simmim.windows import HIERARCHICAL, GroupedWindows
 
@@ -35,7 +38,8 @@ class Encoder(nn.Module):
     not depend on (class attention, a classifier's last convolution) are frozen.
 
     Args:
-        name: A model of timm ("swin_base_patch4_window7_224"), or "hf-hub:..." or "local-dir:...".
+        name: A model of timm ("swin_base_patch4_window7_224"), or "hf-hub:..." or "local-dir:...";
+            or a user's own, which has `forward_features` and `num_features` as timm's have.
         img_size: Height and width of the images in pixels, or one number for a square.
         in_chans: Channels of the images.
         mask_patch_size: Side of a cell of the mask in pixels. None: the encoder's own patch.
@@ -51,6 +55,7 @@ class Encoder(nn.Module):
             the mask token stands in the hidden places of its features.
         grad_checkpointing: Keep no activations inside the blocks: less memory, more time.
         norm_eps: Epsilon of the LayerNorms. None: timm's (Hugging Face has 1e-12 in a ViT).
+        trust: Whether a user's own model may be imported, by its import path.
         timm_kwargs: Further options of the timm model.
 
     Attributes:
@@ -86,6 +91,7 @@ class Encoder(nn.Module):
         hidden_tokens: str = "encode",
         grad_checkpointing: bool = False,
         norm_eps: float | None = None,
+        trust: bool = False,
         **timm_kwargs: Any,
     ) -> None:
         super().__init__()
@@ -103,7 +109,9 @@ class Encoder(nn.Module):
         device = torch.empty(0).device  # what `with torch.device(...)` asks for
         with torch.device("cpu" if device.type == "meta" else device):  # meta cannot be observed
             rates = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
-            self.model: Any = _create_model(name, self.img_size, in_chans, rates, timm_kwargs)
+            self.model: Any = _create_model(
+                name, self.img_size, in_chans, rates, timm_kwargs, trust=trust
+            )
             _set_norm_eps(self.model, norm_eps)
             with _observing(self.model):
                 run = Run(self.model, name, in_chans, self.img_size, mask_patch_size or 1)
@@ -339,21 +347,67 @@ def _skipping_kind(model: nn.Module, name: str) -> type[VisibleTokens] | type[Gr
 
 
 def _create_model(
-    name: str, size: tuple[int, int], in_chans: int, rates: dict[str, float], given: dict[str, Any]
+    name: str,
+    size: tuple[int, int],
+    in_chans: int,
+    rates: dict[str, float],
+    given: dict[str, Any],
+    *,
+    trust: bool = False,
 ) -> nn.Module:
     """Build a timm model without its classifier, for this size and with these rates if it can."""
-    _check_name(name)
-    options = {"img_size": size[0] if size[0] == size[1] else size, **_rate_options(rates)}
+    wished = {"img_size": size[0] if size[0] == size[1] else size, **_rate_options(rates)}
+    fixed = {"in_chans": in_chans, "num_classes": 0}
+    own = find_own_encoder(name, trust=trust)
     try:
-        model = _build(name, {"in_chans": in_chans, "num_classes": 0}, options, given)
+        if own is not None:
+            model = _build_own(own, name, {**fixed, **wished}, given)
+        else:
+            _check_name(name)
+            model = _build(name, fixed, wished, given)
     except (AssertionError, RuntimeError) as error:  # a size, or a tag of weights
         raise ValueError(
             f"encoder {name} cannot be built for images of {size[0]} x {size[1]} pixels with "
             f"options {given}: {str(error) or repr(error)}"
         ) from error
     if not hasattr(model, "forward_features"):
-        raise ValueError(f"encoder {name} with options {given} has no forward_features")
+        raise ValueError(
+            f"encoder {name} with options {given} has no forward_features: define "
+            "forward_features(images) -> (B, D, h, w), or (B, h w, D)"
+        )
     _check_rates(model, name, rates)
+    return model
+
+
+def find_own_encoder(name: str, *, trust: bool = False) -> Callable[..., nn.Module] | None:
+    """A user's own encoder, by its import path or as it was registered; None: a model of timm.
+
+    Raises:
+        ValueError: If it cannot be imported, or is not trusted.
+    """
+    if (own := find_registered(name, "encoder")) is not None:
+        return own
+    if not is_path(name) or timm.is_model(name):
+        return None
+    first = name.partition(".")[0]  # "vit_bsae_patch16_224.mae" is a slip of the pen
+    if get_close_matches(first, timm.list_models(), n=1, cutoff=0.8) and find_spec(first) is None:
+        return None
+    return find_part(name, {}, "encoder", trust=trust)
+
+
+def _build_own(
+    create: Callable[..., nn.Module], name: str, wished: dict[str, Any], given: dict[str, Any]
+) -> nn.Module:
+    """Call a user's own class or function with those of our wishes that it takes."""
+    parameters = signature(create).parameters
+    wished = {**wished, **{k: given[k] for k in ("num_classes", "in_chans") if k in given}}
+    given = {key: value for key, value in given.items() if key not in ("num_classes", "in_chans")}
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        wished = {key: value for key, value in wished.items() if key in parameters}
+    check_call(create, name, "encoder", options={**wished, **given})
+    model = create(**{**wished, **given})
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"encoder {name!r} gives a {type(model).__name__}: return an nn.Module")
     return model
 
 

@@ -137,16 +137,30 @@ def draw_masks(
     """Draw one mask for each key.
 
     Args:
-        masking: A function of `MASKINGS`, or the user's own with the same signature.
+        masking: A function of `MASKINGS`, or the user's own: (keys, grid, counts) -> mask. It is
+            given `valid` only where there is one.
         keys: From `sample_keys`.
         grid: Cells along height and width.
         mask_ratio: Share of the cells to hide, or [low, high] to draw each sample's share from.
         valid: Cells that may be hidden; the ratio is then a share of these. None: all of them.
         kwargs: Passed on to a user's own masking.
+
+    Raises:
+        ValueError: If the masking gives anything but one bool a cell.
     """
     cells = grid[0] * grid[1] if valid is None else valid.flatten(1).sum(1)
     counts = draw_counts(keys, cells, mask_ratio)
-    return masking(keys, grid, counts, valid=valid, **kwargs)
+    if valid is not None:
+        kwargs = {"valid": valid, **kwargs}
+    mask = masking(keys, grid, counts, **kwargs)
+    shape = (len(keys), *grid)
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape:
+        found = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+        raise ValueError(
+            f"masking {getattr(masking, '__name__', masking)} gives {found}: return torch.bool "
+            f"{shape}, one element a cell, True = hidden"
+        )
+    return mask
 
 
 def draw_counts(

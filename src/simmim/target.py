@@ -26,7 +26,7 @@ Picture = Float[Tensor, "b 3 H W"]
 
 
 class Target(nn.Module):
-    """What all targets have in common. A subclass computes `forward`, and shows itself.
+    """What all targets have in common. A subclass computes `forward`, and may show itself.
 
     Options that do not fit the images raise a ValueError.
 
@@ -61,9 +61,17 @@ class Target(nn.Module):
     def picture(self, tensor: Tensor, reference: Tensor | None = None) -> Tensor:
         """Show a target or prediction that is no picture as one, (B, 3, H, W) in 0..1.
 
-        With the target as `reference`, a prediction is drawn in the target's colours.
+        With the target as `reference`, a prediction is drawn in the target's colours. Here, for
+        targets that say nothing better: the mean of the channels, from the reference's least to
+        its greatest.
         """
-        raise NotImplementedError(f"{type(self).__name__} is shown by to_pixels")
+        gray, known = (
+            x.float().mean(1, keepdim=True)
+            for x in (tensor, tensor if reference is None else reference)
+        )
+        low, high = known.amin(), known.amax()
+        gray = ((gray - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+        return _enlarge(gray, self.stride).expand(-1, 3, -1, -1)
 
 
 class Pixels(Target):

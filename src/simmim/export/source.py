@@ -76,18 +76,19 @@ class Probed(nn.Module):
         return cast(Tensor, self.probe(*tokens))
 
 
-def open_source(weights: str) -> Source:
+def open_source(weights: str, *, trust: bool = False) -> Source:
     """Open what is to be exported.
 
     Args:
         weights: As `path` of `load_encoder`. A checkpoint of ours gives what was validated: with
             ema_decay that is the moving average.
+        trust: As of `load_encoder`.
 
     Raises:
         ValueError: If the encoder in the file is not complete, or its pixel statistics are not
             known.
     """
-    opened = open_weights(weights, {})
+    opened = open_weights(weights, {}, trust=trust)
     model = cast(Any, encoder_of(opened).eval())
     opened.architecture.options.pop("num_classes", None)
     ours = _our_checkpoint(weights)
