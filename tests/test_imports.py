@@ -29,6 +29,7 @@ SHARED = {
     "average_precision",
     "strategies",
     "recipe",
+    "own",
 }
 COMMANDS = {"embed", "export", "compare", "doctor", "benchmark"}
 REPORT = {"report", "checkpoints"}  # from what lies in a run's folder; knows no task

@@ -404,6 +404,10 @@ def _build_own(
     given = {key: value for key, value in given.items() if key not in ("num_classes", "in_chans")}
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         wished = {key: value for key, value in wished.items() if key in parameters}
+        if given.get("drop_path_rate") and "drop_path_rate" not in parameters:
+            raise ValueError(
+                f"encoder {name!r} takes no drop_path_rate: leave it out (--model.drop_path_rate 0)"
+            )
     check_call(create, name, "encoder", options={**wished, **given})
     model = create(**{**wished, **given})
     if not isinstance(model, nn.Module):

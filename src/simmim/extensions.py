@@ -55,6 +55,8 @@ def admit(request: Request, start: Start | None) -> Request:
                 f"{run} names {foreign}, code from outside simmim, which would be run: {TRUST} if "
                 "you know where it comes from"
             )
+    if TRUST in request.options:
+        search_folder(os.getcwd())  # what the weights name is not known yet
     import_from_here(named)
     trust_paths(word for word in named if is_path(word))
     import_parts(request.imports)

@@ -48,7 +48,7 @@ class Source:
     @property
     def is_classifier(self) -> bool:
         """Whether it gives logits."""
-        return self.probe is not None or self.model.num_classes > 0
+        return self.probe is not None or getattr(self.model, "num_classes", 0) > 0
 
     @property
     def img_size(self) -> tuple[int, int]:
@@ -101,7 +101,7 @@ def open_source(weights: str, *, trust: bool = False) -> Source:
             "classify from it, and export that run"
         )
     probe = _probe(ours, model) if ours else None
-    is_classifier = probe is not None or model.num_classes > 0
+    is_classifier = probe is not None or getattr(model, "num_classes", 0) > 0
     classes = _class_names(weights) if is_classifier else []
     if ours and is_classifier and not classes:
         classes = [str(i) for i in range(hparams["num_classes"])]
