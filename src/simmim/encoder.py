@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.util import find_spec
-from inspect import signature
 from math import nan
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from simmim.masking import fill_pixels, mask_grid, upsample_mask
 from simmim.observe import Call, Run, multiples
-from simmim.parts import check_call, find_part, find_registered, is_path
+from simmim.parts import check_call, find_part, find_registered, is_path, signature_of
 from simmim.visible import PLAIN, VisibleTokens, restore_grid, visible_places
 from simmim.windows import HIERARCHICAL, GroupedWindows
 
@@ -399,7 +398,7 @@ def _build_own(
     create: Callable[..., nn.Module], name: str, wished: dict[str, Any], given: dict[str, Any]
 ) -> nn.Module:
     """Call a user's own class or function with those of our wishes that it takes."""
-    parameters = signature(create).parameters
+    parameters = signature_of(create).parameters
     wished = {**wished, **{k: given[k] for k in ("num_classes", "in_chans") if k in given}}
     given = {key: value for key, value in given.items() if key not in ("num_classes", "in_chans")}
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):

@@ -9,17 +9,24 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, get_args
 
 from lightning.pytorch import LightningDataModule
 
 from simmim.configuration import Request, listed, read_config
-from simmim.parts import find_part, import_parts, is_path, lies_in, search_folder, trust_paths
+from simmim.parts import (
+    Kind,
+    find_part,
+    import_parts,
+    is_path,
+    lies_in,
+    search_folder,
+    trust_paths,
+)
 from simmim.run import CONFIG, Start
 from simmim.task import Task
 
 TRUST = "--trust"
-INSTALLED = ("simmim", "lightning", "pytorch_lightning", "torch", "timm")  # nobody's own
 
 
 def admit(request: Request, start: Start | None) -> Request:
@@ -39,7 +46,6 @@ def admit(request: Request, start: Start | None) -> Request:
     run = start.run / CONFIG if start is not None and start.run is not None else None
     inherited = read_config(run) if run else {}
     named = set(words(request))
-    theirs = [*listed(inherited.get("imports")), *listed(inherited.get("data_class"))]
     if TRUST in request.options:
         named |= {*_strings(inherited), *_strings(start.model if start else {})}
         request = replace(
@@ -48,8 +54,7 @@ def admit(request: Request, start: Start | None) -> Request:
             data_class=request.data_class or inherited.get("data_class"),
         )
     else:
-        theirs += [path for path in _class_paths(inherited) if lies_in(os.getcwd(), path)]
-        foreign = next((path for path in theirs if path not in named), None)
+        foreign = next((name for name in _foreign(inherited) if name not in named), None)
         if foreign:
             raise ValueError(
                 f"{run} names {foreign}, code from outside simmim, which would be run: {TRUST} if "
@@ -99,11 +104,18 @@ def words(request: Request) -> Iterator[str]:
     yield from listed(request.data_class)
 
 
-def names_own_code(request: Request) -> bool:
-    """Whether going on needs --trust: a word of the user's is code that is not ours."""
-    paths = [word for word in words(request) if is_path(word)]
-    firsts = {path.partition(".")[0] for path in paths} - {*INSTALLED}
-    return bool(request.imports or request.data_class) or any(find_spec(f) for f in firsts)
+def needs_trust(config: Mapping[str, Any]) -> bool:
+    """Whether a run of this config goes on with --trust alone, if the user names nothing again."""
+    model = config.get("model") or {}
+    parts = [str(model.get(kind)) for kind in get_args(Kind)]
+    firsts = {part.partition(".")[0] for part in parts if is_path(part)}  # or a tag of timm's
+    return bool(_foreign(config)) or any(find_spec(first) for first in firsts)
+
+
+def _foreign(config: Mapping[str, Any]) -> list[str]:
+    """What a config names besides parts of the model: modules, and classes in this folder."""
+    found = [*listed(config.get("imports")), *listed(config.get("data_class"))]
+    return found + [path for path in _class_paths(config) if lies_in(os.getcwd(), path)]
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -97,7 +97,7 @@ class TaskCLI(LightningCLI):
         )
         parser.add_argument(
             "--imports",
-            type=list[str] | None,
+            type=str | list[str] | None,
             help="Modules of your own to import first, which register parts (simmim.register).",
         )
         parser.add_argument(

@@ -13,7 +13,7 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
-from inspect import signature
+from inspect import Signature, signature
 from typing import Any, Literal, TypeVar, cast, get_args
 
 T = TypeVar("T")
@@ -208,7 +208,8 @@ def check_call(
     Raises:
         ValueError: With the call that would fail.
     """
-    parameters = signature(part).parameters
+    takes = signature_of(part)
+    parameters = takes.parameters
     known = [option for option in parameters if option not in given][len(args) :]
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for option in () if open_ended else options or ():
@@ -218,12 +219,19 @@ def check_call(
                 f"{', '.join(known) or 'none'}"
             )
     try:
-        signature(part).bind(*args, **given, **(options or {}))
+        takes.bind(*args, **given, **(options or {}))
     except TypeError as error:
         raise ValueError(
-            f"{what} {name!r} is {getattr(part, '__name__', part)}{signature(part)}, and cannot be "
+            f"{what} {name!r} is {getattr(part, '__name__', part)}{takes}, and cannot be "
             f"called as simmim calls a {what}: {error}"
         ) from error
+
+
+def signature_of(part: Callable[..., Any]) -> Signature:
+    """What a function or class takes. torch's Module says anything, and takes nothing."""
+    init = getattr(part, "__init__", None)
+    is_bare = getattr(init, "__qualname__", "") == "Module.__init__"
+    return Signature() if isinstance(part, type) and is_bare else signature(part)
 
 
 @cache

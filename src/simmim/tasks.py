@@ -11,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from simmim.checkpoints import CHECKPOINTS, LAST, signals_put_back
-from simmim.configuration import Request, default_experiment, read_request
-from simmim.extensions import admit, names_own_code, with_own_data
+from simmim.configuration import Request, default_experiment, read_config, read_request
+from simmim.extensions import admit, needs_trust, with_own_data
 from simmim.lightning_cli import TaskCLI
 from simmim.loggers import finish_board
 from simmim.mistakes import one_line
@@ -243,7 +243,7 @@ def _how_to_go_on(request: Request, run: Begun) -> str:
     if not (run.folder / CHECKPOINTS / LAST).exists():
         return f"{run.folder} has no checkpoint yet to go on from"
     where = f" --run_dir {request.run_dir}" if str(request.run_dir) != "runs" else ""
-    trust = " --trust" if names_own_code(request) else ""
+    trust = " --trust" if needs_trust(read_config(run.folder / CONFIG)) else ""
     command = f"simmim {request.command} fit --name {request.name}{where} --ckpt_path last{trust}"
     return f"go on with: {command}"
 
