@@ -1,10 +1,9 @@
 """Any timm image model as the encoder of a masked image: images and a mask -> one feature map."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from importlib.util import find_spec
 from math import nan
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from simmim.masking import fill_pixels, mask_grid, upsample_mask
 from simmim.observe import Call, Run, multiples
-from simmim.parts import check_call, find_part, find_registered, is_path, signature_of
+from simmim.own_encoder import build_own, find_own_encoder
 from simmim.visible import PLAIN, VisibleTokens, restore_grid, visible_places
 from simmim.windows import HIERARCHICAL, GroupedWindows
 
@@ -360,7 +359,7 @@ def _create_model(
     own = find_own_encoder(name, trust=trust)
     try:
         if own is not None:
-            model = _build_own(own, name, {**fixed, **wished}, given)
+            model = build_own(own, name, {**fixed, **wished}, given)
         else:
             _check_name(name)
             model = _build(name, fixed, wished, given)
@@ -375,42 +374,6 @@ def _create_model(
             "forward_features(images) -> (B, D, h, w), or (B, h w, D)"
         )
     _check_rates(model, name, rates)
-    return model
-
-
-def find_own_encoder(name: str, *, trust: bool = False) -> Callable[..., nn.Module] | None:
-    """A user's own encoder, by its import path or as it was registered; None: a model of timm.
-
-    Raises:
-        ValueError: If it cannot be imported, or is not trusted.
-    """
-    if (own := find_registered(name, "encoder")) is not None:
-        return own
-    if not is_path(name) or timm.is_model(name):
-        return None
-    first = name.partition(".")[0]  # "vit_bsae_patch16_224.mae" is a slip of the pen
-    if get_close_matches(first, timm.list_models(), n=1, cutoff=0.8) and find_spec(first) is None:
-        return None
-    return find_part(name, {}, "encoder", trust=trust)
-
-
-def _build_own(
-    create: Callable[..., nn.Module], name: str, wished: dict[str, Any], given: dict[str, Any]
-) -> nn.Module:
-    """Call a user's own class or function with those of our wishes that it takes."""
-    parameters = signature_of(create).parameters
-    wished = {**wished, **{k: given[k] for k in ("num_classes", "in_chans") if k in given}}
-    given = {key: value for key, value in given.items() if key not in ("num_classes", "in_chans")}
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        wished = {key: value for key, value in wished.items() if key in parameters}
-        if given.get("drop_path_rate") and "drop_path_rate" not in parameters:
-            raise ValueError(
-                f"encoder {name!r} takes no drop_path_rate: leave it out (--model.drop_path_rate 0)"
-            )
-    check_call(create, name, "encoder", options={**wished, **given})
-    model = create(**{**wished, **given})
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"encoder {name!r} gives a {type(model).__name__}: return an nn.Module")
     return model
 
 

@@ -139,6 +139,7 @@ def compare(
         out: Folder of the results, runs/compare/version_N by default. In that of an interrupted
             comparison the runs that are complete are not trained again.
         trust: Import an encoder that the checkpoint names by its import path, which runs its code.
+            (One that a module of yours registers: --imports MODULE.)
 
     Returns:
         What came out; it prints as tables and a verdict.

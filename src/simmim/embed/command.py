@@ -116,6 +116,7 @@ def embed(
         seed: Of the map.
         overwrite: Whether files that are there already may be replaced.
         trust: Import an encoder that the checkpoint names by its import path, which runs its code.
+            (One that a module of yours registers: --imports MODULE.)
 
     Returns:
         What was written, and the scores.

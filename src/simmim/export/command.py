@@ -76,6 +76,7 @@ def export(
         push_to_hub: Repository USER/NAME on the Hugging Face Hub to which it is uploaded as well.
         private: Make that repository a private one.
         trust: Import an encoder that the checkpoint names by its import path, which runs its code.
+            (One that a module of yours registers: --imports MODULE.)
 
     Returns:
         What was written.

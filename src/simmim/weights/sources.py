@@ -7,7 +7,8 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from simmim.encoder import _create_model, find_own_encoder
+from simmim.encoder import _create_model
+from simmim.own_encoder import find_own_encoder
 from simmim.weights.files import find_checkpoint, is_url, read_checkpoint, read_folder, read_json
 from simmim.weights.fit import HEAD, MODEL, TOKEN, Architecture, Weights
 from simmim.weights.huggingface import hugging_face_weights
