@@ -47,7 +47,7 @@ def register(kind: Kind, name: str | None = None) -> Callable[[T], T]:
         raise ValueError(f"parts of kind {kind!r} are not known: use {', '.join(_registered)}")
 
     def keep(part: T) -> T:
-        own, path = name or getattr(part, "__name__", ""), _path_of(part)
+        own, path = name or str(getattr(part, "__name__", "")), _path_of(part)
         if not own.isidentifier():
             raise ValueError(f"{kind} {own!r} is no name: use letters, digits and '_'")
         earlier = _registered[kind].get(own)
