@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from simmim.head import HEADS, InverseHead, LinearHead, MLPHead, TransformerHead
 from simmim.target import TARGETS
+from simmim.testing import check_head
 
 SMALL: dict[str, dict[str, Any]] = {
     "linear": {},
@@ -46,24 +47,9 @@ def test_shapes(name: str, upsample: int | Fraction) -> None:
 
 
 @pytest.mark.parametrize("name", HEADS)
-@pytest.mark.parametrize("upsample", [1, 16, Fraction(1, 2)])
-def test_every_parameter_learns_from_every_feature(name: str, upsample: int | Fraction) -> None:
-    head, features = make(name, upsample), torch.randn(2, 24, 4, 6, requires_grad=True)
-    head(features).square().mean().backward()
-    for key, parameter in head.named_parameters():
-        assert parameter.grad is not None, key
-        assert parameter.grad.isfinite().all(), key
-        assert parameter.grad.abs().sum() > 0, key
-    assert features.grad is not None
-    assert features.grad.abs().sum(1).ne(0).all()
-
-
-@pytest.mark.parametrize("name", HEADS)
-def test_images_of_a_batch_do_not_mix(name: str) -> None:
-    head, features = make(name, 4), torch.randn(3, 24, 4, 6)
-    together = head(features)
-    apart = torch.cat([head(one[None]) for one in features])
-    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("upsample", [1, 4, 16, Fraction(1, 2)])
+def test_each_head_holds_to_what_a_users_own_must(name: str, upsample: int | Fraction) -> None:
+    check_head(HEADS[name], upsample=upsample, **SMALL[name])
 
 
 @pytest.mark.parametrize("name", HEADS)

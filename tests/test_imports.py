@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "simmim"
-ENCODER = {"encoder", "observe", "visible", "windows"}  # encoder, and parts of its own
+ENCODER = {
+    "encoder",
+    "observe",
+    "visible",
+    "windows",
+    "own_encoder",
+}  # encoder, and parts of its own
 METHOD = {"masking", "head", "target", "loss"} | ENCODER
 TASKS = {"pretrain", "classify", "segment", "detect", "callbacks"}
 SHARED = {
@@ -29,6 +35,7 @@ SHARED = {
     "average_precision",
     "strategies",
     "recipe",
+    "own",
 }
 COMMANDS = {"embed", "export", "compare", "doctor", "benchmark"}
 REPORT = {"report", "checkpoints"}  # from what lies in a run's folder; knows no task

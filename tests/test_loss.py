@@ -19,6 +19,7 @@ from simmim.loss import (
     smooth_l1_loss,
 )
 from simmim.masking import draw_masks, random_mask, sample_keys, upsample_mask
+from simmim.testing import check_loss
 
 Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 OURS: list[Loss] = [l1_loss, mse_loss, smooth_l1_loss, cosine_loss, fourier_loss]
@@ -264,3 +265,8 @@ def test_errors_of_the_table_are_their_losses_before_the_mean(
     error = LOSSES[name](prediction.half(), target)
     assert error.dtype == torch.float32
     torch.testing.assert_close(masked_mean(error, mask), loss(prediction.half(), target, mask))
+
+
+@pytest.mark.parametrize("name", ["l1", "l2", "smooth_l1", "cosine"])
+def test_each_loss_holds_to_what_a_users_own_must(name: str) -> None:
+    check_loss(LOSSES[name])

@@ -20,6 +20,7 @@ _HOME = {
     "load_encoder": "simmim.weights",
     "load_official": "simmim.weights",
     "ImageFolderData": "simmim.data",
+    "register": "simmim.parts",
 }
 __all__ = list(_HOME)
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from simmim.loss import mse_loss as mse_loss
     from simmim.loss import smooth_l1_loss as smooth_l1_loss
     from simmim.masking import mask_images as mask_images
+    from simmim.parts import register as register
     from simmim.pretrain import SimMIM as SimMIM
     from simmim.segment import Segmenter as Segmenter
     from simmim.weights import load_encoder as load_encoder

@@ -84,7 +84,8 @@ class Classifier(Downstream):
         grad_checkpointing: Recompute activations in the backward pass: less memory, more time.
         compile: Compile the model with torch.compile; for fine-tuning.
         seed: Seed of erasing, mixing and dropout. On the command line it is `--seed_everything`.
-        trust: Import an optimiser from outside torch and timm that a checkpoint names.
+        trust: Import an encoder that the weights, or an optimiser that a checkpoint, name by an
+            import path, which runs their code.
     """
 
     UNTRAINED = "this classifier is not trained yet, its answers"
@@ -143,8 +144,10 @@ class Classifier(Downstream):
             drop_path_rate=0.0 if frozen else drop_path_rate,
             global_pool="" if self.own_head else POOLS[pooling],
             class_token=pooling == "token",
+            trust=trust,
         )
         self.take_encoder(backbone)
+        self.own_head = self.own_head or not hasattr(backbone.model, "reset_classifier")
         if grad_checkpointing:
             backbone.model.set_grad_checkpointing(True)
         self.layers = choose_layers(layer, backbone.model, backbone.encoder)

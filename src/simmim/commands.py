@@ -1,5 +1,6 @@
 """Commands that are plain functions: their options are the function's arguments."""
 
+import os
 import re
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Mapping
@@ -9,6 +10,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from simmim.mistakes import word_usage_error
+from simmim.parts import import_parts, search_folder, trust_paths
 
 
 def convert(args: list[str]) -> None:
@@ -82,17 +84,44 @@ def call(name: str, function: Callable[..., Any], args: list[str]) -> Any:
     """
     parser = ArgumentParser(prog=f"simmim {name}", exit_on_error=False, allow_abbrev=False)
     parser.usage = f"simmim {name} [--OPTION VALUE ...]"
-    parser.add_function_arguments(function)
+    opens = "trust" in signature(function).parameters  # a checkpoint, which may name own code
+    parser.add_function_arguments(function, skip={"trust"} if opens else set())
+    if opens:
+        _add_own_code(parser)
     try:
-        options = parser.parse_args(args)
+        options = parser.parse_args(args).as_dict()
     except ArgumentError as error:
         names = [option for action in parser._actions for option in action.option_strings]
         raise ArgumentError(None, word_usage_error(str(error), names)) from error
+    if opens:
+        _admit(options.pop("imports"), options["trust"])
     try:
-        return function(**options.as_dict())
+        return function(**options)
     except ValueError as error:  # data.root of a task is --root here
         error.args = (_name_options(str(error), signature(function).parameters),)
         raise
+
+
+def _add_own_code(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="Import an encoder that the checkpoint names by its import path, which runs its code.",
+    )
+    parser.add_argument(
+        "--imports",
+        nargs="+",
+        default=[],
+        help="Modules of your own to import first, which register parts (simmim.register).",
+    )
+
+
+def _admit(imports: list[str], trust: bool) -> None:
+    """Let what the user names, or trusts, be imported, from the working folder as well."""
+    trust_paths([])
+    if imports or trust:
+        search_folder(os.getcwd())
+    import_parts(imports)
 
 
 def _long(args: list[str]) -> list[str]:

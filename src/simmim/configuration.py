@@ -17,7 +17,10 @@ OURS = {
     "--ckpt_path": "ckpt_path",
     "--name": "name",
     "--run_dir": "run_dir",
+    "--imports": "imports",
+    "--data_class": "data_class",
 }
+LISTS = ("config", "imports")  # they take several words
 OVERLAY = "overlay"  # the folder of configs that change an experiment but are none
 EXPERIMENTS = {  # of the tasks, where the user names none
     "pretrain": "pretrain/digits",
@@ -42,6 +45,9 @@ class Request:
         run_dir: The folder of all runs.
         ckpt_path: "last", a checkpoint, a run's folder, or None.
         options: The other arguments, as they came.
+        imports: Modules of the user's own that register parts.
+        data_class: The user's own data module, where there is one.
+        data_options: Its options: what the packaged configs say of others is left out.
     """
 
     command: str
@@ -53,6 +59,9 @@ class Request:
     run_dir: Path
     ckpt_path: str | None
     options: tuple[str, ...]
+    imports: tuple[str, ...] = ()
+    data_class: str | None = None
+    data_options: frozenset[str] | None = None
 
     def arguments(
         self, base: Path | None = None, checkpoint: Mapping[str, Any] | None = None
@@ -68,9 +77,20 @@ class Request:
         # To be scored or shown, a model is what its checkpoint says, whatever config is named for
         # the data. fit takes what it is asked for first, so as to name what it must ignore.
         given = [*said, *self.configs] if self.subcommand == "fit" else [*self.configs, *said]
-        configs = [*([first] if first else []), *given]
+        configs: list[Path | str] = [*([first] if first else []), *given]
         run = [f"--name={self.name}", f"--run_dir={self.run_dir}"]
-        return [self.subcommand, *(f"--config={c}" for c in configs), *self.options, *run]
+        run += [f"--imports={json.dumps(self.imports)}"] * bool(self.imports)
+        run += [f"--data_class={self.data_class}"] * bool(self.data_class)
+        layers = [f"--config={self._suited(config)}" for config in configs]
+        return [self.subcommand, *layers, *self.options, *run]
+
+    def _suited(self, config: Path | str) -> Path | str:
+        """A config; of a packaged one only what the user's own data module has options for."""
+        if self.data_options is None or config_folder() not in Path(config).parents:
+            return config
+        said = read_config(Path(config))
+        data = {k: v for k, v in (said.get("data") or {}).items() if k in self.data_options}
+        return json.dumps({**said, "data": data})
 
 
 def read_request(
@@ -98,7 +118,7 @@ def read_request(
         config = read_config(path)
         _check_follows(config, path, follows)
         said.update({k: v for k, v in config.items() if v is not None})
-    said.update({key: values[-1] for key, values in given.items()})
+    said.update({key: values if key in LISTS else values[-1] for key, values in given.items()})
     _check_name(said["name"])
     return Request(
         command=command,
@@ -110,6 +130,8 @@ def read_request(
         run_dir=Path(said["run_dir"]),
         ckpt_path=said.get("ckpt_path") or None,
         options=tuple(options),
+        imports=tuple(listed(said.get("imports"))),
+        data_class=said.get("data_class") or None,
     )
 
 
@@ -170,7 +192,7 @@ def _take_ours(args: list[str]) -> tuple[dict[str, list[str]], list[str]]:
             rest.append(option + equals + value)
             continue
         values = [value] if equals else []
-        while words and not words[0].startswith("-") and (key == "config" or not values):
+        while words and not words[0].startswith("-") and (key in LISTS or not values):
             values.append(words.pop(0))
         if not values:
             raise ArgumentError(None, f"{option} needs a value")
@@ -233,6 +255,11 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict | None):
         raise ArgumentError(None, f"config {path} holds a {type(config).__name__}, not options")
     return config or {}
+
+
+def listed(value: Any) -> list[str]:
+    """One word, several or none, as a list."""
+    return [value] if isinstance(value, str) else list(value or ())
 
 
 def restrict(config: Mapping[str, Any], *parts: Mapping[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,8 @@ class Detector(Downstream):
             more time.
         seed: Seed of dropout and of which boxes are trained on. On the command line it is
             `--seed_everything`.
-        trust: Import an optimiser from outside torch and timm that a checkpoint names.
+        trust: Import an encoder that the weights, or an optimiser that a checkpoint, name by an
+            import path, which runs their code.
     """
 
     UNTRAINED = "this detector is not trained yet, its boxes"
@@ -126,6 +127,7 @@ class Detector(Downstream):
             in_chans,
             encoder_kwargs,
             drop_path_rate=0.0 if frozen else drop_path_rate,
+            trust=trust,
         )
         self.take_encoder(backbone)
         pyramid = Pyramid(backbone.model, backbone.encoder, backbone.in_chans, self.canvas)

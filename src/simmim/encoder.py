@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from simmim.masking import fill_pixels, mask_grid, upsample_mask
 from simmim.observe import Call, Run, multiples
+from simmim.own_encoder import build_own, find_own_encoder
 from simmim.visible import PLAIN, VisibleTokens, restore_grid, visible_places
 from simmim.windows import HIERARCHICAL, VisibleInWindows
 
@@ -35,7 +36,8 @@ class Encoder(nn.Module):
     not depend on (class attention, a classifier's last convolution) are frozen.
 
     Args:
-        name: A model of timm ("swin_base_patch4_window7_224"), or "hf-hub:..." or "local-dir:...".
+        name: A model of timm ("swin_base_patch4_window7_224"), or "hf-hub:..." or "local-dir:...";
+            or a user's own, which has `forward_features` and `num_features` as timm's have.
         img_size: Height and width of the images in pixels, or one number for a square.
         in_chans: Channels of the images.
         mask_patch_size: Side of a cell of the mask in pixels. None: the encoder's own patch.
@@ -51,6 +53,7 @@ class Encoder(nn.Module):
             the mask token stands in the hidden places of its features.
         grad_checkpointing: Keep no activations inside the blocks: less memory, more time.
         norm_eps: Epsilon of the LayerNorms. None: timm's (Hugging Face has 1e-12 in a ViT).
+        trust: Whether a user's own model may be imported, by its import path.
         timm_kwargs: Further options of the timm model.
 
     Attributes:
@@ -86,6 +89,7 @@ class Encoder(nn.Module):
         hidden_tokens: str = "encode",
         grad_checkpointing: bool = False,
         norm_eps: float | None = None,
+        trust: bool = False,
         **timm_kwargs: Any,
     ) -> None:
         super().__init__()
@@ -103,7 +107,9 @@ class Encoder(nn.Module):
         device = torch.empty(0).device  # what `with torch.device(...)` asks for
         with torch.device("cpu" if device.type == "meta" else device):  # meta cannot be observed
             rates = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
-            self.model: Any = _create_model(name, self.img_size, in_chans, rates, timm_kwargs)
+            self.model: Any = _create_model(
+                name, self.img_size, in_chans, rates, timm_kwargs, trust=trust
+            )
             _set_norm_eps(self.model, norm_eps)
             with _observing(self.model):
                 run = Run(self.model, name, in_chans, self.img_size, mask_patch_size or 1)
@@ -328,20 +334,34 @@ def _skipping_kind(model: nn.Module, name: str) -> type[VisibleTokens] | type[Vi
 
 
 def _create_model(
-    name: str, size: tuple[int, int], in_chans: int, rates: dict[str, float], given: dict[str, Any]
+    name: str,
+    size: tuple[int, int],
+    in_chans: int,
+    rates: dict[str, float],
+    given: dict[str, Any],
+    *,
+    trust: bool = False,
 ) -> nn.Module:
     """Build a timm model without its classifier, for this size and with these rates if it can."""
-    _check_name(name)
-    options = {"img_size": size[0] if size[0] == size[1] else size, **_rate_options(rates)}
+    wished = {"img_size": size[0] if size[0] == size[1] else size, **_rate_options(rates)}
+    fixed = {"in_chans": in_chans, "num_classes": 0}
+    own = find_own_encoder(name, trust=trust)
     try:
-        model = _build(name, {"in_chans": in_chans, "num_classes": 0}, options, given)
+        if own is not None:
+            model = build_own(own, name, {**fixed, **wished}, given)
+        else:
+            _check_name(name)
+            model = _build(name, fixed, wished, given)
     except (AssertionError, RuntimeError) as error:  # a size, or a tag of weights
         raise ValueError(
             f"encoder {name} cannot be built for images of {size[0]} x {size[1]} pixels with "
             f"options {given}: {str(error) or repr(error)}"
         ) from error
     if not hasattr(model, "forward_features"):
-        raise ValueError(f"encoder {name} with options {given} has no forward_features")
+        raise ValueError(
+            f"encoder {name} with options {given} has no forward_features: define "
+            "forward_features(images) -> (B, D, h, w), or (B, h w, D)"
+        )
     _check_rates(model, name, rates)
     return model
 

@@ -40,6 +40,7 @@ from simmim.task import Begun, Task
 
 PRINT_SHORT = "--print_config=skip_default"
 NOT_IN_A_CONFIG = ("trust", "ckpt_path", "weights_only", "verbose", "return_predictions")
+IF_GIVEN = ("imports", "data_class")
 
 
 class TaskCLI(LightningCLI):
@@ -95,9 +96,20 @@ class TaskCLI(LightningCLI):
             help="Folder of all runs: RUN_DIR/NAME/version_N.",
         )
         parser.add_argument(
+            "--imports",
+            type=str | list[str] | None,
+            help="Modules of your own to import first, which register parts (simmim.register).",
+        )
+        parser.add_argument(
+            "--data_class",
+            type=str | None,
+            help="Import path of a LightningDataModule of your own, whose options data.* are then.",
+        )
+        parser.add_argument(
             "--trust",
             action="store_true",
-            help="Open a checkpoint that names parts by an import path, which runs their code.",
+            help="Open a checkpoint that names parts by an import path, which runs their code. "
+            "What you name yourself is imported without.",
         )
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -106,21 +118,16 @@ class TaskCLI(LightningCLI):
         parser.add_lightning_class_args(self.task.data, "data")
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.add_class_arguments(Board, "board")
-        # Our sampler deals out the ranks.
-        parser.set_defaults({"trainer.use_distributed_sampler": False})
+        if hasattr(self.task.data, "batches_per_epoch"):  # our sampler deals out the ranks
+            parser.set_defaults({"trainer.use_distributed_sampler": False})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add our callbacks, and tie what must agree."""
         for name, callback in {**self.task.callbacks, "checkpoint": KeepLast}.items():
             parser.add_lightning_class_args(callback, name)
         for target, link in self.task.all_links().items():
-            compute = self.is_trusted if target == "model.trust" else link.compute
-            parser.link_arguments(link.source, target, compute_fn=compute)
+            parser.link_arguments(link.source, target, compute_fn=link.compute)
         self.options = parser
-
-    def is_trusted(self, trust: bool) -> bool:
-        """Whether parts may be imported: what the command line names is the user's own."""
-        return trust or self.start is None
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and let a checkpoint that is gone on with overrule the options it contradicts."""
@@ -151,7 +158,10 @@ class TaskCLI(LightningCLI):
             for skip in (False, True)
         )
         names = [word.removeprefix("--config=") for word in args if word.startswith("--config=")]
-        said = [yaml.safe_load(Path(n).read_text() if Path(n).is_file() else n) for n in names]
+        said = [
+            yaml.safe_load(n if n.startswith("{") or not Path(n).is_file() else Path(n).read_text())
+            for n in names
+        ]
         short = restrict(whole, short, *said)
         print(yaml.safe_dump(short, sort_keys=False, default_flow_style=None), end="")
         raise SystemExit(0)
@@ -166,7 +176,7 @@ class TaskCLI(LightningCLI):
     def _checkpoint_config(self, start: Start) -> dict[str, Any]:
         """What a checkpoint says of its model, as a config."""
         known = signature(self.task.model).parameters
-        model = {name: value for name, value in start.model.items() if name in known}
+        model = {k: v for k, v in start.model.items() if k in known and k != "trust"}
         if "weights" in known:  # it holds them all: the file that they came from may be gone
             model["weights"] = None
         seed = {"seed_everything": model.pop("seed")} if "seed" in model else {}
@@ -322,6 +332,7 @@ class TaskCLI(LightningCLI):
         """The full resolved config, as it can be given to -c again."""
         text = self.options.dump(self.config[self.request.subcommand], skip_none=False)
         config = {k: v for k, v in yaml.safe_load(text).items() if k not in NOT_IN_A_CONFIG}
+        config = {k: v for k, v in config.items() if v is not None or k not in IF_GIVEN}
         if self.start is not None and self.start.run is not None and self.start.goes_on:
             began = (read_config(self.start.run / CONFIG).get("model") or {}).get("weights")
             config["model"]["weights"] = began  # where the run came from stays on record

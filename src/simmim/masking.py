@@ -22,9 +22,7 @@ Masking = Callable[..., Tensor]
 
 # Draws of one key for different purposes must not be the same numbers: each has its own stream.
 _MASK, _CUT, _COUNT, _NOISE = 1, 2, 3, 4
-_RECTANGLES = (
-    16  # in a block mask: they leave the ratio uncovered in 1 mask of 400 at 0.9, 0 at 0.8
-)
+_RECTANGLES = 16  # in a block mask: they fall short in 1 mask of 400 at ratio 0.9, in 0 at 0.8
 
 
 def mask_images(
@@ -137,16 +135,25 @@ def draw_masks(
     """Draw one mask for each key.
 
     Args:
-        masking: A function of `MASKINGS`, or the user's own with the same signature.
+        masking: A function of `MASKINGS`, or the user's own (given `valid` where there is one).
         keys: From `sample_keys`.
         grid: Cells along height and width.
         mask_ratio: Share of the cells to hide, or [low, high] to draw each sample's share from.
         valid: Cells that may be hidden; the ratio is then a share of these. None: all of them.
         kwargs: Passed on to a user's own masking.
+
+    Raises:
+        ValueError: If the masking gives anything but one bool a cell.
     """
     cells = grid[0] * grid[1] if valid is None else valid.flatten(1).sum(1)
     counts = draw_counts(keys, cells, mask_ratio)
-    return masking(keys, grid, counts, valid=valid, **kwargs)
+    given = {} if valid is None else {"valid": valid}
+    mask, shape = masking(keys, grid, counts, **given, **kwargs), (len(keys), *grid)
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape:
+        found = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+        name = getattr(masking, "__name__", masking)
+        raise ValueError(f"masking {name} gives {found}: return torch.bool {shape}, True = hidden")
+    return mask
 
 
 def draw_counts(

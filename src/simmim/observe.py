@@ -179,7 +179,8 @@ class Run:
                 f"encoder {self.name} gives features of shape {list(features.shape[1:])}, which is "
                 f"no grid that tiles images of {self.img_size[0]} x {self.img_size[1]} pixels"
             )
-        return max(grids, key=lambda grid: grid.channels == model.num_features)
+        channels = getattr(model, "num_features", None)
+        return max(grids, key=lambda grid: grid.channels == channels)
 
     def _check_size(self, cell: int) -> None:
         """Refuse sizes that the features do not tile, naming the next that they do."""

@@ -186,7 +186,10 @@ def _timm_model(model: nn.Module) -> tuple[str, nn.Module]:
     for name, module in model.named_modules():
         if hasattr(module, "group_matcher"):
             return (f"{name}." if name else ""), module
-    raise ValueError("layer_decay needs an encoder with a group_matcher, such as any timm model")
+    raise ValueError(
+        "layer_decay needs an encoder with a group_matcher, such as any timm model: leave it out "
+        "(--model.layer_decay null)"
+    )
 
 
 # Learning rate ---------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from simmim.head import HEADS
 from simmim.loss import LOSSES
 from simmim.masking import MASKINGS, draw_masks, ratio_range
 from simmim.optim import init_official_, param_groups
+from simmim.own import check_target, try_own_parts
 from simmim.parts import build_part, find_part
 from simmim.speed import suit_device
 from simmim.strategies import WRAPPER
@@ -33,8 +34,10 @@ HEAD_ALONE = 0.05  # share of the steps in which a new head trains alone on load
 class Recipe(Trainable):
     """Masking, encoder, head, target and loss by their options, and how these are optimised.
 
+    Your own part is named by its import path, or as `simmim.register` has named it.
+
     Args:
-        encoder: Name of any timm image model.
+        encoder: Name of any timm image model, or your own class with forward_features.
         img_size: Height and width in pixels: one number, or [height, width].
         in_chans: Channels of the images.
         mask_patch_size: Side of a mask cell in pixels. 32, whatever the encoder's own patch (the
@@ -43,7 +46,7 @@ class Recipe(Trainable):
             0.6 (the paper's section 4.1).
         masking: Which cells are hidden: random (the paper's), block (BEiT's block-wise), square
             (one square at a random place), token (random, in cells of the encoder's own patch),
-            foreground (never nodata), or the import path of your own function.
+            foreground (never nodata), or your own function of (keys, grid, counts).
         masking_kwargs: Options of the masking; foreground takes nodata (the raw value that means
             "no data") or mask_channel (the channel that is 0 there).
         mask_fill: What stands in a hidden cell's place: token (a learned vector, the paper's),
@@ -57,15 +60,15 @@ class Recipe(Trainable):
             and likewise for SwinV2.
         target: What is predicted: pixels (the paper's), normalized_pixels (SwinV2's sliding
             window), patch_normalized_pixels (MAE's), hog (MaskFeat's), features (of a frozen timm
-            model), color_bins (classes), or the import path of your own class.
+            model), color_bins (classes), or your own subclass of simmim.target.Target.
         target_kwargs: Options of the target: a size for a lower resolution, a window, a teacher.
-        loss: l1 (the paper's), l2, smooth_l1, cosine, cross_entropy, or the import path of your
-            own function of (prediction, target) that returns the error of each element.
+        loss: l1 (the paper's), l2, smooth_l1, cosine, cross_entropy, or your own function of
+            (prediction, target) that returns the error of each element.
         loss_region: Where the loss is taken: hidden cells (the paper's section 3.4), or all.
         fourier_weight: Weight of A2MIM's loss in the Fourier domain, added to the other. 0 is the
             paper's SimMIM.
         head: linear (the paper's), mlp, transformer (a light decoder), inverse (hierarchical), or
-            the import path of your own class.
+            your own class of (in_features, out_chans, upsample).
         head_kwargs: Options of the head, such as depth and width.
         encoder_kwargs: Further options of the timm model, such as {window_size: 6}.
         weights: Weights to go on from: a checkpoint of ours, a run's folder, an official SimMIM
@@ -92,7 +95,7 @@ class Recipe(Trainable):
         grad_checkpointing: Recompute activations in the backward pass: less memory, more time.
         compile: Compile encoder and head with torch.compile.
         seed: Seed of masks and dropout. On the command line it is `--seed_everything`.
-        trust: Import parts that are named by an import path while a checkpoint is opened.
+        trust: Import parts that are named by an import path, which runs their code.
     """
 
     def __init__(
@@ -154,6 +157,7 @@ class Recipe(Trainable):
             drop_rate=drop_rate,
             drop_path_rate=drop_path_rate,
             grad_checkpointing=grad_checkpointing,
+            trust=trust,
             **(encoder_kwargs or {}),
         )
         mean, std = imagenet_statistics(in_chans)
@@ -170,6 +174,7 @@ class Recipe(Trainable):
             options=target_kwargs,
             trust=trust,
         )
+        check_target(self.target, target)
         self.head = build_part(
             head,
             HEADS,
@@ -181,6 +186,7 @@ class Recipe(Trainable):
             trust=trust,
         )
         self._check(target, loss)
+        try_own_parts(self)
         self.hidden_count = self._count_hidden()
         self._hidden_alone = self._may_see_hidden_alone()
         if hidden_tokens == "skip":
@@ -191,7 +197,7 @@ class Recipe(Trainable):
         self.report: Report | None = None  # what became of each tensor of the weights
         self._steps_head_alone = 0
         if weights is not None:
-            load_weights(self, weights)
+            load_weights(self, weights, trust=trust)
 
     def _check(self, target: str, loss: str) -> None:
         losses = getattr(self.target, "losses", None)

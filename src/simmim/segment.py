@@ -74,7 +74,8 @@ class Segmenter(Downstream):
         weight_decay: AdamW's weight decay; none on biases, norms, tokens and position tables.
         grad_checkpointing: Recompute activations in the backward pass: less memory, more time.
         seed: Seed of dropout. On the command line it is `--seed_everything`.
-        trust: Import an optimiser from outside torch and timm that a checkpoint names.
+        trust: Import an encoder that the weights, or an optimiser that a checkpoint, name by an
+            import path, which runs their code.
     """
 
     UNTRAINED = "this model is not trained to segment yet, its answers"
@@ -125,6 +126,7 @@ class Segmenter(Downstream):
             in_chans,
             encoder_kwargs,
             drop_path_rate=0.0 if frozen else drop_path_rate,
+            trust=trust,
         )
         self.take_encoder(backbone)
         if grad_checkpointing:

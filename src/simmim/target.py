@@ -26,7 +26,7 @@ Picture = Float[Tensor, "b 3 H W"]
 
 
 class Target(nn.Module):
-    """What all targets have in common. A subclass computes `forward`, and shows itself.
+    """What all targets have in common. A subclass computes `forward`, and may show itself.
 
     Options that do not fit the images raise a ValueError.
 
@@ -61,9 +61,12 @@ class Target(nn.Module):
     def picture(self, tensor: Tensor, reference: Tensor | None = None) -> Tensor:
         """Show a target or prediction that is no picture as one, (B, 3, H, W) in 0..1.
 
-        With the target as `reference`, a prediction is drawn in the target's colours.
+        With the target as `reference`, a prediction is drawn in its colours (here: grays).
         """
-        raise NotImplementedError(f"{type(self).__name__} is shown by to_pixels")
+        known = (tensor if reference is None else reference).float().mean(1, keepdim=True)
+        scale = (known.amax() - known.amin()).clamp(min=1e-6)
+        gray = (tensor.float().mean(1, keepdim=True) - known.amin()) / scale
+        return _enlarge(gray.clamp(0, 1), self.stride).expand(-1, 3, -1, -1)
 
 
 class Pixels(Target):
@@ -300,9 +303,7 @@ class Features(Target):
         rows, known = rows - known.mean((0, 1, 2)), (known - known.mean((0, 1, 2))).flatten(0, 2)
         with torch.autocast("cpu", enabled=False):  # on the CPU: MPS has no eigh
             axes = torch.linalg.eigh(known.mT @ known).eigenvectors[:, -3:].flip(1)
-            axes = (
-                axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
-            )  # else at random
+            axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()  # else random
             scale = 4 * (known @ axes).std(0, correction=0).clamp(min=1e-6)
             colors = (rows @ axes / scale + 0.5).clamp(0, 1)
         return _enlarge(colors.movedim(-1, 1), self.stride).to(tensor.device)

@@ -67,11 +67,18 @@ class Task:
         options = {
             f"{group}.{name}"
             for group, kind in (("model", self.model), ("data", self.data))
-            for parent in kind.__mro__  # a class may pass options on to its parent
+            for name in self.options_of(kind)
+        }
+        return {k: v for k, v in {**LINKS, **self.links}.items() if k in options}
+
+    def options_of(self, kind: type) -> set[str]:
+        """The options of a class; it may pass some on to its parent."""
+        return {
+            name
+            for parent in kind.__mro__
             if "__init__" in vars(parent)
             for name in signature(vars(parent)["__init__"]).parameters
         }
-        return {k: v for k, v in {**LINKS, **self.links}.items() if k in options}
 
 
 @dataclass

@@ -10,7 +10,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from simmim.checkpoints import CHECKPOINTS, LAST, signals_put_back
-from simmim.configuration import Request, default_experiment, read_request
+from simmim.configuration import Request, default_experiment, read_config, read_request
+from simmim.extensions import admit, needs_trust, with_own_data
 from simmim.lightning_cli import TaskCLI
 from simmim.loggers import finish_board
 from simmim.mistakes import one_line
@@ -175,6 +176,8 @@ def run_task(task: Task, args: list[str]) -> None:
         if start.run is not None and (start.goes_on or not request.named):
             name, run_dir = start.run.parent.name, start.run.parent.parent
             request = replace(request, name=name, run_dir=run_dir)
+    request = admit(request, start)
+    task, request = with_own_data(task, request)
     run = Begun(job)
     try:
         with signals_put_back():
@@ -222,7 +225,9 @@ def _how_to_go_on(request: Request, run: Begun) -> str:
     if not (run.folder / CHECKPOINTS / LAST).exists():
         return f"{run.folder} has no checkpoint yet to go on from"
     where = f" --run_dir {request.run_dir}" if str(request.run_dir) != "runs" else ""
-    return f"go on with: simmim {request.command} fit --name {request.name}{where} --ckpt_path last"
+    trust = " --trust" if needs_trust(read_config(run.folder / CONFIG)) else ""
+    command = f"simmim {request.command} fit --name {request.name}{where} --ckpt_path last{trust}"
+    return f"go on with: {command}"
 
 
 def _quieten_lightning() -> None:

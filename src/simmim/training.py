@@ -32,7 +32,7 @@ class Trainable(L.LightningModule):
         std: Likewise, their standard deviation.
         optimizer: Makes the optimiser from parameter groups.
         seed: Of what is drawn in a step.
-        trust: Whether a checkpoint may name an optimiser from outside torch and timm.
+        trust: Whether a checkpoint may name an encoder, parts or an optimiser of a user's own.
     """
 
     mean: Tensor
@@ -42,10 +42,16 @@ class Trainable(L.LightningModule):
     trust: bool
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """Open a checkpoint as Lightning does, but run no code in it, by path and by URL alike."""
+    def load_from_checkpoint(
+        cls, checkpoint_path: Any, *args: Any, trust: bool = False, **kwargs: Any
+    ) -> Self:
+        """Open a checkpoint as Lightning does, but run no code in it, by path and by URL alike.
+
+        With trust=True what it names by an import path is imported, which runs its code. What the
+        file says of trust itself does not count.
+        """
         load = super().load_from_checkpoint
-        return load_safely(load, checkpoint_path, *args, **kwargs)
+        return load_safely(load, checkpoint_path, *args, trust=trust, **kwargs)
 
     def normalize(self, raw: Tensor) -> Tensor:
         """Turn uint8, or float in 0..1, into what the encoder sees: zero mean, unit variance."""

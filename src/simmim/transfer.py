@@ -59,6 +59,7 @@ def open_backbone(
     drop_path_rate: float = 0.0,
     global_pool: str | None = None,
     class_token: bool = False,
+    trust: bool = False,
 ) -> Backbone:
     """Build the encoder of a file, or a new one.
 
@@ -72,6 +73,7 @@ def open_backbone(
         drop_path_rate: Stochastic depth.
         global_pool: "avg", "token" or "" (none), for models that can choose.
         class_token: Whether the task reads a class token.
+        trust: Whether an encoder of a user's own may be imported.
 
     Raises:
         ValueError: If the encoder in the file is not complete, or does not fit.
@@ -80,10 +82,13 @@ def open_backbone(
     eps = given.pop("norm_eps", None)
     sizes = {"img_size": img_size, "in_chans": in_chans}
     sizes = {name: value for name, value in sizes.items() if value is not None}
-    found = None if weights is None else open_weights(weights, {**given, **sizes})
-    described = found.architecture if found else Architecture(encoder or ENCODER, 224, 3)
+    found = None if weights is None else open_weights(weights, {**given, **sizes}, trust=trust)
+    described = (
+        found.architecture if found else Architecture(encoder or ENCODER, 224, 3, trust=trust)
+    )
     if encoder not in (None, described.encoder):  # the user's own name: the tensors must fit it
-        described = Architecture(str(encoder), described.img_size, described.in_chans)
+        size, chans = described.img_size, described.in_chans
+        described = Architecture(str(encoder), size, chans, trust=trust)
     options = {**described.options, **given}
     for name in ("num_classes", "global_pool", "pretrained", "img_size", "in_chans"):
         options.pop(name, None)
@@ -144,7 +149,7 @@ def _shape(weights: str | None) -> tuple[Size, int]:
     if (ours := _our_checkpoint(weights)) is not None:
         hparams = ours["hyper_parameters"]
         return hparams.get("img_size") or 224, hparams.get("in_chans") or 3
-    architecture = open_weights(weights, {}).architecture
+    architecture = open_weights(weights, {}).architecture  # not ours: it names no code
     return architecture.img_size, architecture.in_chans
 
 

@@ -42,12 +42,15 @@ class BoardPredictions(EpochPictures):
             return False
         places = spread_places(size, self.num_images)
         batch = batch_at(trainer, loader, places)
+        shown = batch if isinstance(batch, Mapping) else _named(pl_module, *batch)
+        if "label" not in shown:
+            return False
         with undisturbed(pl_module):
-            found = call(trainer, lambda _: pl_module.predict_step(batch, 0), batch["image"])
+            found = call(trainer, lambda _: pl_module.predict_step(batch, 0), shown["image"])
         if trainer.is_global_zero:
             path = getattr(loader.dataset, "path", str)
-            rows = _rows(pl_module, batch, found["probabilities"], [path(i) for i in places])
-            pictures = [Image.fromarray(p) for p in to_rgb(to_unit(batch["image"]))]
+            rows = _rows(pl_module, shown, found["probabilities"], [path(i) for i in places])
+            pictures = [Image.fromarray(p) for p in to_rgb(to_unit(shown["image"]))]
             panel = draw_predictions(pictures, rows)
             self.keep_table(trainer, panel, epochs, HEADER, rows, pictures)
         return True
@@ -80,6 +83,13 @@ def draw_predictions(pictures: Sequence[Image.Image], rows: Sequence[Sequence[An
             place = left, top + size[1] + line * LINE
             draw.text(place, fitting(text, font, SIDE), fill=INK if right else WRONG, font=font)
     return panel
+
+
+def _named(module: Any, images: Tensor, label: Tensor | None = None) -> dict[str, Tensor]:
+    """A batch of a plain loader as ours are, its pixels before they were normalised."""
+    if images.is_floating_point():
+        images = (images * module.std + module.mean).clamp(0, 1)
+    return {"image": images} if label is None else {"image": images, "label": label}
 
 
 def _rows(

@@ -99,6 +99,7 @@ def compare(
     accelerator: str = "auto",
     precision: str | None = None,
     out: str | None = None,
+    trust: bool = False,
 ) -> Comparison:
     """Train with few and with all labels, from these weights and from scratch: which is better?
 
@@ -137,6 +138,8 @@ def compare(
             32-true.
         out: Folder of the results, runs/compare/version_N by default. In that of an interrupted
             comparison the runs that are complete are not trained again.
+        trust: Import an encoder that the checkpoint names by its import path, which runs its code.
+            (One that a module of yours registers: --imports MODULE.)
 
     Returns:
         What came out; it prints as tables and a verdict.
@@ -165,7 +168,7 @@ def compare(
         trainer={"accelerator": accelerator, "precision": precision},
     )
     arms = {
-        which: open_arms(weights, public, recipe.model, img_size)
+        which: open_arms(weights, public, {**recipe.model, "trust": trust}, img_size)
         for which, recipe in recipes.items()
     }
     return _compare(arms, recipes, budgets or BUDGETS, seeds, out, {OURS: weights, PUBLIC: public})

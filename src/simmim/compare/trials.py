@@ -114,7 +114,7 @@ def open_arm(weights: str, options: Mapping[str, Any]) -> Arm:
     if not model.own_head:
         model.model.reset_classifier(0)  # each run gets a new one
     return Arm(
-        {name: model.hparams[name] for name in OF_THE_ENCODER},
+        {name: model.hparams[name] for name in OF_THE_ENCODER} | {"trust": model.trust},
         f"{model.hparams['encoder']} of {model.origin}",
         {name: tensor.clone() for name, tensor in model.encoder.state_dict().items()},
         (model.mean, model.std) if model.has_statistics else None,

@@ -72,6 +72,7 @@ def embed(
     neighbours: int = 8,
     seed: int = 0,
     overwrite: bool = False,
+    trust: bool = False,
 ) -> Embeddings:
     """Write the features of a folder's images, score them, and draw them.
 
@@ -114,6 +115,8 @@ def embed(
         neighbours: How many are drawn of each; 0 draws none.
         seed: Of the map.
         overwrite: Whether files that are there already may be replaced.
+        trust: Import an encoder that the checkpoint names by its import path, which runs its code.
+            (One that a module of yours registers: --imports MODULE.)
 
     Returns:
         What was written, and the scores.
@@ -137,6 +140,7 @@ def embed(
         encoder_kwargs,
         global_pool="",  # the norm stays behind the tokens
         class_token=pooling == "token",
+        trust=trust,
     )
     rank_zero_info(f"encoder {backbone.encoder}: {backbone.report}")
     data = ImageFolderData(

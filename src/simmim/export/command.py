@@ -53,6 +53,7 @@ def export(
     overwrite: bool = False,
     push_to_hub: str | None = None,
     private: bool = False,
+    trust: bool = False,
 ) -> Exported:
     """Write an encoder or a classifier for use without simmim.
 
@@ -74,6 +75,8 @@ def export(
         overwrite: Replace the files of an earlier export. What else the folder holds stays.
         push_to_hub: Repository USER/NAME on the Hugging Face Hub to which it is uploaded as well.
         private: Make that repository a private one.
+        trust: Import an encoder that the checkpoint names by its import path, which runs its code.
+            (One that a module of yours registers: --imports MODULE.)
 
     Returns:
         What was written.
@@ -85,7 +88,7 @@ def export(
     folder = Path(out).expanduser()
     _check_options(format, output, normalize, push_to_hub, private)
     _check_folder(folder, overwrite)
-    source = open_source(weights)
+    source = open_source(weights, trust=trust)
     with _beside(folder) as part:
         graph = None if format == "timm" else graphs.Graph(source, output, normalize)
         checks, notes = _write(format, graph, source, part)

@@ -48,7 +48,7 @@ class Source:
     @property
     def is_classifier(self) -> bool:
         """Whether it gives logits."""
-        return self.probe is not None or self.model.num_classes > 0
+        return self.probe is not None or getattr(self.model, "num_classes", 0) > 0
 
     @property
     def img_size(self) -> tuple[int, int]:
@@ -76,18 +76,19 @@ class Probed(nn.Module):
         return cast(Tensor, self.probe(*tokens))
 
 
-def open_source(weights: str) -> Source:
+def open_source(weights: str, *, trust: bool = False) -> Source:
     """Open what is to be exported.
 
     Args:
         weights: As `path` of `load_encoder`. A checkpoint of ours gives what was validated: with
             ema_decay that is the moving average.
+        trust: As of `load_encoder`.
 
     Raises:
         ValueError: If the encoder in the file is not complete, or its pixel statistics are not
             known.
     """
-    opened = open_weights(weights, {})
+    opened = open_weights(weights, {}, trust=trust)
     model = cast(Any, encoder_of(opened).eval())
     opened.architecture.options.pop("num_classes", None)
     ours = _our_checkpoint(weights)
@@ -100,7 +101,7 @@ def open_source(weights: str) -> Source:
             "classify from it, and export that run"
         )
     probe = _probe(ours, model) if ours else None
-    is_classifier = probe is not None or model.num_classes > 0
+    is_classifier = probe is not None or getattr(model, "num_classes", 0) > 0
     classes = _class_names(weights) if is_classifier else []
     if ours and is_classifier and not classes:
         classes = [str(i) for i in range(hparams["num_classes"])]

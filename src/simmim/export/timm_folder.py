@@ -42,7 +42,12 @@ def write_timm_folder(source: Source, folder: Path) -> tuple[list[Check], list[s
     Raises:
         ValueError: If timm's config cannot say what the model is.
     """
-    model, options = source.model, source.architecture.options
+    model, options, name = source.model, source.architecture.options, source.architecture.encoder
+    if ":" not in name and not timm.is_model(name):
+        raise ValueError(
+            f"timm has no model {name}: use --format onnx or --format torch, or register it with "
+            "timm.models.register_model and pretrain it by that name"
+        )
     if source.probe is not None:
         model, pooling = _with_head(source)
         options = {**options, **pooling}

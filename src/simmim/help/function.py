@@ -34,18 +34,18 @@ GROUPS = {  # in the order of the page
         "features": "layer pooling img_size in_chans encoder_kwargs val_crop percentiles window",
         "scores": f"{SPLIT} k temperature l2",
         "pictures": "map map_points query neighbours seed",
-        "run": "batch_size num_workers accelerator precision overwrite",
+        "run": "batch_size num_workers accelerator precision overwrite trust",
     },
     "compare": {
         "needed": "weights",
         "what is compared": "root labels public budgets seeds mode",
         "training": "config epochs min_steps batch_size img_size hflip",
         "split": SPLIT,
-        "run": "num_workers accelerator precision out",
+        "run": "num_workers accelerator precision out trust",
     },
     "export": {
         "needed": "weights out",
-        "file": "format output normalize overwrite",
+        "file": "format output normalize overwrite trust",
         "Hugging Face Hub": "push_to_hub private",
     },
     "convert": {
@@ -97,6 +97,7 @@ VALUES = {  # what stands for a value, where its type does not say it
     "push_to_hub": "USER/NAME",
     "encoder_kwargs": "{NAME: VALUE}",
     "encoder": "NAME",
+    "trust": "",
 }
 
 
@@ -119,7 +120,7 @@ class Option:
     @property
     def usage(self) -> str:
         """How it is given."""
-        return f"--{self.name} {self._value()}".replace("--config", "-c")
+        return f"--{self.name} {self._value()}".replace("--config", "-c").rstrip()
 
     @property
     def explained(self) -> str:

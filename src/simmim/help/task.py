@@ -97,6 +97,8 @@ RUN = [
     Row("trainer.accelerator KIND", "cpu, gpu, mps, ...", "auto", when=ALL),
     Row("trainer.devices N", "how many of them, or which: [0, 1]", "auto", when=ALL),
     Row("trainer.precision KIND", "bf16-mixed, 16-mixed, ...", "32-true", when=ALL),
+    Row("imports MODULE ...", "modules of your own, which register parts"),
+    Row("trust", "import code that only a checkpoint names", "false", when=ALL),
     Row("print_config", "print every option with its value, and stop", when=ALL),
 ]
 PAGE = {"data": DATA, "model": MODEL, "optimisation": OPTIMISATION, "run": RUN}

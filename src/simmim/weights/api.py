@@ -24,7 +24,9 @@ if TYPE_CHECKING:  # they import this module
     from simmim.recipe import Recipe
 
 
-def load_encoder(path: str | Path, *, resize: Resize = "official", **timm_kwargs: Any) -> nn.Module:
+def load_encoder(
+    path: str | Path, *, resize: Resize = "official", trust: bool = False, **timm_kwargs: Any
+) -> nn.Module:
     """Load an encoder as an ordinary timm model.
 
     Args:
@@ -32,6 +34,8 @@ def load_encoder(path: str | Path, *, resize: Resize = "official", **timm_kwargs
             or fine-tuned), a Hugging Face folder of a ViT, DeiT, BEiT, Swin or SwinV2, a folder of
             timm's, or `timm:NAME` for timm's own weights.
         resize: How positions change size, as the "official" code or as "timm" does it.
+        trust: Whether an encoder of a user's own, which a checkpoint names by its import path, may
+            be imported, which runs its code.
         timm_kwargs: Options of the timm model that are to differ from the file's: img_size,
             num_classes, window_size, ... The classifier of a fine-tuned file is kept unless
             num_classes says otherwise. The paper fine-tunes its ViT with use_rel_pos_bias=True,
@@ -45,7 +49,7 @@ def load_encoder(path: str | Path, *, resize: Resize = "official", **timm_kwargs
         ValueError: If the encoder in the file is not complete or does not fit, or if the file is
             of no kind that is known, or asks for code to be run.
     """
-    return encoder_of(open_weights(path, timm_kwargs), resize, **timm_kwargs)
+    return encoder_of(open_weights(path, timm_kwargs, trust=trust), resize, **timm_kwargs)
 
 
 def encoder_of(weights: Weights, resize: Resize = "official", **timm_kwargs: Any) -> nn.Module:
@@ -132,13 +136,16 @@ def load_official(
     return model
 
 
-def load_weights(model: "Recipe", source: str | Path, resize: Resize = "official") -> Report:
+def load_weights(
+    model: "Recipe", source: str | Path, resize: Resize = "official", *, trust: bool = False
+) -> Report:
     """Load weights to go on from, as `--model.weights` does.
 
     Args:
         model: The model. A head that does not fit, or is not in the file, begins anew.
         source: As `path` of `load_encoder`.
         resize: How positions change size, as the "official" code or as "timm" does it.
+        trust: As of `load_encoder`.
 
     Returns:
         What became of each tensor; the model's attribute `report` keeps it.
@@ -149,7 +156,8 @@ def load_weights(model: "Recipe", source: str | Path, resize: Resize = "official
     options = dict(model.hparams.get("encoder_kwargs") or {})
     options.pop("norm_eps", None)
     size, chans = list(model.encoder.img_size), model.hparams["in_chans"]
-    weights = open_weights(source, {**options, "img_size": size, "in_chans": chans})
+    given = {**options, "img_size": size, "in_chans": chans}
+    weights = open_weights(source, given, trust=trust)
     _check_heads(weights, model.encoder.model)
     report = fit(weights, _places(model), model.encoder.model, resize)
     if (eps := weights.architecture.norm_eps) is not None:  # a checkpoint of this model keeps it

@@ -29,6 +29,7 @@ class Architecture:
         options: Options of the timm model.
         task: Further arguments of SimMIM: mask_patch_size, target, ...
         norm_eps: Epsilon of the LayerNorms, where it is not timm's for this model.
+        trust: Whether an encoder of a user's own may be imported.
     """
 
     encoder: str
@@ -37,6 +38,7 @@ class Architecture:
     options: dict[str, Any] = field(default_factory=dict)
     task: dict[str, Any] = field(default_factory=dict)
     norm_eps: float | None = None
+    trust: bool = False
 
 
 @dataclass

@@ -8,6 +8,7 @@ import timm
 from torch import Tensor, nn
 
 from simmim.encoder import _create_model
+from simmim.own_encoder import find_own_encoder
 from simmim.weights.files import find_checkpoint, is_url, read_checkpoint, read_folder, read_json
 from simmim.weights.fit import HEAD, MODEL, TOKEN, Architecture, Weights
 from simmim.weights.huggingface import hugging_face_weights
@@ -16,13 +17,16 @@ from simmim.weights.official import official_weights
 TIMM = "timm:"
 
 
-def open_weights(source: str | Path, timm_kwargs: Mapping[str, Any]) -> Weights:
+def open_weights(
+    source: str | Path, timm_kwargs: Mapping[str, Any], *, trust: bool = False
+) -> Weights:
     """Open what `--model.weights` names.
 
     Args:
         source: A checkpoint of ours or its run's folder, an official file, a folder that
             `save_pretrained` or timm wrote, or `timm:NAME`.
         timm_kwargs: The model that `timm:NAME` is to fit: timm resizes its own weights.
+        trust: Whether an encoder of a user's own, which a checkpoint names, may be imported.
 
     Returns:
         The tensors.
@@ -40,7 +44,10 @@ def open_weights(source: str | Path, timm_kwargs: Mapping[str, Any]) -> Weights:
         return _timm_folder(folder, config)
     content = read_checkpoint(find_checkpoint(source))
     if "state_dict" in content and "hyper_parameters" in content:
-        return _our_weights(content, str(source))
+        weights = _our_weights(content, str(source))
+        weights.architecture.trust = trust
+        find_own_encoder(weights.architecture.encoder, trust=trust)
+        return weights
     return official_weights(content, str(source))
 
 
@@ -50,7 +57,8 @@ def build_encoder(architecture: Architecture, options: Mapping[str, Any]) -> nn.
     size, chans = options.pop("img_size"), options.pop("in_chans")
     sides = (size, size) if isinstance(size, int) else (size[0], size[1])
     rates = {"drop_rate": 0.0, "drop_path_rate": 0.0}
-    return _create_model(architecture.encoder, sides, chans, rates, options)
+    name, trust = architecture.encoder, architecture.trust
+    return _create_model(name, sides, chans, rates, options, trust=trust)
 
 
 def _our_weights(content: Mapping[str, Any], source: str) -> Weights:
