@@ -310,12 +310,10 @@ def fill_pixels(
     return torch.where(hidden, value, images)
 
 
-def average_distance(mask: Bool[Tensor, "b h w"], mask_patch_size: int) -> Float[Tensor, " b"]:
-    """AvgDist: how far a hidden pixel is from the nearest visible one (the paper's section 4.1).
+def visible_distance(mask: Bool[Tensor, "b h w"], mask_patch_size: int) -> Float[Tensor, "b H W"]:
+    """How far each pixel is from the nearest visible one, between their centres, in pixels.
 
-    Returns:
-        The Euclidean distance between pixel centres, in pixels, averaged over the hidden pixels.
-        NaN where nothing is hidden or nothing is visible: average with `torch.nanmean`.
+    0 where a pixel is visible itself, infinite where nothing of the image is.
     """
     rows, columns = (_squared_distance(n, mask_patch_size, mask.device) for n in mask.shape[1:])
     hidden = torch.where(mask, math.inf, 0.0)
@@ -325,7 +323,18 @@ def average_distance(mask: Bool[Tensor, "b h w"], mask_patch_size: int) -> Float
     squared = vertical[:, :, :1] + columns[:, 0]
     for j in range(1, mask.shape[2]):
         squared = torch.minimum(squared, vertical[:, :, j, None] + columns[:, j])
-    mean = squared.sqrt().sum((1, 2)) / (mask.sum((1, 2)) * mask_patch_size**2)
+    return squared.sqrt()
+
+
+def average_distance(mask: Bool[Tensor, "b h w"], mask_patch_size: int) -> Float[Tensor, " b"]:
+    """AvgDist: how far a hidden pixel is from the nearest visible one (the paper's section 4.1).
+
+    Returns:
+        The Euclidean distance between pixel centres, in pixels, averaged over the hidden pixels.
+        NaN where nothing is hidden or nothing is visible: average with `torch.nanmean`.
+    """
+    distance = visible_distance(mask, mask_patch_size)
+    mean = distance.sum((1, 2)) / (mask.sum((1, 2)) * mask_patch_size**2)
     return torch.where(mean.isinf(), math.nan, mean)
 
 
