@@ -311,10 +311,7 @@ def fill_pixels(
 
 
 def visible_distance(mask: Bool[Tensor, "b h w"], mask_patch_size: int) -> Float[Tensor, "b H W"]:
-    """How far each pixel is from the nearest visible one, between their centres, in pixels.
-
-    0 where a pixel is visible itself, infinite where nothing of the image is.
-    """
+    """Distance in pixels of each pixel from the nearest visible one; infinite if none is."""
     rows, columns = (_squared_distance(n, mask_patch_size, mask.device) for n in mask.shape[1:])
     hidden = torch.where(mask, math.inf, 0.0)
     # Exact in two passes: to the nearest visible cell of each column of cells (b, H, w), then to
