@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-xla lint types format wheel clean
+.PHONY: help install demo notebooks test test-fast test-xla lint types format wheel clean
 
 help: ## List every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP) ## Pretrain on handwritten digits (5 minutes on two CPU cores) and show what it learned
 	$(BIN)/simmim pretrain fit
+
+notebooks: $(STAMP) ## Open the notebooks in JupyterLab, which it installs
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[notebooks]"
+	$(BIN)/jupyter lab notebooks
 
 test: $(STAMP) ## Run all tests
 	$(BIN)/python -m pytest --numprocesses $(WORKERS)

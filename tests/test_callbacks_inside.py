@@ -12,12 +12,14 @@ from torch.nn import functional as F
 
 from callback_parts import DigitsData, MiniSimMIM, trainer
 from simmim.callbacks import Inside, WorstImages
-from simmim.callbacks.inside import WatchAttention, inspect
+from simmim.callbacks.inside import WatchAttention, attention_maps, inspect
 from simmim.callbacks.worst import image_losses
 from simmim.loss import masked_mean
 from simmim.pretrain import SimMIM
+from simmim.speed import choose_attention
 
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
+VIT: dict[str, Any] = {"encoder_kwargs": TINY}
 
 
 def watched(query: torch.Tensor, key: torch.Tensor, **options: Any) -> dict[str, float]:
@@ -72,6 +74,50 @@ def test_real_encoders(encoder: str, options: dict[str, Any], kinds: set[str]) -
     assert torch.equal(
         values["target"].sort().values, images[:, :, :side, :side].flatten().sort().values
     )
+
+
+def test_windows_as_large_as_the_last_grid_have_no_distance() -> None:
+    swin = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 1), "window_size": 4}
+    model = SimMIM(
+        "swin_tiny_patch4_window7_224", img_size=32, mask_patch_size=8, encoder_kwargs=swin
+    ).eval()
+    choose_attention(model, fused=True)  # as while it trains
+    mask = torch.zeros(2, 4, 4, dtype=torch.bool)
+    mask[:, 0, 0] = True
+    attention, _ = inspect(model, torch.randn(2, 3, 32, 32), mask, torch.arange(2))
+    # Stage 1 has 8 x 8 tokens in windows of 4 x 4, stage 2 one window.
+    assert attention.keys() == {
+        "attention/entropy_1", "attention/entropy_2", "attention/distance_2"
+    }  # fmt: skip
+    assert attention_maps(model.encoder, torch.randn(2, 3, 32, 32), (0, 0)).shape == (1, 2, 1, 4, 4)
+
+
+def test_attention_maps_are_the_weights_of_timms_own_arithmetic() -> None:
+    model = SimMIM("vit_tiny_patch16_224", img_size=(24, 32), mask_patch_size=8, **VIT).eval()
+    images = torch.randn(2, 3, 24, 32)
+    choose_attention(model, fused=False)  # as in half precision on a CPU: maps do not depend on it
+    maps = attention_maps(model.encoder, images, (2, 1))
+    assert not model.encoder.model.blocks[0].attn.fused_attn
+    assert maps.shape == (3, 2, 2, 3, 4)
+    vit = model.encoder.model
+    tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
+    first = vit.blocks[0]
+    query, key, _ = first.attn.qkv(first.norm1(tokens)).view(2, 13, 3, 2, 16).unbind(2)
+    weights = torch.einsum("bqhd,bkhd->bhqk", query, key).mul(16**-0.5).softmax(-1)
+    place = 1 + 2 * 4 + 1  # behind the class token
+    torch.testing.assert_close(maps[0], weights[:, :, place, 1:].unflatten(-1, (3, 4)))
+    hidden = torch.zeros(2, 3, 4, dtype=torch.bool)
+    hidden[:, 0, 0] = True
+    assert not torch.equal(attention_maps(model.encoder, images, (2, 1), hidden)[0], maps[0])
+
+
+def test_attention_maps_that_there_are_none_of() -> None:
+    model = SimMIM("vit_tiny_patch16_224", img_size=32, mask_patch_size=8, **VIT).eval()
+    with pytest.raises(ValueError, match=r"place \(4, 0\) is outside of the 4 x 4 patches"):
+        attention_maps(model.encoder, torch.randn(1, 3, 32, 32), (4, 0))
+    net = SimMIM("resnet18", img_size=32, mask_patch_size=32).eval()
+    with pytest.raises(ValueError, match="no layer of resnet18 looks at the whole image"):
+        attention_maps(net.encoder, torch.randn(1, 3, 32, 32), (0, 0))
 
 
 def test_histograms_reach_tensorboard_and_their_moments_the_csv(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from simmim.masking import (
     sample_keys,
     square_mask,
     upsample_mask,
+    visible_distance,
 )
 from simmim.testing import check_masking
 
@@ -454,6 +455,15 @@ def test_average_distance_is_the_distance_transforms_mean() -> None:
         pixels = upsample_mask(mask, (grid[0] * size, grid[1] * size))[:, 0].numpy()
         expected = [distance_transform_edt(one)[one].mean() for one in pixels]
         np.testing.assert_allclose(average_distance(mask, size).numpy(), expected, rtol=1e-5)
+
+
+def test_distance_of_each_pixel_by_hand() -> None:
+    mask = torch.tensor([[[True, False], [True, True]], [[True, True], [True, True]]])
+    root = 2**0.5
+    expected = [[2, 1, 0, 0], [2, 1, 0, 0], [5**0.5, root, 1, 1], [8**0.5, 5**0.5, 2, 2]]
+    distance = visible_distance(mask, 2)
+    torch.testing.assert_close(distance[0], torch.tensor(expected))
+    assert distance[1].isinf().all()
 
 
 def test_average_distance_by_hand() -> None:

@@ -319,13 +319,8 @@ def fill_pixels(
     return torch.where(hidden, value, images)
 
 
-def average_distance(mask: Bool[Tensor, "b h w"], mask_patch_size: int) -> Float[Tensor, " b"]:
-    """AvgDist: how far a hidden pixel is from the nearest visible one (the paper's section 4.1).
-
-    Returns:
-        The Euclidean distance between pixel centres, in pixels, averaged over the hidden pixels.
-        NaN where nothing is hidden or nothing is visible: average with `torch.nanmean`.
-    """
+def visible_distance(mask: Bool[Tensor, "b h w"], mask_patch_size: int) -> Float[Tensor, "b H W"]:
+    """Distance in pixels of each pixel from the nearest visible one; infinite if none is."""
     rows, columns = (_squared_distance(n, mask_patch_size, mask.device) for n in mask.shape[1:])
     hidden = torch.where(mask, math.inf, 0.0)
     # Exact in two passes: to the nearest visible cell of each column of cells (b, H, w), then to
@@ -334,7 +329,18 @@ def average_distance(mask: Bool[Tensor, "b h w"], mask_patch_size: int) -> Float
     squared = vertical[:, :, :1] + columns[:, 0]
     for j in range(1, mask.shape[2]):
         squared = torch.minimum(squared, vertical[:, :, j, None] + columns[:, j])
-    mean = squared.sqrt().sum((1, 2)) / (mask.sum((1, 2)) * mask_patch_size**2)
+    return squared.sqrt()
+
+
+def average_distance(mask: Bool[Tensor, "b h w"], mask_patch_size: int) -> Float[Tensor, " b"]:
+    """AvgDist: how far a hidden pixel is from the nearest visible one (the paper's section 4.1).
+
+    Returns:
+        The Euclidean distance between pixel centres, in pixels, averaged over the hidden pixels.
+        NaN where nothing is hidden or nothing is visible: average with `torch.nanmean`.
+    """
+    distance = visible_distance(mask, mask_patch_size)
+    mean = distance.sum((1, 2)) / (mask.sum((1, 2)) * mask_patch_size**2)
     return torch.where(mean.isinf(), math.nan, mean)
 
 

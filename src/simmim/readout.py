@@ -1,10 +1,13 @@
 """What a probe reads of an encoder: tokens of a layer, pooled to one embedding."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from math import gcd
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor, nn
 
 Tokens = tuple[Tensor, Tensor | None]  # of the patches, (B, L, D), and the class token, (B, D)
@@ -67,6 +70,51 @@ def read_tokens(
         (features.flatten(2).transpose(1, 2), None if prefix is None else prefix[:, 0])
         for features, prefix in pairs  # NCHW -> NLC
     ]
+
+
+@torch.no_grad()
+def embed_layers(
+    module: Any,
+    loader: Any,
+    layer: int | list[int] | str = "all",
+    pooling: Literal["mean", "max"] = "mean",
+) -> tuple[dict[int, Tensor], Tensor]:
+    """Embed the images of a loader by several layers of a `SimMIM`, in one pass.
+
+    Args:
+        module: The `SimMIM`, on the device that is to compute. It is left as it was.
+        loader: The data module's, or any other that the module takes.
+        layer: As in `choose_layers`.
+        pooling: How the patch tokens become one vector: their mean (the paper's) or maximum.
+
+    Returns:
+        The embeddings by each layer, counted from 1: float32 on the CPU, (N, D); and the labels,
+        int64, (N,), -1 where the loader has none.
+    """
+    encoder = module.encoder
+    layers = choose_layers(layer, encoder.model, encoder.name)
+    found: dict[int, list[Tensor]] = {number: [] for number in layers}
+    labels = []
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    for i, batch in enumerate(Tqdm(loader, desc="Embed", delay=1.0, leave=False, file=sys.stdout)):
+        _, images, _ = module.inputs(move_data_to_device(batch, module.device), i)
+        for number, (tokens, _) in zip(
+            layers, read_tokens(encoder.model, images, layers), strict=True
+        ):
+            found[number].append(pool(tokens.float(), pooling).cpu())
+        known = labels_of(batch)
+        labels.append(torch.full((len(images),), -1) if known is None else known)
+    for part, training in modes:
+        part.training = training
+    return {number: torch.cat(parts) for number, parts in found.items()}, torch.cat(labels)
+
+
+def labels_of(batch: Any) -> Any:
+    """The labels of a batch: a dict's `label`, or what stands behind the images; None if none."""
+    if isinstance(batch, Mapping):
+        return batch.get("label")
+    return batch[1] if isinstance(batch, list | tuple) and len(batch) > 1 else None
 
 
 def pool(tokens: Tensor, pooling: str, class_token: Tensor | None = None) -> Tensor:

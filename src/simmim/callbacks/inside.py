@@ -1,6 +1,7 @@
 """What goes on inside the model: where its attention looks, what the mask token and head do."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -139,7 +140,8 @@ def inspect(
     weights = [p.flatten() for name, p in module.head.named_parameters() if name.endswith("weight")]
     if weights:
         values["head"] = torch.cat(weights)
-    watch = WatchAttention(getattr(encoder, "grid_size", (0, 0)), getattr(encoder, "stride", 0))
+    grid, stride = getattr(encoder, "grid_size", (0, 0)), getattr(encoder, "stride", 0)
+    watch = WatchAttention(grid, stride, len(images))
     with watch:
         encoder(images)
     # Copies: where weights are in shards, those that were gathered are freed behind this.
@@ -150,21 +152,67 @@ def inspect(
     return watch.summary(), kept
 
 
+@torch.no_grad()
+def attention_maps(
+    encoder: Any, images: Tensor, place: tuple[int, int], mask: Tensor | None = None
+) -> Tensor:
+    """Where one patch looks: its attention in each layer, for pictures.
+
+    Args:
+        encoder: That of a `SimMIM`, in eval mode.
+        images: Normalised images, (B, C, H, W).
+        place: Row and column of the patch in the encoder's grid, from 0.
+        mask: Cells that are hidden from the encoder, (B, h, w); None: none.
+
+    Returns:
+        The attention's weights over the grid of patches, (layers, B, heads, h, w), float32. They
+        sum to 1, less what goes to class and register tokens.
+
+    Raises:
+        ValueError: If there is no such patch, or no layer whose attention sees the whole grid.
+    """
+    height, width = encoder.grid_size
+    row, column = place
+    if not (0 <= row < height and 0 <= column < width):
+        raise ValueError(f"place {place} is outside of the {height} x {width} patches")
+    watch = WatchAttention((height, width), encoder.stride, len(images), keep=True)
+    with watch, _fused(encoder):
+        encoder(images, mask)
+    whole = [w for w in watch.weights if watch.prefix_of(w) is not None]
+    if not whole:
+        raise ValueError(
+            f"no layer of {encoder.name} looks at the whole image by PyTorch's attention: use a "
+            "plain transformer"
+        )
+    rows = [w[..., -height * width :, -height * width :][:, :, row * width + column] for w in whole]
+    return torch.stack(rows).unflatten(-1, (height, width))
+
+
 class WatchAttention(TorchFunctionMode):
     """Note the entropy and distance of each call of PyTorch's attention.
 
     Args:
         grid: Height and width of the encoder's grid of patches.
         stride: Pixels of one.
+        batch_size: Images that are encoded together; a layer that sees more has cut them into
+            windows. None: that is not known.
+        keep: Whether the weights are kept as well.
     """
 
     MOST = 2**26  # weights of one layer that are computed; longer sequences are left out
 
-    def __init__(self, grid: tuple[int, int], stride: int) -> None:
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        stride: int,
+        batch_size: int | None = None,
+        keep: bool = False,
+    ) -> None:
         super().__init__()
-        self.grid, self.stride = grid, stride
+        self.grid, self.stride, self.batch_size, self.keep = grid, stride, batch_size, keep
         self.entropies: list[Tensor] = []
         self.distances: list[Tensor | None] = []
+        self.weights: list[Tensor] = []  # of each layer, (B, heads, queries, keys)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -182,6 +230,14 @@ class WatchAttention(TorchFunctionMode):
             if (distance := self.distances[layer]) is not None:
                 found[f"attention/distance_{layer + 1}"] = float(distance)
         return found
+
+    def prefix_of(self, weights: Tensor) -> int | None:
+        """Tokens before the grid's; None where the layer does not see the whole grid."""
+        patches = self.grid[0] * self.grid[1]
+        prefix = weights.shape[-1] - patches
+        alike = weights.shape[-2] == weights.shape[-1]
+        cut = self.batch_size is not None and len(weights) != self.batch_size
+        return prefix if patches and 0 <= prefix <= 16 and alike and not cut else None
 
     def _note(
         self,
@@ -206,15 +262,29 @@ class WatchAttention(TorchFunctionMode):
         weights = scores.softmax(-1)
         self.entropies.append(torch.special.entr(weights).sum(-1).mean() / torch.tensor(keys).log())
         self.distances.append(self._distance(weights))
+        if self.keep:
+            self.weights.append(weights)
 
     def _distance(self, weights: Tensor) -> Tensor | None:
         """Mean distance between a patch and what it looks at, in px; prefix tokens are left out."""
-        patches = self.grid[0] * self.grid[1]
-        prefix = weights.shape[-1] - patches
-        if not patches or not 0 <= prefix <= 16 or weights.shape[-2] != weights.shape[-1]:
+        prefix = self.prefix_of(weights)
+        if prefix is None:
             return None
         rows, columns = (torch.arange(n, device=weights.device) for n in self.grid)
         places = torch.cartesian_prod(rows, columns).float() * self.stride
         among = weights[..., prefix:, prefix:]
         among = among / among.sum(-1, keepdim=True).clamp_min(1e-12)
         return (among * torch.cdist(places, places)).sum(-1).mean()
+
+
+@contextmanager
+def _fused(encoder: Any) -> Iterator[None]:
+    """Let all of timm's attention call PyTorch's, whatever was chosen for speed."""
+    chosen = [(part, part.fused_attn) for part in encoder.modules() if hasattr(part, "fused_attn")]
+    try:
+        for part, _ in chosen:
+            part.fused_attn = True
+        yield
+    finally:
+        for part, fused in chosen:
+            part.fused_attn = fused

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from simmim.callbacks.look import call, datamodule, log_now, undisturbed
 from simmim.masking import sample_keys
 from simmim.probe import fit_linear_probe, knn_scores, top1
-from simmim.readout import describe, pool
+from simmim.readout import describe, labels_of, pool
 
 SUBSET_SEED = 2104_14294  # which samples of a big set are read: the same in every run
 NAMES = {"knn_top1": "kNN", "probe_top1": "linear probe"}
@@ -158,12 +158,12 @@ class OnlineProbe(L.Callback):
         for batch in Tqdm(
             share, desc="Probe", delay=1.0, position=2, leave=False, disable=silent, file=sys.stdout
         ):
-            if _labels(batch) is None:
+            if labels_of(batch) is None:
                 return torch.empty(0, 0), torch.empty(0, dtype=torch.long)
             batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
             _, images, _ = module.inputs(batch, 0)
             features.append(call(trainer, lambda x: self._pool(module.encoder, x), images))
-            labels.append(_labels(batch))
+            labels.append(labels_of(batch))
         n = len(chosen)
         return _gather(pl_module, torch.cat(features))[:n], _gather(pl_module, torch.cat(labels))[
             :n
@@ -216,12 +216,6 @@ def _over(loader: DataLoader[Any], places: list[int]) -> DataLoader[Any]:
 
 def _batch_size(loader: DataLoader[Any]) -> int:
     return loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 64
-
-
-def _labels(batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return batch.get("label")
-    return batch[1] if isinstance(batch, list | tuple) and len(batch) > 1 else None
 
 
 def _gather(pl_module: L.LightningModule, part: Tensor) -> Tensor:
