@@ -1,7 +1,6 @@
 """`simmim benchmark step`: images/s of the training step, and where its time goes."""
 
 import itertools
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,9 +10,9 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
+from simmim.bar import Bar
 from simmim.benchmark.record import check_out, describe, machine, write_record
 from simmim.benchmark.stopwatch import (
     WARM_UP,
@@ -176,7 +175,7 @@ def step(
     cases = [dict(zip(values, case, strict=True)) for case in itertools.product(*values.values())]
     cases.sort(key=lambda case: bool(case["compile"]))  # what takes minutes comes last
     rows = []
-    with Tqdm(total=len(cases) * (WARM_UP + steps + 1), desc="Steps", file=sys.stderr) as bar:
+    with Bar(total=len(cases) * (WARM_UP + steps + 1), desc="Steps") as bar:
         for case in cases:
             rows.append(_measure(options, case, steps, against, accelerator, bar))
     report = StepReport(rows)
