@@ -158,7 +158,7 @@ def test_a_file_gets_a_line_a_minute(clock: Callable[[float], None]) -> None:
             shown.update()
     lines = log.getvalue().splitlines()
     assert [line.split("|")[0].split() for line in lines] == [
-        ["Packing:", percent] for percent in ("0%", "30%", "60%", "90%")
+        ["Packing:", percent] for percent in ("0%", "30%", "60%", "90%", "100%")
     ]
     assert "\r" not in log.getvalue()
     assert "\x1b" not in log.getvalue()
@@ -173,6 +173,10 @@ def test_lines_of_several_bars_do_not_hide_each_other(clock: Callable[[float], N
     clock(60.0)
     Lines(log).write("\rEpoch 4/9   0%|")
     assert log.getvalue().endswith("Epoch 4/9   0%|\n")
+    ends = Lines(log, ends=True)
+    for text in ("\rEpoch 4/9 100%| | 2/2", "\rEpoch 4/9 100%| | 2/2, loss=1", "\r"):
+        ends.write(text)
+    assert log.getvalue().endswith("Epoch 4/9   0%|\nEpoch 4/9 100%| | 2/2\n")
 
 
 @pytest.mark.usefixtures("here")
@@ -184,8 +188,13 @@ def test_a_run_whose_output_goes_to_a_file_leaves_whole_lines(
     out, error = capfd.readouterr()
     assert "\r" not in out + error
     assert "\x1b" not in out + error
-    assert "Epoch 1/3" in out
-    assert "Epoch 2/3" not in out  # the clock stands still
+    epochs = [line for line in out.splitlines() if line.startswith("Epoch")]
+    assert [line.split("|")[0].split() for line in epochs] == [
+        ["Epoch", "1/3", "0%"],  # the clock stands still: else only how each epoch ends
+        *(["Epoch", f"{epoch}/3", "100%"] for epoch in (1, 2, 3)),
+    ]
+    assert all("loss=" in line for line in epochs[1:])
+    assert out.count("Validation") == 1
 
 
 def test_a_bar_of_a_code_page_is_drawn_in_ascii() -> None:

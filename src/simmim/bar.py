@@ -1,4 +1,4 @@
-"""Progress of what a person waits for: drawn in place on a terminal, a line a minute elsewhere.
+"""Progress of what a person waits for: drawn in place on a terminal, elsewhere a line a minute.
 
 A log file or a scheduler's output gets whole lines, few enough to read.
 """
@@ -29,7 +29,7 @@ class Bar(Tqdm):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         stream = kwargs.get("file") or sys.stderr
         if not can_redraw(stream):
-            kwargs["file"] = Lines(stream)
+            kwargs["file"] = Lines(stream, ends=kwargs.get("leave", True))
         super().__init__(*args, **kwargs)
 
 
@@ -51,10 +51,12 @@ class Lines:
 
     Args:
         stream: Where they go.
+        ends: Whether a bar's end is written, too, however soon it comes.
     """
 
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
+    def __init__(self, stream: TextIO, *, ends: bool = False) -> None:
+        self.stream, self.ends = stream, ends
+        self._ended = ""
 
     @property
     def encoding(self) -> str:
@@ -64,10 +66,15 @@ class Lines:
     def write(self, text: str) -> None:
         """Write a line, unless there was one of its kind just now."""
         line = CONTROLS.sub("", text).strip()
+        if " 0/?" in line:  # a bar of Lightning's that does not know its length yet
+            return
         kind = re.split(r"[\d|]", line)[0].strip()  # "Epoch 3/95   0%|" -> "Epoch"
+        before, ends, _ = line.partition(" 100%")
+        ends = ends if self.ends and before != self._ended else ""
         now = time.monotonic()
-        if line and now - _written.get(kind, -EVERY) >= EVERY:
+        if line and (ends or abs(now - _written.get(kind, -EVERY)) >= EVERY):
             _written[kind] = now
+            self._ended = before if " 100%" in line else ""
             self.stream.write(f"{line}\n")
             self.stream.flush()
 
