@@ -40,7 +40,7 @@ SHARED = {
 COMMANDS = {"embed", "export", "compare", "doctor", "benchmark"}
 REPORT = {"report", "checkpoints"}  # from what lies in a run's folder; knows no task
 RUNS = {"run", "configuration", "mistakes", "inner_runs"}  # where a run lies, how one is begun
-FREE = {"parts", "durable"}  # find a part by its name, write a file; they know no other
+FREE = {"parts", "durable", "bar"}  # find a part by its name, write a file, show progress
 MAY_IMPORT = {
     **{area: {"masking"} for area in METHOD},
     "encoder": {"masking"} | ENCODER,

@@ -7,9 +7,9 @@ from statistics import median
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from PIL import Image
 
+from simmim.bar import Bar
 from simmim.benchmark.experiment import Experiment, open_experiment, step_rate
 from simmim.benchmark.official import OfficialData, largest_difference
 from simmim.benchmark.record import check_out, describe, machine, write_record
@@ -226,17 +226,17 @@ def data(
     indices = readable(images.sets["training"])
     device = _device(experiment)
     size = min(images.batch_size, images.num_train)
-    with Tqdm(total=len(chosen) + 2 + bool(against), desc="Reading step by step") as bar:
+    with Bar(total=len(chosen) + 2 + bool(against), desc="Reading step by step") as bar:
         stages = stage_times(images.sets["training"], indices, images.collate, device, seconds)
         rates = {}
         for n in chosen:
-            _advance(bar, f"Reading {_with(n)}")
+            advance(bar, f"Reading {_with(n)}")
             rates[n] = loader_rate(images, seconds, n, pin=device.type == "cuda")
         comparison = None
         if against:
-            _advance(bar, "Comparing with the official way")
+            advance(bar, "Comparing with the official way")
             comparison = _compare(experiment, config, originals, indices, seconds)
-        _advance(bar, "Training" if consumes is None else "Done")
+        advance(bar, "Training" if consumes is None else "Done")
         rate, tried = (consumes, None) if consumes else _consumes(experiment, size, device, seconds)
         bar.update()
     speed = LoaderSpeed(
@@ -275,6 +275,12 @@ def loader_rate(
     size = min(data.batch_size, len(training))
     sampler = Endless(range(len(training)))
     return Feed(training, sampler, size, number, data.collate, pin).rate(seconds)
+
+
+def advance(bar: Any, what: str) -> None:
+    """Move a bar on to the next step, and say which it is."""
+    bar.update()
+    bar.set_description(what)
 
 
 def readable(data: ImageData) -> list[int]:
@@ -371,11 +377,6 @@ def _workers(number: int) -> str:
 
 def _with(number: int) -> str:
     return f"with {_workers(number)}" if number else "without workers"
-
-
-def _advance(bar: Any, what: str) -> None:
-    bar.update()
-    bar.set_description(what)
 
 
 def _how(tried: int | None) -> str:

@@ -24,9 +24,9 @@ from warnings import filterwarnings
 
 import numpy as np
 import torch
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
+from simmim.bar import Bar
 from simmim.data.dataset import ImageData, Loader, collate
 from simmim.data.index import FileIndex, Folder, folder_stamp, scan
 from simmim.data.index_cache import index_file, read_index, write_index
@@ -97,7 +97,7 @@ def startup(
         if number < least:
             raise ValueError(f"--{name} {number} is too small: use {least} or more")
     steps = len(files) + 2 + len(workers)
-    with _own_cache() as folder, Tqdm(total=steps, desc="Start-up", leave=False) as bar:
+    with _own_cache() as folder, Bar(total=steps, desc="Start-up", leave=False) as bar:
         times, memory = {}, {}
         with _new_process() as pool:
             for n in files:

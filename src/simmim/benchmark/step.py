@@ -1,6 +1,5 @@
 """`simmim benchmark step`: images/s of the training step, and where its time goes."""
 
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,9 +11,9 @@ from typing import Any, Literal
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
+from simmim.bar import Bar
 from simmim.benchmark.experiment import read_options, trainer_options
 from simmim.benchmark.record import check_out, describe, machine, write_record
 from simmim.benchmark.stopwatch import (
@@ -185,7 +184,7 @@ def step(
     cases = [dict(zip(values, case, strict=True)) for case in product(*values.values())]
     cases.sort(key=lambda case: bool(case["compile"]))  # what takes minutes comes last
     rows = []
-    with Tqdm(total=len(cases) * (WARM_UP + steps + 1), desc="Steps", file=sys.stderr) as bar:
+    with Bar(total=len(cases) * (WARM_UP + steps + 1), desc="Steps") as bar:
         for case in cases:
             trainer = {"precision": case["precision"], "accelerator": accelerator}
             options = read_options(config, model=_said(case, encoder), trainer=trainer)

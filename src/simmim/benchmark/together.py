@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from simmim.benchmark.data import loader_rate
+from simmim.bar import Bar
+from simmim.benchmark.data import advance, loader_rate
 from simmim.benchmark.experiment import open_experiment, step_rate, train
 from simmim.benchmark.record import check_out, describe, machine, write_record
 
@@ -72,9 +73,12 @@ def together(
     data = experiment.data
     data.setup("fit")
     size = min(data.batch_size, data.num_train)
-    loader = loader_rate(data, seconds)
-    alone = step_rate(experiment, size, seconds)
-    durations = train(experiment, data, seconds)
+    with Bar(total=3, desc="Loader", leave=False) as bar:
+        loader = loader_rate(data, seconds)
+        advance(bar, "Step")
+        alone = step_rate(experiment, size, seconds)
+        advance(bar, "Both together")
+        durations = train(experiment, data, seconds)
     both = size * len(durations) / sum(durations)
     speed = Speed(experiment.name, size, loader, alone, both)
     write_record(out, {name: v for name, v in asdict(speed).items() if name != "machine"})

@@ -7,11 +7,11 @@ from typing import Any, Literal, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from simmim.bar import Bar
 from simmim.callbacks.look import call, datamodule, log_now, undisturbed
 from simmim.masking import sample_keys
 from simmim.probe import fit_linear_probe, knn_scores, top1
@@ -155,7 +155,7 @@ class OnlineProbe(L.Callback):
         labels: list[Tensor] = []
         silent = trainer.progress_bar_callback is None or not trainer.is_global_zero
         share = _over(loader, padded[trainer.global_rank :: ranks].tolist())
-        for batch in Tqdm(
+        for batch in Bar(
             share, desc="Probe", delay=1.0, position=2, leave=False, disable=silent, file=sys.stdout
         ):
             if labels_of(batch) is None:

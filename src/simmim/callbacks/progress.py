@@ -1,13 +1,17 @@
 """How fast it goes: images per second in the logs, and a bar with the time left."""
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from typing import Any, TextIO, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import convert_inf
 from torch import Tensor
 
+from simmim.bar import Lines, can_redraw
 from simmim.callbacks.look import is_logging_step
 
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
@@ -128,13 +132,34 @@ class ProgressBar(TQDMProgressBar):
 
     def init_train_tqdm(self) -> Any:
         """Leave out tqdm's own speed and time left, which are the epoch's."""
-        bar = super().init_train_tqdm()
+        with _on_any_output(ends=True):
+            bar = super().init_train_tqdm()
         bar.bar_format = BAR
         return bar
 
+    def init_sanity_tqdm(self) -> Any:
+        """Write lines where there is no terminal."""
+        with _on_any_output(ends=False):
+            return super().init_sanity_tqdm()
+
+    def init_validation_tqdm(self) -> Any:
+        """Likewise."""
+        with _on_any_output(ends=self.trainer.state.fn == "validate"):
+            return super().init_validation_tqdm()
+
+    def init_test_tqdm(self) -> Any:
+        """Likewise."""
+        with _on_any_output(ends=True):
+            return super().init_test_tqdm()
+
+    def init_predict_tqdm(self) -> Any:
+        """Likewise."""
+        with _on_any_output(ends=True):
+            return super().init_predict_tqdm()
+
     def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
         """Say which epoch of how many."""
-        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.reset(convert_inf(self.total_train_batches))
         self._epoch_began, self._images = time.monotonic(), 0
         of = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
         self.train_progress_bar.set_description_str(f"Epoch {trainer.current_epoch + 1}{of}")
@@ -152,8 +177,11 @@ class ProgressBar(TQDMProgressBar):
         self._images += images_in(batch) * trainer.world_size
         self._speed = self._images / max(time.monotonic() - self._epoch_began, 1e-9)
         last = batch_idx + 1 == trainer.num_training_batches
-        if last or time.monotonic() - self._drawn >= self.seconds:
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self.is_enabled and (last or time.monotonic() - self._drawn >= self.seconds):
+            bar = self.train_progress_bar  # drawn once, with what belongs to this step
+            bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
+            bar.n = batch_idx + 1
+            bar.refresh()
             self._drawn = time.monotonic()
 
     def get_metrics(
@@ -178,6 +206,13 @@ class ProgressBar(TQDMProgressBar):
             return None
         per_step = (time.monotonic() - self._run_began) / done
         return max(0.0, per_step * (total - trainer.global_step))
+
+
+def _on_any_output(*, ends: bool) -> AbstractContextManager[object]:
+    """Where Lightning makes a bar on stdout, which may be a file; `ends` as in `Lines`."""
+    if can_redraw(sys.stdout):
+        return nullcontext()
+    return redirect_stdout(cast(TextIO, Lines(sys.stdout, ends=ends)))
 
 
 def images_in(batch: Any) -> int:

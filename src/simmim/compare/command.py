@@ -11,8 +11,8 @@ import lightning as L
 import numpy as np
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from simmim.bar import Bar
 from simmim.compare.evidence import (
     OURS,
     PUBLIC,
@@ -238,7 +238,7 @@ def _train_all(
     if len(todo) < len(cells):
         print(f"{len(cells) - len(todo)} of {len(cells)} runs are done")
     steps = sum(recipes[mode].steps(budget.images) for mode, _, budget, _ in todo)
-    with Tqdm(total=steps, unit="step", disable=not todo, dynamic_ncols=True) as bar:
+    with Bar(total=steps, unit="step", disable=not todo, dynamic_ncols=True) as bar:
         for i, (mode, name, budget, seed) in enumerate(todo, 1):
             which = f"{mode}, " if len(recipes) > 1 else ""
             bar.set_description(

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+
+from simmim.bar import Bar
 
 # torchvision's nine endings, and what else people keep scans and pictures in.
 SUFFIXES = (
@@ -186,7 +187,7 @@ def folder_stamp(path: str) -> tuple[int, int]:
 
 def visit_folders(root: str) -> list[Folder]:
     """Visit a folder and all below it: those without images, and links to nothing, as well."""
-    with Tqdm(desc="Indexing", unit=" images", unit_scale=True, leave=False, delay=2) as bar:
+    with Bar(desc="Indexing", unit=" images", unit_scale=True, leave=False, delay=2) as bar:
         folders = []
         for folder in _walk(root):
             bar.update(len(folder.lengths))

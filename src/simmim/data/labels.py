@@ -10,9 +10,9 @@ from functools import lru_cache, partial
 
 import numpy as np
 import torch
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
+from simmim.bar import Bar
 from simmim.data.index import FileIndex
 from simmim.data.index_cache import Kept, digest_of, file_stamp, keep, lies_within
 
@@ -161,7 +161,7 @@ def _read(path: str, lines: Iterator[list[str]], several: bool) -> NamedTable:
     rows: dict[str, int] = {}
     repeated: dict[str, int] = {}
     starts, numbers = array("q", [0]), array("q")
-    for line in Tqdm(lines, desc="Labels", unit=" rows", unit_scale=True, leave=False, delay=2):
+    for line in Bar(lines, desc="Labels", unit=" rows", unit_scale=True, leave=False, delay=2):
         name = line[0].replace("\\", "/").removeprefix("./")
         labels = _labels(path, line, len(header), understand)
         if not several and len(labels) != 1:

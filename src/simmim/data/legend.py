@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
 
+from simmim.bar import Bar
 from simmim.data.decode import UnreadableImage
 from simmim.data.scans import check_size
 
@@ -255,18 +255,14 @@ def _values_or_nothing(path: str) -> Values:
 
 def _map(function: Any, paths: Sequence[str], desc: str) -> Iterable[Any]:
     """Apply a function to files, several at a time: decoders leave Python's lock alone."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with (
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+        Bar(total=len(paths), desc=desc, leave=False, delay=1.0) as bar,
+    ):
         for start in range(0, len(paths), 1024):  # not all results at once
-            part = paths[start : start + 1024]
-            bar = Tqdm(
-                pool.map(function, part),
-                desc=desc,
-                total=len(paths),
-                initial=start,
-                leave=False,
-                disable=len(paths) < 1000,
-            )
-            yield from bar
+            for result in pool.map(function, paths[start : start + 1024]):
+                bar.update()
+                yield result
 
 
 def _color(values: Sequence[int]) -> Color:

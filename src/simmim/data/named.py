@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from PIL import Image
+
+from simmim.bar import Bar
 
 Item = tuple[Image.Image | Path, int]  # a picture, or a file to be copied as it is; and its label
 
@@ -82,11 +83,11 @@ def _write_digits(folder: Path) -> None:
     pixels = (scans.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
     places = np.arange(len(labels))
     train, val = train_test_split(places, test_size=360, stratify=labels, random_state=0)
-    for part, chosen in {"train": train, "val": val}.items():
-        for i in sorted(chosen.tolist()):
-            file = folder / part / str(labels[i]) / f"{i:04d}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels[i]).resize((32, 32), Image.Resampling.BICUBIC).save(file)
+    part_of = {**dict.fromkeys(train.tolist(), "train"), **dict.fromkeys(val.tolist(), "val")}
+    for i in Bar(range(len(labels)), desc="Writing the digits", unit=" images", leave=False):
+        file = folder / part_of[i] / str(labels[i]) / f"{i:04d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[i]).resize((32, 32), Image.Resampling.BICUBIC).save(file)
 
 
 def _download(name: str, folder: Path, downloads: Path) -> None:
@@ -107,7 +108,7 @@ def _download(name: str, folder: Path, downloads: Path) -> None:
 def _write(data: Any, folder: Path) -> None:
     """Write a data set of torchvision as class folders: its files as they are, or PNGs."""
     names = [_folder_name(name) for name in data.classes]
-    for i, (image, label) in enumerate(Tqdm(_items(data), total=len(data), desc=str(folder.name))):
+    for i, (image, label) in enumerate(Bar(_items(data), total=len(data), desc=str(folder.name))):
         place = folder / names[label]
         place.mkdir(parents=True, exist_ok=True)
         if isinstance(image, Image.Image):

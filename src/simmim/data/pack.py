@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 import torch
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from simmim.bar import Bar
 from simmim.data.bad_files import escape
 from simmim.data.decode import UnreadableImage, decode_pixels, is_dicom, reason_of
 from simmim.data.index import FileIndex, check_folder
@@ -347,7 +347,7 @@ def _write(
     """Write what is not there yet; no `max_bad_share`: the first unreadable file stops it."""
     parts = packed.parts.values()
     total, done = sum(part.files for part in parts), sum(part.taken for part in parts)
-    with Tqdm(total=total, initial=done, desc="Packing", unit=" images") as bar:
+    with Bar(total=total, initial=done, desc="Packing", unit=" images") as bar:
         for name, index in files.items():
             part = packed.parts[name]
             with ShardWriter(folder, part, encode.format) as writer:

@@ -17,9 +17,9 @@ from typing import Any
 
 from fsspec.callbacks import Callback
 from fsspec.core import url_to_fs
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from simmim.bar import Bar
 from simmim.data.shards import FILE, Packed, digest_of_file
 from simmim.durable import UNFINISHED, write_whole, written_whole
 
@@ -130,7 +130,7 @@ def _copy_all(url: str, store: Any, path: str, text: bytes, copy: Path) -> None:
         )
     wanted |= {part.index_file: "" for part in packed.parts.values()}
     with (
-        Tqdm(total=missing, desc="Copying", unit="B", unit_scale=True) as bar,
+        Bar(total=missing, desc="Copying", unit="B", unit_scale=True) as bar,
         ThreadPoolExecutor(STREAMS) as pool,
     ):
         jobs = [

@@ -8,7 +8,8 @@ from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+from simmim.bar import Bar
 
 
 def validation_mask(
@@ -41,7 +42,7 @@ def validation_mask(
         ValueError: If the pattern does not match a name.
     """
     n = len(labels)
-    names = Tqdm(names, "Splitting", n, leave=False, delay=2, unit=" images", unit_scale=True)
+    names = Bar(names, "Splitting", n, leave=False, delay=2, unit=" images", unit_scale=True)
     if group_pattern is not None:
         number: dict[str, int] = {}  # of each group, as they come
         numbers = (number.setdefault(group_of(name, group_pattern), len(number)) for name in names)

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from simmim.bar import Bar
 from simmim.data.checks import check_choice
 from simmim.data.dataset import ImageData, collate
 from simmim.data.decode import UnreadableImage
@@ -139,7 +139,7 @@ def _percentiles(data: ImageData, places: list[int], num_workers: int) -> list[f
     loader: DataLoader[Any] = DataLoader(
         _Values(data, places), batch_size=None, num_workers=num_workers
     )
-    bar = Tqdm(loader, desc="Intensities", leave=False, disable=len(places) < 1000)
+    bar = Bar(loader, desc="Intensities", leave=False, delay=1.0)
     values = torch.cat(list(bar)).numpy()
     if not values.size:
         return None
@@ -156,7 +156,7 @@ def _measure(data: ImageData, places: list[int], num_workers: int) -> Statistics
     pixels = 0
     total = torch.zeros(data.in_chans, dtype=torch.float64)
     squares = torch.zeros(data.in_chans, dtype=torch.float64)
-    for batch in Tqdm(loader, desc="Pixel statistics", leave=False, disable=len(places) < 1000):
+    for batch in Bar(loader, desc="Pixel statistics", leave=False, delay=1.0):
         images = batch["image"].double()
         images = images / 255 if batch["image"].dtype == torch.uint8 else images
         pixels += images.numel() // data.in_chans

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from simmim.bar import Bar, status
 from simmim.configuration import find_config, read_config
 from simmim.data import ImageFolderData
 from simmim.data.bad_files import escape
@@ -109,7 +109,8 @@ def doctor(
         read = inspect(inspector, files, workers or cpu_count())
         packed = is_packed(data.root)
         left_out = {} if packed else count_left_out(data.root, SUFFIXES)
-        found = find_all(read, classes, data.group_pattern, left_out)
+        with status("Comparing the images"):
+            found = find_all(read, classes, data.group_pattern, left_out)
         found += [] if packed else target_findings(data, folders, left_out)
         summary = summarise(images, read, classes)
         diagnosis = Diagnosis(
@@ -220,7 +221,7 @@ def inspect(inspector: Inspector, files: Sequence[File], workers: int) -> Read:
     def killed(file: File, reason: str) -> Record:
         return Record(inspector.indices[file.part].size(file.place), error=reason)
 
-    with Tqdm(total=len(files), desc="Looking", unit=" images", leave=False) as bar:
+    with Bar(total=len(files), desc="Looking", unit=" images", leave=False) as bar:
         for place, record in run_all(inspector, files, workers, killed):
             records[place] = record
             bar.update()

@@ -14,8 +14,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from simmim.bar import Bar
 from simmim.callbacks.vitals import held_memory
 from simmim.inner_runs import make, quiet
 from simmim.masking import average_distance, draw_masks, random_mask, sample_keys
@@ -111,7 +111,7 @@ def estimate(
     cost, sizes = Cost(batch_size=batch_size), Sizes()
     began, shown = time.monotonic(), 0
     try:
-        with Tqdm(total=round(seconds), desc="Trying the model", unit="s", leave=False) as bar:
+        with Bar(total=round(seconds), desc="Trying the model", unit="s", leave=False) as bar:
             while True:
                 if ours.poll(0.5):
                     cost, sizes = ours.recv()

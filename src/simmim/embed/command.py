@@ -1,7 +1,6 @@
 """`simmim embed`: features of a folder's images, what they are worth, and what they look like."""
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from lightning.fabric import Fabric
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from simmim.bar import Bar
 from simmim.data import ImageFolderData
 from simmim.data.bad_files import FILE, write_bad_files
 from simmim.data.dataset import ImageData, WholeFolder, collate
@@ -309,7 +308,7 @@ class Embedder:
     def _embed_images(self, images: WholeFolder) -> Tensor:
         """Embed the images, -> (n, D); a row of zeros for each that cannot be read."""
         features = torch.empty(0)
-        for batch in Tqdm(self._loader(images), desc="Embed", delay=1.0, file=sys.stdout):
+        for batch in Bar(self._loader(images), desc="Embed", delay=1.0):
             rows = self._run(batch["image"])
             if not len(features):
                 features = torch.zeros(len(images), rows.shape[1])

@@ -1,15 +1,14 @@
 """What features are worth: kNN and a linear probe that learn from the training images."""
 
-import sys
 from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
 import torch
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from simmim.bar import Bar
 from simmim.embed.table import Embeddings
 from simmim.probe import fit_linear_probe, knn_scores, top1
 
@@ -46,7 +45,7 @@ def score(
     scores: dict[str, float] = {}
     for name, (features, truth) in parts.items():
         for k in ks:
-            chunks = Tqdm(features.split(2048), desc="kNN", delay=1.0, file=sys.stdout)
+            chunks = Bar(features.split(2048), desc="kNN", delay=1.0)
             votes = torch.cat(
                 [knn_scores(train, labels, chunk, k, temperature) for chunk in chunks]
             )

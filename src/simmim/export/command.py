@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import simmim.export.graph as graphs
+from simmim.bar import status
 from simmim.export.card import model_card
 from simmim.export.check import Check
 from simmim.export.hub import check_repo, push
@@ -88,10 +89,12 @@ def export(
     folder = Path(out).expanduser()
     _check_options(format, output, normalize, push_to_hub, private)
     _check_folder(folder, overwrite)
-    source = open_source(weights, trust=trust)
+    with status("Reading the weights"):
+        source = open_source(weights, trust=trust)
     with _beside(folder) as part:
         graph = None if format == "timm" else graphs.Graph(source, output, normalize)
-        checks, notes = _write(format, graph, source, part)
+        with status(f"Writing and checking {FILES[format]}"):
+            checks, notes = _write(format, graph, source, part)
         for check in checks:
             if not check.passed:
                 raise ValueError(f"the export gives other numbers and was not kept: {check}")

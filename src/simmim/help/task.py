@@ -104,7 +104,7 @@ RUN = [
 PAGE = {"data": DATA, "model": MODEL, "optimisation": OPTIMISATION, "run": RUN}
 
 
-def page_of_task(task: str, subcommand: str, summary: str, args: Sequence[str]) -> str:
+def page_of_task(task: str, subcommand: str, summary: str, args: list[str]) -> str:
     """The short help of a task's subcommand.
 
     Args:

@@ -11,6 +11,7 @@ from lightning import __version__ as lightning_version
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from simmim.bar import status
 from simmim.durable import written_whole
 from simmim.weights.files import find_checkpoint, read_checkpoint
 from simmim.weights.fit import HEAD, MODEL, TOKEN, Report, Weights, fit
@@ -186,7 +187,8 @@ def convert(weights: str | Path, out: str | Path, **kwargs: Any) -> Report | str
         content = read_sharded(found)
         _write(content, Path(out))
         return f"{found}, with {content['global_step']} steps behind it, in one file: {out}"
-    model = load_official(weights, **kwargs)
+    with status("Reading and fitting the weights"):
+        model = load_official(weights, **kwargs)
     checkpoint = {
         "state_dict": model.state_dict(),
         "hyper_parameters": dict(model.hparams),
