@@ -304,7 +304,7 @@ class TaskCLI(LightningCLI):
         if isinstance(given, Logger | list):
             said = self.config[subcommand].trainer.logger
             pairs = zip(given, said, strict=True) if isinstance(given, list) else [(given, said)]
-            placed = [self._placed(folder, *pair, options, before) for pair in pairs]
+            placed = [self._placed(folder, one, its, options, before) for one, its in pairs]
             given = [logger for logger in placed if logger is not None]
         return run_loggers(folder, given, subcommand, before, options)
 
