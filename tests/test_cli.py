@@ -444,6 +444,12 @@ def test_a_signal_keeps_where_the_run_stands(place: Path, how: str, status: int)
         assert torch.equal(tensor, parts["state_dict"][name]), name
 
 
+def test_a_run_in_bf16_goes_on_with_clipped_gradients(place: Path) -> None:
+    assert fit("-c", "bf16", "--trainer.max_epochs=1") == 0
+    assert fit("-c", "bf16", "--ckpt_path=last", "--trainer.max_epochs=2") == 0
+    assert state(Path("runs/tiny/version_0"))["epoch"] == 1
+
+
 def test_a_second_ctrl_c_does_not_wait(place: Path) -> None:
     stop = ["--trainer.callbacks+=test_cli.Stop", "--trainer.callbacks.how=ctrl_c_twice"]
     assert fit(*stop, "--trainer.callbacks.batch=2") == 130

@@ -239,7 +239,9 @@ def optimizer_from(spec: dict[str, Any], *, trust: bool) -> OptimizerCallable:
     path = str(spec["class_path"])
     safe = path.startswith(("torch.optim.", "timm.optim."))
     kind: Any = find_part(path, {}, "optimizer", trust=safe or trust)
-    return partial(kind, **spec["init_args"])
+    # Fused is `_fuse`'s to say: from its constructor Lightning would not clip it in bf16-mixed.
+    options = {k: v for k, v in spec["init_args"].items() if not (k == "fused" and v)}
+    return partial(kind, **options)
 
 
 class MovingAverage(EMAWeightAveraging):
