@@ -199,7 +199,8 @@ def _subtypes(message: str) -> str:
 def _what_the_machine_lacks(error: BaseException) -> str | None:
     """Room on the disk, memory, open files, or the right to write."""
     if _lacks_space(error):
-        where = f": {error.filename}" if getattr(error, "filename", None) else ""
+        filename = getattr(error, "filename", None)
+        where = f": {filename}" if filename else ""
         return f"the disk is full{where}; free some space (a run goes on with --ckpt_path last)"
     if isinstance(error, OSError) and error.errno == errno.EMFILE:
         return (

@@ -50,8 +50,8 @@ def find_checkpoint(path: str | Path) -> Path:
             return found / last
     runs = [*found.glob(f"version_*/{LAST[0]}"), *found.glob(f"*/version_*/{LAST[0]}")]
     newest = max(runs, key=lambda last: last.stat().st_mtime, default=None)
-    hint = f"give one of its runs, such as {newest.parents[1]}" if newest else "is it a run's?"
-    raise ValueError(f"{path} has no checkpoints/last.ckpt: {hint}")
+    hint = f": give one of its runs, such as {newest.parents[1]}" if newest else ""
+    raise ValueError(f"{path} has no checkpoints/last.ckpt{hint}")
 
 
 def is_url(path: str | Path) -> bool:
