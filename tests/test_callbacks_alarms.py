@@ -206,6 +206,20 @@ def test_the_alarm_remembers_what_it_compares_with(tmp_path: Path) -> None:
     assert second.state_dict()["largest_grad"] >= first.state_dict()["largest_grad"] > 0
 
 
+@pytest.mark.parametrize("many", [False, True])
+def test_images_of_one_colour_are_told_and_no_reason_to_stop(tmp_path: Path, many: bool) -> None:
+    data = DigitsData()
+    for part in (data.train, data.val):
+        shade = torch.arange(len(part)).view(-1, 1, 1, 1) if many else torch.tensor(90)
+        part.images = shade.byte().expand(part.images.shape).clone()
+    fit = trainer(tmp_path, alarm := CollapseAlarm(), max_epochs=3)
+    with pytest.warns(UserWarning, match="is of one colour: there is nothing to learn") as caught:
+        fit.fit(MiniSimMIM(), datamodule=data)
+    assert len([w for w in caught if "of one colour" in str(w.message)]) == 1
+    assert not alarm.announced
+    assert fit.current_epoch == 3
+
+
 def test_it_can_be_turned_off(tmp_path: Path) -> None:
     fit = trainer(tmp_path, CollapseAlarm(0))
     fit.fit(MiniSimMIM(), datamodule=DigitsData())

@@ -21,6 +21,7 @@ import official_reference
 from simmim.cli import COMMANDS, main
 from simmim.configuration import find_config
 from simmim.loggers import finish_board
+from simmim.run import hold_run, let_go
 
 TINY = """
 model:
@@ -86,11 +87,14 @@ class Stop(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         if (trainer.current_epoch, args[-1]) == (self.epoch, self.batch):
+            if self.how == "memory":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             if self.how == "interrupt":
                 raise KeyboardInterrupt
             if self.how == "bug":
                 raise ZeroDivisionError
-            signal.raise_signal(signal.SIGTERM)
+            for _ in range(2 if self.how == "ctrl_c_twice" else 1):
+                signal.raise_signal(signal.SIGINT if "ctrl_c" in self.how else signal.SIGTERM)
 
 
 # Help --------------------------------------------------------------------------------------------
@@ -145,7 +149,10 @@ MISTAKES = [
     ("fit --model.mask_fill tokn", 2, "did you mean token?"),
     ("fit --model.encoder_kwargs.depthh 3", 1, "depthh"),
     ("fit --model.encoder vit_tinny_patch16_224", 1, "vit_tiny_patch16_224"),
+    ("fit --model.encoder vit_smal", 1, "did you mean vit_small_patch"),
     ("fit --model.mask_patch_size 6", 1, "mask_patch_size 6"),
+    ("fit --model.img_size 0", 1, "img_size 0 must be at least 1 pixel"),
+    ("fit --model.in_chans 0", 1, "in_chans 0 must be at least 1"),
     ("fit --model.optimizer.momentun 0.9", 2, "--model.optimizer.momentun: torch.optim.AdamW has"),
     ("fit --model.optimizer Adamm", 2, "no class of that name"),
     ("fit --model.weights none.ckpt", 1, "none.ckpt"),
@@ -156,6 +163,9 @@ MISTAKES = [
     ("fit --trainer.precision bf16-mxed", 2, "did you mean bf16-mixed?"),
     ("fit --trainer.strategy dpp", 1, "--trainer.strategy dpp is not known: did you mean ddp?"),
     ("fit --trainer.accelerator cdua", 1, "did you mean cuda?"),
+    ("fit --trainer.devices 999", 1, "use --trainer.devices 1"),
+    ("fit --trainer.max_epochs 0", 1, "trainer.max_epochs 0"),
+    ("fit --trainer.max_epochs -1", 1, "use --trainer.max_epochs 100"),
     ("fit --trainer.max_epochs", 2, "--trainer.max_epochs needs a value"),
     ("fit --trainer.default_root_dir x", 1, "--run_dir"),
     ("fit stray", 2, "'stray'"),
@@ -422,15 +432,28 @@ def test_going_on_is_bitwise_what_was_not_interrupted(place: Path) -> None:
         assert [row[key] for row in one] == [row[key] for row in two], key
 
 
-def test_sigterm_keeps_where_the_run_stands(place: Path) -> None:
+@pytest.mark.parametrize(("how", "status"), [("terminate", 143), ("ctrl_c", 130)])
+def test_a_signal_keeps_where_the_run_stands(place: Path, how: str, status: int) -> None:
     assert fit("--name=whole") == 0
-    stop = ["--trainer.callbacks+=test_cli.Stop", "--trainer.callbacks.how=terminate"]
-    assert fit("--name=parts", *stop, "--trainer.callbacks.batch=2") == 143
+    stop = ["--trainer.callbacks+=test_cli.Stop", f"--trainer.callbacks.how={how}"]
+    assert fit("--name=parts", *stop, "--trainer.callbacks.batch=2") == status
     assert state(Path("runs/parts/version_0"))["global_step"] == 7  # in the middle of an epoch
     assert fit("--name=parts", "--ckpt_path=last", "--trainer.callbacks=null") == 0
     whole, parts = state(Path("runs/whole/version_0")), state(Path("runs/parts/version_0"))
     for name, tensor in whole["state_dict"].items():
         assert torch.equal(tensor, parts["state_dict"][name]), name
+
+
+def test_a_run_in_bf16_goes_on_with_clipped_gradients(place: Path) -> None:
+    assert fit("-c", "bf16", "--trainer.max_epochs=1") == 0
+    assert fit("-c", "bf16", "--ckpt_path=last", "--trainer.max_epochs=2") == 0
+    assert state(Path("runs/tiny/version_0"))["epoch"] == 1
+
+
+def test_a_second_ctrl_c_does_not_wait(place: Path) -> None:
+    stop = ["--trainer.callbacks+=test_cli.Stop", "--trainer.callbacks.how=ctrl_c_twice"]
+    assert fit(*stop, "--trainer.callbacks.batch=2") == 130
+    assert state(Path("runs/tiny/version_0"))["global_step"] == 4  # of the epoch before
 
 
 def test_an_interruption_says_how_to_go_on(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -441,6 +464,41 @@ def test_an_interruption_says_how_to_go_on(place: Path, capsys: pytest.CaptureFi
     assert line == f"simmim: stopped; go on with: {command}"
     assert fit(*stop, "--trainer.callbacks.epoch=0") == 130
     assert "no checkpoint yet" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_too_little_memory_costs_no_checkpoint(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop = ["--trainer.callbacks+=test_cli.Stop", "--trainer.callbacks.how=memory"]
+    assert fit(*stop) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith("simmim: the memory is full: use a smaller batch")
+    assert not any("Traceback" in line for line in said)
+    assert state(Path("runs/tiny/version_0"))["global_step"] == 4  # of the epoch before
+    smaller = ["--data.batch_size=2", "--trainer.accumulate_grad_batches=2"]
+    assert fit("--ckpt_path=last", "--trainer.callbacks=null", *smaller) == 0
+    assert state(Path("runs/tiny/version_0"))["epoch"] == 3
+
+
+def test_a_run_that_is_training_is_left_alone(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another command may look at it, and must not train in its folder."""
+    monkeypatch.setattr("simmim.run.LOCK_SECONDS", 0.1)
+    assert fit("--trainer.max_epochs=1") == 0
+    run = Path("runs/tiny/version_0")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    lock = hold_run(run)
+    (run / "checkpoints/.last.ckpt.unfinished").write_text("it is being written")
+    assert main(["pretrain", "validate", "--name=tiny", "--ckpt_path=last"]) == 0
+    capsys.readouterr()
+    assert fit("--ckpt_path=last", "--trainer.max_epochs=2") == 1
+    assert "another process trains in runs/tiny/version_0" in capsys.readouterr().err
+    assert (run / "checkpoints/.last.ckpt.unfinished").exists()
+    assert {path: path.read_bytes() for path in before} == before
+    let_go(lock)
+    assert fit("--ckpt_path=last", "--trainer.max_epochs=2") == 0
+    assert not [path for path in run.rglob(".*") if path.is_file()]
 
 
 def test_last_alone_goes_on_with_the_default_run(
@@ -470,6 +528,8 @@ def test_what_the_checkpoint_contradicts_is_named(
     assert "--model.base_lr 9.0 (it has 0.1)" in line
     assert "--seed_everything 3 (it has 0)" in line
     assert "--model.optimizer torch.optim.SGD (it has torch.optim.AdamW)" in line
+    (line,) = [m for m in caplog.messages if "goes on with other options" in m]
+    assert line.endswith("than before: --trainer.max_epochs 2 (it was 1)")
     kept = yaml.safe_load(Path("runs/tiny/version_0/config.yaml").read_text())
     assert kept["model"]["base_lr"] == 0.1
     assert kept["model"]["optimizer"]["class_path"] == "torch.optim.AdamW"

@@ -111,6 +111,28 @@ def test_labels_only_where_all_parts_have_them(tmp_path: Path, make_images: Make
     assert not data(tmp_path).has_labels
 
 
+@pytest.mark.parametrize("parts", [["val"], ["Valid", "test"]])
+def test_parts_without_a_train_are_no_classes(
+    tmp_path: Path, make_images: Make, parts: list[str]
+) -> None:
+    for part in parts:
+        make_images(tmp_path / part / "cats", 4)
+    with pytest.raises(ValueError, match=rf"has .*{parts[0]}/.*no train/.* give .*{parts[0]}"):
+        ImageFolderData(str(tmp_path), img_size=32).setup("fit")
+    data = ImageFolderData(str(tmp_path), img_size=32)
+    data.setup("predict")  # which reads all there is
+    assert len(data.sets["predict"]) == 4 * len(parts)
+
+
+def test_a_val_among_classes_is_said_to_be_one(tmp_path: Path, make_images: Make) -> None:
+    for name in ("cats", "dogs", "val"):
+        make_images(tmp_path / name, 4)
+    data = ImageFolderData(str(tmp_path), img_size=32)
+    with pytest.warns(UserWarning, match="val/ in .* is taken for a class"):
+        data.setup("fit")
+    assert data.classes == ["cats", "dogs", "val"]
+
+
 def test_classes_are_numbered_alike_in_all_parts(tmp_path: Path, make_images: Make) -> None:
     for folder in ("train/b", "train/c", "val/a", "val/c", "test/c", "test/x"):
         make_images(tmp_path / folder, 2)

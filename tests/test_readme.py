@@ -1,20 +1,30 @@
-"""What the README shows works as it is written there."""
+"""What the README shows, and the answers to questions, work as they are written there."""
 
 import json
 import re
 import shlex
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 from PIL import Image
 
+from simmim import Classifier, ImageFolderData, SimMIM
+from simmim.benchmark import MEASURES as BENCHMARKS
 from simmim.cli import main
+from simmim.compare import compare
 from simmim.configuration import packaged_configs
+from simmim.data.classification import ClassificationData
+from simmim.doctor import doctor
+from simmim.embed import embed
+from simmim.export import export
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+QUESTIONS = (ROOT / "docs" / "faq.md").read_text()
 SMALL = {
     "--model.encoder": "vit_tiny_patch16_224",
     "--model.encoder_kwargs": "{patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}",
@@ -33,17 +43,31 @@ SHORT = {  # of the commands that go on from such a run
     "compare": "--budgets [2] --seeds 2 --epochs 1 --min_steps 1 --accelerator cpu",
     "export": "",
 }
+LOOK = {  # of those that need none
+    "doctor": "--estimate false --workers 1",
+    "benchmark": "--seconds 0.1 --workers 1 --batch_size 4 --consumes 10 --accelerator cpu",
+}
 
 
-def _blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def _blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def _commands() -> list[str]:
-    lines = [
-        line.partition("#")[0].strip() for block in _blocks("sh") for line in block.split("\n")
-    ]
+def _commands(text: str = README) -> list[str]:
+    blocks = _blocks("sh", text)
+    lines = [line.partition("#")[0].strip() for block in blocks for line in block.split("\n")]
     return [line for line in lines if line]
+
+
+def _small(words: list[str]) -> list[str]:
+    """What makes a pretraining small, and leaves what the command is about."""
+    small = dict(SMALL)
+    if {"--model.encoder", "--model.img_size"} & set(words):
+        small |= {"--model.img_size": "64", "--model.mask_patch_size": "32"}
+        small["--model.encoder_kwargs"] = small["--model.encoder_kwargs"].replace("4,", "16,")
+    if "--model.encoder" in words:
+        del small["--model.encoder_kwargs"]
+    return [word for option in small.items() if option[0] not in words for word in option]
 
 
 @pytest.fixture
@@ -70,6 +94,17 @@ def folders(
             ],
         }
         (tmp_path / "path/to/boxes" / part / "annotations.json").write_text(json.dumps(boxes))
+
+
+@pytest.fixture
+def scans(folders: None) -> None:
+    """16-bit scans of four patients."""
+    folder = Path("path/to/scans")
+    folder.mkdir(parents=True)
+    y, x = np.mgrid[:40, :40]
+    for i in range(12):
+        pixels = (2000 + 1900 * np.sin(x / (5 + i) + y / 7)).astype(np.uint16)
+        Image.fromarray(pixels).save(folder / f"patient{i % 4}_{i}.png")
 
 
 @pytest.mark.usefixtures("folders")
@@ -116,6 +151,31 @@ def test_every_command_that_goes_on_from_a_run() -> None:
     assert Path("runs/finetune_small/version_0/predictions.csv").is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("scans")
+@pytest.mark.filterwarnings("ignore")
+def test_every_command_of_the_questions_one_after_the_other() -> None:
+    lines = _commands(QUESTIONS)
+    assert all(line.startswith("simmim ") for line in lines)
+    for words in (shlex.split(line)[1:] for line in lines):
+        extra = [*(SHORT | LOOK).get(words[0], "").split()]
+        if words[:2] == ["pretrain", "fit"]:
+            extra = ["--trainer.max_epochs", "2"] if "last" in words else _small(words)
+        elif words[1] in ("fit", "predict"):
+            extra += ["--trainer.accelerator", "cpu"]
+        assert main([*words, *extra]) == 0, words
+
+
+def test_every_option_of_the_questions_exists() -> None:
+    """By name, also of those between the lines; the test before this one runs them."""
+    makers = (SimMIM, Classifier, ImageFolderData, ClassificationData, L.Trainer)
+    commands = (compare, doctor, embed, export, BENCHMARKS["data"])
+    known = {name for what in (*makers, *commands) for name in signature(what).parameters}
+    options = re.findall(r"(?<=[ `])--([\w.]+)", QUESTIONS)
+    assert len(options) > 50
+    assert {option.split(".")[-1] for option in options} <= known | {"ckpt_path"}
+
+
 def test_every_make_target_of_the_readme_exists() -> None:
     named = set(re.findall(r"make ([a-z-]+)", README)) - {"it"}
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
@@ -124,10 +184,15 @@ def test_every_make_target_of_the_readme_exists() -> None:
 
 def test_every_config_of_the_readme_exists() -> None:
     named = set(re.findall(r"`((?:swin|vit|swinv2)_[a-z]+_\d+ep)`", README))
-    named |= set(re.findall(r"-c (\w+)", README))
+    named |= set(re.findall(r"-c (\w+)", README + QUESTIONS))
     assert named <= {name.split("/")[-1] for name in packaged_configs()}
 
 
 def test_the_picture_of_the_readme_is_there() -> None:
     for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
+        assert (ROOT / path).is_file(), path
+
+
+def test_every_file_of_the_questions_exists() -> None:
+    for path in re.findall(r"`(configs/[\w/.]+)`", QUESTIONS):
         assert (ROOT / path).is_file(), path

@@ -19,7 +19,7 @@ import wandb
 from simmim import loggers, run
 from simmim.checkpoints import DurableCheckpointIO
 from simmim.loggers import MetricsFile, board, finish_board, is_logged_in
-from simmim.run import find_start, leave_run, new_run, newest_run, run_of
+from simmim.run import find_start, hold_run, leave_run, let_go, new_run, newest_run, run_of
 
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
 
@@ -109,6 +109,29 @@ def test_a_run_that_failed_before_it_began_leaves_nothing(tmp_path: Path) -> Non
     kept = finished(tmp_path, "a")
     leave_run(kept, failed=True)
     assert (kept / "checkpoints/last.ckpt").exists()
+
+
+def test_two_processes_do_not_train_in_one_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "LOCK_SECONDS", 0.1)
+    code = (
+        "import sys; from pathlib import Path; from simmim.run import hold_run\n"
+        "lock = hold_run(Path(sys.argv[1])); print('held', flush=True); input()"
+    )
+    folder, pipe = new_run(tmp_path, "a"), subprocess.PIPE
+    arguments = [sys.executable, "-c", code, str(folder)]
+    with subprocess.Popen(arguments, stdin=pipe, stdout=pipe) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held" + os.linesep.encode()
+        with pytest.raises(ValueError, match=r"another process trains in .*version_0"):
+            hold_run(folder)
+        other.kill()  # it cannot say good-bye, and lets go all the same
+    lock = hold_run(folder)
+    let_go(lock)
+    assert not list(folder.iterdir())
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert hold_run(folder) is None  # the first process has it
 
 
 # Going on ----------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ CHECKPOINTS = "checkpoints"
 LAST = "last.ckpt"
 BEFORE = ".before"  # what an earlier folder's name ends with while a later one takes its place
 
-NOTHING, SAVE, STOP, REQUEUE = range(4)  # what is to be done before the next step
+NOTHING, SAVE, INTERRUPT, STOP, REQUEUE = range(5)  # what is to be done before the next step
 
 
 # When --------------------------------------------------------------------------------------------
@@ -38,7 +38,8 @@ class KeepLast(Checkpoint):
 
     It is written between two optimiser steps, when all that belongs to the one before is done,
     validation and logs included: what goes on from there becomes, to the bit, what it would have
-    become. There SIGTERM, and SLURM's signal before a job's time is over, end the run as well.
+    become. There SIGTERM, SLURM's signal before a job's time is over, and the first Ctrl+C end the
+    run as well; the second Ctrl+C ends it at once.
 
     Args:
         every_n_minutes: Minutes between two of them, where an epoch is longer. 0: at every step.
@@ -51,6 +52,7 @@ class KeepLast(Checkpoint):
         self._path = Path(LAST)
         self._asked = NOTHING  # by a signal, in this process
         self._saved_at, self._saved_step = 0.0, 0  # by time.monotonic, and in optimiser steps
+        self._is_listening = False  # for Ctrl+C
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the run's folder, and listen."""
@@ -67,6 +69,7 @@ class KeepLast(Checkpoint):
         """Start the clock."""
         self._listen(trainer)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+        self._is_listening = False  # before the first step there is nothing to save
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -74,6 +77,8 @@ class KeepLast(Checkpoint):
         """Save or stop before an optimiser step begins, all processes at once."""
         if batch_idx % trainer.accumulate_grad_batches or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        if not self._is_listening:
+            self._listen_to_the_keyboard()
         todo = self._agree(
             trainer, max(self._asked, SAVE if self._is_due(trainer, batch_idx) else 0)
         )
@@ -81,6 +86,8 @@ class KeepLast(Checkpoint):
             self._save(trainer)
         if todo == REQUEUE and trainer.is_global_zero:
             requeue()
+        if todo == INTERRUPT:
+            raise KeyboardInterrupt
         if todo >= STOP:
             raise SIGTERMException
 
@@ -136,6 +143,17 @@ class KeepLast(Checkpoint):
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             assert environment.requeue_signal is not None
             signal.signal(environment.requeue_signal, lambda *_: self._ask(REQUEUE))
+
+    def _listen_to_the_keyboard(self) -> None:
+        """Let the first Ctrl+C wait for the end of the step, and the second for nothing."""
+        self._is_listening = True
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._interrupt)
+
+    def _interrupt(self, *_: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._ask(INTERRUPT)
+        rank_zero_info("\nCtrl+C: saves and stops after this step; Ctrl+C again stops at once")
 
     def _ask(self, todo: int) -> None:
         self._asked = max(self._asked, todo)

@@ -13,7 +13,7 @@ from importlib import import_module
 import simmim
 from simmim.configuration import EXPERIMENTS
 from simmim.help import HELP, asked, fill, groups_of, page_of_function, page_of_task, table
-from simmim.mistakes import explain, is_ours, nearest
+from simmim.mistakes import explain, is_ours, nearest, word_warnings
 
 SUBCOMMANDS = {
     "fit": "train",
@@ -126,6 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         The exit status: 0, 1 where the command failed, 2 where it was misused, 130 on Ctrl+C, 141
         where nobody reads what it prints any more.
     """
+    word_warnings()
     try:
         _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()

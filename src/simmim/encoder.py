@@ -99,6 +99,8 @@ class Encoder(nn.Module):
             raise ValueError(
                 f"hidden_tokens {hidden_tokens!r} is not known: use {' or '.join(HIDDEN_TOKENS)}"
             )
+        if in_chans < 1:
+            raise ValueError(f"in_chans {in_chans} must be at least 1: 3 for colour, 1 for gray")
         self.name, self.img_size = name, _pair(img_size)
         if mask_patch_size is not None:
             mask_grid(self.img_size, mask_patch_size)  # refuse before a large model is built
@@ -395,7 +397,8 @@ def _rate_options(rates: dict[str, float]) -> dict[str, float]:
 def _check_name(name: str) -> None:
     if ":" in name or timm.is_model(name):  # "hf-hub:..." and "local-dir:..." are timm's to check
         return
-    near = get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
+    plain = name.partition(".")[0]
+    near = timm.list_models(f"{plain}*")[:3] or get_close_matches(plain, timm.list_models(), n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() names all"
     raise ValueError(f"encoder {name!r} is not a model of timm: {hint}")
 
@@ -442,4 +445,6 @@ def _pair(img_size: int | Sequence[int]) -> tuple[int, int]:
     sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     if len(sides) != 2:
         raise ValueError(f"img_size {list(sides)} is neither a number nor [height, width]")
+    if min(sides) < 1:
+        raise ValueError(f"img_size {img_size} must be at least 1 pixel: 224 is usual")
     return sides[0], sides[1]

@@ -1,6 +1,7 @@
 """A task on the command line: its options, its defaults, the run's folder, and going on."""
 
 import json
+import os
 from argparse import ArgumentError
 from collections.abc import Mapping
 from inspect import signature
@@ -10,6 +11,7 @@ from typing import Any, NoReturn
 import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
@@ -33,10 +35,12 @@ from simmim.run import (
     LogEachEpoch,
     Start,
     clean_up,
+    hold_run,
     is_first_process,
     new_run,
 )
 from simmim.task import Begun, Task
+from simmim.training import check_length
 
 PRINT_SHORT = "--print_config=skip_default"
 NOT_IN_A_CONFIG = ("trust", "ckpt_path", "weights_only", "verbose", "return_predictions")
@@ -146,6 +150,8 @@ class TaskCLI(LightningCLI):
                 self.config = self._parse(
                     [*args, f"--config={json.dumps(self._checkpoint_config(self.start))}"]
                 )
+            if changed := self._changes(self.start):
+                rank_zero_info(f"goes on with other options than before: {_listed(changed, 'was')}")
 
     def _print_short(self, args: list[str]) -> NoReturn:
         """Print what the configs say, even if it is the default, and what else is not the default.
@@ -220,6 +226,19 @@ class TaskCLI(LightningCLI):
             found["seed_everything"] = found.pop("model.seed")
         return found
 
+    def _changes(self, start: Start) -> dict[str, tuple[Any, Any]]:
+        """Options of data and trainer that a run goes on with: {name: (now, before)}."""
+        if not start.goes_on or start.run is None:
+            return {}
+        kept = read_config(start.run / CONFIG)
+        now = yaml.safe_load(self.options.dump(self.config[self.request.subcommand]))
+        found: dict[str, tuple[Any, Any]] = {}
+        for group in ("data", "trainer"):
+            before = kept.get(group) or {}
+            asked = {name: value for name, value in now[group].items() if name in before}
+            found |= differences(group, asked, {name: before[name] for name in asked})
+        return found
+
     # Objects -------------------------------------------------------------------------------------
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -241,8 +260,10 @@ class TaskCLI(LightningCLI):
                 self.options.callback_keys.remove(name)
         if not options.fast_dev_run and (folder := self._folder()):
             self.run.folder = folder
-            if is_first_process():
-                clean_up(folder)
+            if self.request.subcommand == "fit":
+                self.run.lock = self.run.lock or hold_run(folder)
+                if is_first_process():
+                    clean_up(folder)
             self.run.loggers = self._loggers(folder, options.logger)
             kwargs |= {"default_root_dir": folder, "logger": self.run.loggers or False}
             if self.request.subcommand == "fit":
@@ -251,6 +272,9 @@ class TaskCLI(LightningCLI):
             if options.enable_checkpointing is not False:
                 callbacks.append(best_checkpoint(folder, *self.task.best_by(self.model)))
         trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks)
+        _check_processes(trainer)
+        if self.request.subcommand == "fit":
+            check_length(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own stays
             trainer.strategy.checkpoint_io = DurableCheckpointIO()
         return trainer
@@ -340,16 +364,30 @@ class TaskCLI(LightningCLI):
         return {**run, **{k: v for k, v in config.items() if k not in run}}
 
 
+def _check_processes(trainer: Trainer) -> None:
+    """Refuse many more processes than the machine has cores: Lightning would start them all."""
+    cores = os.cpu_count() or 1
+    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > max(cores, 8):
+        raise ValueError(
+            f"trainer.devices {trainer.num_devices} is too many processes for {cores} CPU cores: "
+            "use --trainer.devices 1"
+        )
+
+
 # What is printed ---------------------------------------------------------------------------------
 
 
 def _ignored_line(ignored: Mapping[str, tuple[Any, Any]]) -> str:
-    changes = ", ".join(
-        f"--{key} {_shown(asked)} (it has {_shown(kept)})" for key, (asked, kept) in ignored.items()
-    )
     return (
         "--ckpt_path goes on with the same run; ignored, since the checkpoint says otherwise: "
-        f"{changes}. To change them, start a new run with --model.weights CKPT"
+        f"{_listed(ignored, 'has')}. To change them, start a new run with --model.weights CKPT"
+    )
+
+
+def _listed(options: Mapping[str, tuple[Any, Any]], verb: str) -> str:
+    return ", ".join(
+        f"--{key} {_shown(asked)} (it {verb} {_shown(kept)})"
+        for key, (asked, kept) in options.items()
     )
 
 

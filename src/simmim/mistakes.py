@@ -4,11 +4,14 @@ What is no mistake of the user's is left alone: it is a bug, and keeps its trace
 """
 
 import errno
+import os
 import re
 import traceback
+import warnings
 from argparse import ArgumentError
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 TYPES = {  # as jsonargparse writes them, and as people do
     r"class 'bool'": "true or false",
@@ -43,6 +46,11 @@ ELSEWHERE = {  # what other tools call our options
 }
 ROOTS = ("--root", "--data.root")
 FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_MEMORY = (  # as torch says it of CUDA and MPS, of the CPU, and of cuBLAS
+    r"out of memory|DefaultCPUAllocator|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED"
+)
+PACKAGE = Path(__file__).parent
+LOST_WORKER = r"DataLoader worker \(pid.*(exited unexpectedly|killed by signal)"
 
 
 def explain(error: BaseException) -> str | None:
@@ -57,23 +65,17 @@ def explain(error: BaseException) -> str | None:
     kind = type(error)
     if isinstance(error, ArgumentError):
         return one_line(str(error))
-    if isinstance(error, OSError) and error.errno in FULL:
-        return f"the disk is full: {error.filename or error}"
+    if said := _what_the_machine_lacks(error):
+        return said
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {(error.strerror or str(error)).lower()}"
-    if kind.__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-        return (
-            "the device's memory is full: use a smaller --data.batch_size (with "
-            "--trainer.accumulate_grad_batches the lr stays), --trainer.precision bf16-mixed, or "
-            "--model.grad_checkpointing true"
-        )
     if found := re.match(r"Error\(s\) in loading state_dict for (\w+):\s*(.*)", str(error)):
         return f"the checkpoint holds other weights than its {found[1]} has: {found[2][:200]}"
     if found := re.match(r"You selected an invalid (\w+) name: `\w+='(.*?)'`", str(error)):
         names = re.search(r"(?:choices|names are): ([\w, ]+)", str(error))  # Lightning's
         return _unknown_name(f"--trainer.{found[1]}", found[2], names[1] if names else "")
     if kind.__name__ == "MisconfigurationException":  # Lightning's
-        return one_line(str(error))
+        return one_line(f"{error}{_remedy(str(error))}")
     if kind.__module__.split(".")[0] == "simmim":
         return one_line(str(error))
     if isinstance(error, ValueError) and (is_ours(error) or _while_configuring(error)):
@@ -107,6 +109,27 @@ def word_usage_error(message: str, options: Iterable[str]) -> str:
     if found := re.search(r'Parser key "(\S+?)":', message):
         return _wrong_value(found[1], message)
     return one_line(message)
+
+
+def word_warnings() -> None:
+    """Print our warnings as sentences, without the line of code that they come from."""
+    others = warnings.formatwarning
+    if getattr(others, "words_ours", False):
+        return
+
+    def word(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
+        if Path(filename).is_relative_to(PACKAGE):
+            return f"simmim: warning: {one_line(str(message))}\n"
+        return others(message, category, filename, lineno, line)
+
+    word.words_ours = True  # type: ignore[attr-defined]
+    warnings.formatwarning = word
 
 
 def one_line(message: str) -> str:
@@ -171,6 +194,56 @@ def _subtypes(message: str) -> str:
     if found := re.search(r"Subtypes: (.*)", message):
         return found[1]
     return message.split("Got value")[0].split("Given value type")[0]
+
+
+def _what_the_machine_lacks(error: BaseException) -> str | None:
+    """Room on the disk, memory, open files, or the right to write."""
+    if _lacks_space(error):
+        filename = getattr(error, "filename", None)
+        where = f": {filename}" if filename else ""
+        return f"the disk is full{where}; free some space (a run goes on with --ckpt_path last)"
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        return (
+            "too many files are open: allow more (ulimit -n 65536), or use fewer processes that "
+            "read (--data.num_workers 2)"
+        )
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
+        return f"{error.filename} cannot be written: choose another folder (--run_dir, --out)"
+    if _lacks_memory(error):
+        return (
+            "the memory is full: use a smaller batch (--data.batch_size, or --batch_size; in "
+            "training with --trainer.accumulate_grad_batches the lr stays), --trainer.precision "
+            "bf16-mixed, or --model.grad_checkpointing true"
+        )
+    if isinstance(error, RuntimeError) and re.search(LOST_WORKER, str(error)):
+        return (
+            "a process that reads images was ended by the system, most often for want of memory: "
+            "use fewer of them (--data.num_workers 2), smaller batches, or in a container more "
+            "shared memory (docker run --shm-size 8g)"
+        )
+    return None
+
+
+def _remedy(message: str) -> str:
+    """What to do where Lightning says only what is wrong."""
+    if re.search(r"No supported gpu backend|CUDAAccelerator.*can not run", message):
+        return " torch finds no GPU here: use --trainer.accelerator cpu, or another build of torch"
+    if "restored a checkpoint with current_epoch" in message:
+        return " A larger --trainer.max_epochs goes on"
+    return ""
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    """Whether there was too little memory, of the device or of the machine."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True  # the second is torch's, which is not imported here
+    return isinstance(error, RuntimeError) and re.search(NO_MEMORY, str(error)) is not None
+
+
+def _lacks_space(error: BaseException) -> bool:
+    """Whether the disk is full; safetensors says it in an error of its own."""
+    full = isinstance(error, OSError) and error.errno in FULL
+    return full or os.strerror(errno.ENOSPC) in str(error)
 
 
 def _while_configuring(error: BaseException) -> bool:

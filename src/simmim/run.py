@@ -14,6 +14,7 @@ from zipfile import is_zipfile
 
 import torch
 import yaml
+from filelock import BaseFileLock, FileLock, Timeout
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
@@ -25,6 +26,8 @@ from simmim.durable import UNFINISHED, write_whole
 CONFIG = "config.yaml"
 SLURM_JOB = ".slurm_job"  # the job that works on a run
 FOLDER_VARIABLE = "SIMMIM_RUN_FOLDER"  # tells the processes that we start where we write
+LOCK = ".lock"  # of the process that trains there
+LOCK_SECONDS = 10.0  # workers of a run that was killed hold its lock until they notice
 
 
 # The folder --------------------------------------------------------------------------------------
@@ -56,12 +59,50 @@ def new_run(run_dir: Path, name: str) -> Path:
     return folder
 
 
+def hold_run(folder: Path) -> BaseFileLock | None:
+    """Keep a second process from training into a run's folder: each would undo what the other did.
+
+    Args:
+        folder: The run's.
+
+    Returns:
+        The lock, which a process lets go of when it ends or is killed. None where this is not the
+        run's first process, or the file system knows no locks.
+
+    Raises:
+        ValueError: If another process trains there.
+    """
+    if not is_first_process():
+        return None
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        raise ValueError(
+            f"another process trains in {folder}: wait for it or stop it, or begin a run of its "
+            "own with --model.weights"
+        ) from None
+    except NotImplementedError:
+        return None
+    return lock
+
+
+def let_go(lock: BaseFileLock | None) -> None:
+    """Give up what `hold_run` took."""
+    if lock is not None:
+        with suppress(OSError):  # Windows keeps what is open
+            Path(lock.lock_file).unlink()
+        lock.release()
+        with suppress(OSError):
+            Path(lock.lock_file).unlink()
+
+
 def leave_run(folder: Path | None, failed: bool) -> None:
     """Forget a run that has ended; one that failed before it began leaves no folder."""
     if folder is None or not is_first_process():
         return
     os.environ.pop(FOLDER_VARIABLE, None)
-    if failed and {path.name for path in folder.iterdir()} <= {"wandb"}:
+    if failed and folder.is_dir() and {path.name for path in folder.iterdir()} <= {"wandb"}:
         shutil.rmtree(folder)
         with suppress(OSError):  # other runs
             folder.parent.rmdir()
@@ -88,6 +129,11 @@ def run_of(checkpoint: Path) -> Path | None:
     folder = checkpoint.absolute().parent.parent
     inside = checkpoint.absolute().parent.name == CHECKPOINTS and (folder / CONFIG).is_file()
     return checkpoint.parent.parent if inside else None
+
+
+def run_that_goes_on(checkpoint: Path) -> Path | None:
+    """The run in whose folder a fit goes on: from its last state, and from no earlier one."""
+    return run_of(checkpoint) if checkpoint.name == LAST else None
 
 
 def newest_run(run_dir: Path, name: str) -> Path:
@@ -164,12 +210,12 @@ class Start:
 
     @property
     def goes_on(self) -> bool:
-        """Whether a fit goes on in the run's own folder: from its last state, no earlier one."""
-        return self.run is not None and self.checkpoint.name == LAST
+        """Whether a fit goes on in the run's own folder."""
+        return run_that_goes_on(self.checkpoint) is not None
 
 
-def find_start(ckpt_path: str, run_dir: Path, name: str) -> Start:
-    """Find and read what `--ckpt_path` means.
+def locate(ckpt_path: str, run_dir: Path, name: str) -> Path:
+    """Find what `--ckpt_path` means, without reading it.
 
     Args:
         ckpt_path: "last", a checkpoint, or a run's folder.
@@ -177,13 +223,22 @@ def find_start(ckpt_path: str, run_dir: Path, name: str) -> Start:
         name: The run's name, which says what "last" is.
 
     Raises:
-        ValueError: If there is no such checkpoint, or it is none of ours.
+        ValueError: If there is no such checkpoint.
     """
     from simmim.weights import find_checkpoint
+
+    return find_checkpoint(newest_run(run_dir, name) if ckpt_path == "last" else ckpt_path)
+
+
+def find_start(ckpt_path: str, run_dir: Path, name: str) -> Start:
+    """Find and read what `--ckpt_path` means; arguments as in `locate`.
+
+    Raises:
+        ValueError: If there is no such checkpoint, or it is none of ours.
+    """
     from simmim.weights.shards import META, safe_metadata
 
-    given = str(newest_run(run_dir, name)) if ckpt_path == "last" else ckpt_path
-    path = find_checkpoint(given)
+    path = locate(ckpt_path, run_dir, name)
     if path.is_dir():  # of shards
         safe_metadata(path)
     file = path / META if path.is_dir() else path
@@ -249,8 +304,8 @@ class KeepConfig(Callback):
         self.folder, self.config, self.job = folder, config, job
 
     @rank_zero_only
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write it once the data are known to be there."""
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write it once data and model are known to do: a run that fails before leaves nothing."""
         write_whole(self.folder / CONFIG, yaml.safe_dump(self.config, sort_keys=False))
         if self.job:
             (self.folder / SLURM_JOB).write_text(self.job, encoding="utf-8")

@@ -6,6 +6,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from filelock import BaseFileLock
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.loggers import Logger
 
@@ -87,5 +88,6 @@ class Begun:
 
     job: str | None = None  # SLURM's, and which of its commands this is
     folder: Path | None = None
+    lock: BaseFileLock | None = None  # on the folder, while something trains there
     loggers: list[Logger] = field(default_factory=list)
     failed: bool = True

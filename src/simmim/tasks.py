@@ -19,10 +19,14 @@ from simmim.run import (
     CONFIG,
     Start,
     find_start,
+    hold_run,
     is_first_process,
     is_launched,
     leave_run,
+    let_go,
+    locate,
     requeued_run,
+    run_that_goes_on,
     slurm_job,
 )
 from simmim.task import Begun, Link, Task
@@ -164,22 +168,14 @@ def run_task(task: Task, args: list[str]) -> None:
     if run_before := requeued_run(request.run_dir, job):
         rank_zero_info(f"SLURM has started this job again: it goes on with {run_before}")
         request = replace(request, ckpt_path=str(run_before))
-    start = None
-    if request.ckpt_path:
-        start = find_start(request.ckpt_path, request.run_dir, request.name)
-        _check_task(task, start)
-        if request.subcommand == "fit" and not start.has_optimizer:
-            raise ValueError(
-                f"{start.checkpoint} holds weights, but no optimiser to go on with: "
-                f"begin a run with --model.weights {start.checkpoint}"
-            )
-        if start.run is not None and (start.goes_on or not request.named):
-            name, run_dir = start.run.parent.name, start.run.parent.parent
-            request = replace(request, name=name, run_dir=run_dir)
-    request = admit(request, start)
-    task, request = with_own_data(task, request)
     run = Begun(job)
     try:
+        start = _find_start(task, request, run) if request.ckpt_path else None
+        if start is not None and start.run is not None and (start.goes_on or not request.named):
+            name, run_dir = start.run.parent.name, start.run.parent.parent
+            request = replace(request, name=name, run_dir=run_dir)
+        request = admit(request, start)
+        task, request = with_own_data(task, request)
         with signals_put_back():
             TaskCLI(task, request, start, run)
         run.failed = False
@@ -194,7 +190,24 @@ def run_task(task: Task, args: list[str]) -> None:
         finish_board(run.loggers, run.failed)
         if request.subcommand == "fit":
             _report(run)
+        let_go(run.lock)
         leave_run(run.folder, run.failed)
+
+
+def _find_start(task: Task, request: Request, run: Begun) -> Start:
+    """Find what `--ckpt_path` means; where a fit goes on with a run, nobody else may until then."""
+    fits = request.subcommand == "fit"
+    checkpoint = locate(str(request.ckpt_path), request.run_dir, request.name)
+    if fits and (folder := run_that_goes_on(checkpoint)):
+        run.lock = hold_run(folder)
+    start = find_start(str(checkpoint), request.run_dir, request.name)
+    _check_task(task, start)
+    if fits and not start.has_optimizer:
+        raise ValueError(
+            f"{start.checkpoint} holds weights, but no optimiser to go on with: "
+            f"begin a run with --model.weights {start.checkpoint}"
+        )
+    return start
 
 
 def _report(run: Begun) -> None:
@@ -214,8 +227,8 @@ def _check_task(task: Task, start: Start) -> None:
     foreign = set(start.model) - {"optimizer"} - set(signature(task.model).parameters)
     if foreign:
         raise ValueError(
-            f"{start.checkpoint} is no checkpoint of simmim {task.name}, which has no option "
-            f"{min(foreign)}: give it as --model.weights {start.checkpoint}"
+            f"{start.checkpoint} is no checkpoint of simmim {task.name}, but another task's (of "
+            f"its options {task.name} has no {min(foreign)}): give it as --model.weights"
         )
 
 

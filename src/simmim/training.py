@@ -117,6 +117,7 @@ def count_steps(trainer: L.Trainer) -> tuple[int, int]:
     Lightning's own estimate: it starts the loader, before a checkpoint says where in the epoch it
     should, and so does not go on exactly within an epoch.
     """
+    check_length(trainer)
     data: Any = getattr(trainer, "datamodule", None)
     total = None
     if hasattr(data, "batches_per_epoch"):
@@ -129,6 +130,20 @@ def count_steps(trainer: L.Trainer) -> tuple[int, int]:
     per_epoch = max(1, -(-batches // int(trainer.accumulate_grad_batches)))
     limits = (trainer.max_steps, (trainer.max_epochs or -1) * per_epoch)
     return per_epoch, total or min(steps for steps in limits if steps >= 0)
+
+
+def check_length(trainer: L.Trainer) -> None:
+    """Refuse a training without a step, or without an end.
+
+    Raises:
+        ValueError: The learning rate's curve is drawn over the whole run.
+    """
+    epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
+    if (epochs < 1 and trainer.max_steps < 1) or 0 in (epochs, trainer.max_steps):
+        raise ValueError(
+            f"trainer.max_epochs {epochs} and trainer.max_steps {trainer.max_steps} give no number "
+            "of steps to train: use --trainer.max_epochs 100"
+        )
 
 
 def optimizer_and_schedule(
@@ -230,7 +245,9 @@ def optimizer_from(spec: dict[str, Any], *, trust: bool) -> OptimizerCallable:
     path = str(spec["class_path"])
     safe = path.startswith(("torch.optim.", "timm.optim."))
     kind: Any = find_part(path, {}, "optimizer", trust=safe or trust)
-    return partial(kind, **spec["init_args"])
+    # Fused is `_fuse`'s to say: from its constructor Lightning would not clip it in bf16-mixed.
+    options = {k: v for k, v in spec["init_args"].items() if not (k == "fused" and v)}
+    return partial(kind, **options)
 
 
 class MovingAverage(EMAWeightAveraging):

@@ -214,6 +214,7 @@ class CollapseAlarm(L.Callback):
         with undisturbed(pl_module):
             if self._samples is None:
                 self._samples = fixed_samples(trainer, self.num_images)
+                _warn_of_one_colour(self._samples)
             if self._samples is None or len(self._samples.images) < 4:
                 return {}
             return call(trainer, lambda *samples: measure(pl_module, *samples), *self._samples)
@@ -231,7 +232,8 @@ def measure(module: Any, images: Tensor, mask: Tensor, keys: Tensor) -> dict[str
 
     Returns:
         loss_over_mean (where the target is not classes), feature_variance, effective_rank; nothing
-        where one of them is no number, which is `StopOnNonFinite`'s business.
+        where one of them is no number, which is `StopOnNonFinite`'s business, or where the target
+        is the same everywhere: no loss is better than another then.
     """
     embedding = module.encoder(images).mean((2, 3)).float().cpu()
     size = embedding.square().mean(0).sum().clamp_min(1e-30)  # of a dead encoder: 0
@@ -243,7 +245,10 @@ def measure(module: Any, images: Tensor, mask: Tensor, keys: Tensor) -> dict[str
     if torch.is_floating_point(target):
         region = mask if module.loss_region == "hidden" else None
         loss = masked_mean(module.error(module(images, mask, keys), target), region)
-        found["loss_over_mean"] = float(loss) / mean_level(module.error, target, mask)
+        level = mean_level(module.error, target, mask)
+        if level == 0:
+            return {}
+        found["loss_over_mean"] = float(loss) / level
     return found if all(math.isfinite(value) for value in found.values()) else {}
 
 
@@ -265,6 +270,17 @@ def mean_level(error: Any, target: Tensor, mask: Tensor) -> float:
         prediction = constant.view(1, -1, 1, 1).expand_as(target)
         levels.append(float(masked_mean(error(prediction, target.float()), mask)))
     return min(levels)
+
+
+def _warn_of_one_colour(samples: Samples | None) -> None:
+    """Say that there is nothing to learn, where every image that was looked at is of one colour."""
+    images = samples.images if samples is not None else torch.empty(0)
+    if len(images) and bool((images == images[..., :1, :1]).all()):
+        rank_zero_warn(
+            f"each of the {len(images)} validation images that were looked at is of one colour: "
+            "there is nothing to learn from them. See in reconstructions/ how they were read, and "
+            "what simmim doctor --root DIR says of them"
+        )
 
 
 def _announce(trainer: L.Trainer, reason: str) -> None:

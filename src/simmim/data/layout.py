@@ -1,12 +1,15 @@
 """The parts of a folder: what is trained on, what validates, what tests, and the classes of all."""
 
+import os
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
-from simmim.data.index import FileIndex, check_folder, find_parts
+from simmim.data.index import PARTS, FileIndex, check_folder, find_parts
 from simmim.data.index_cache import keep_split, read_index
 from simmim.data.scans import check_pydicom
 from simmim.data.shards import is_packed, join_packed, read_packed
@@ -68,7 +71,10 @@ def read_parts(
     Raises:
         ValueError: If a part is empty, or the pattern does not match.
     """
-    files = read_split(root) or {"train": read_folder(root)}
+    files = read_split(root)
+    if not files:
+        files = {"train": read_folder(root)}
+        _check_names(root, files["train"].classes)
     split = [index for part, index in files.items() if part != "test"]
     classes: list[str] = []
     if all(index.classes for index in split):
@@ -81,6 +87,24 @@ def read_parts(
         if len(validates):
             parts["val"] = Part(whole, validates)
     return parts
+
+
+def _check_names(root: str, classes: list[str]) -> None:
+    """Say that val/ is no part without a train/ beside it, but a class like any other folder.
+
+    Raises:
+        ValueError: If there is nothing else.
+    """
+    parts = [name for name in classes if name.lower() in chain(*PARTS.values())]
+    if not parts:
+        return
+    here = " and ".join(f"{name}/" for name in parts)
+    if len(parts) == len(classes):
+        raise ValueError(
+            f"{root!r} has {here}, but no train/ beside it: put the training images into train/, "
+            f"or give {os.path.join(root, parts[0])} itself"
+        )
+    rank_zero_warn(f"{here} in {root} is taken for a class: there is no train/ beside it")
 
 
 def split_off(

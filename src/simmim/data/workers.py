@@ -23,11 +23,12 @@ def default_workers(data: ImageData, processes: int = 1) -> int:
 
 
 def outlive_the_first_signal(worker: int) -> None:
-    """Let a worker read on when a scheduler tells all processes to stop.
+    """Let a worker read on when a scheduler, or Ctrl+C, tells all processes to stop.
 
     The process that trains ends its step first, and its workers afterwards; a worker that died
     before would end the run in the middle of a step.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # they end with the process that asked them
     for name in ("SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _once)

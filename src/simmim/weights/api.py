@@ -105,6 +105,8 @@ def load_official(
 
     is_mapping = isinstance(source, Mapping)
     content = source if isinstance(source, Mapping) else read_checkpoint(find_checkpoint(source))
+    if "pytorch-lightning_version" in content:
+        raise ValueError(f"{source} is no official file, but a checkpoint of ours: use it as it is")
     weights = official_weights(
         content,
         "the mapping" if is_mapping else str(source),
@@ -180,9 +182,11 @@ def convert(weights: str | Path, out: str | Path, **kwargs: Any) -> Report | str
         What became of each tensor; of shards, which are only put together, one sentence.
 
     Raises:
-        ValueError: As in `load_official`, or if a shard is missing.
+        ValueError: As in `load_official`, or if a shard is missing, or `out` is there already.
     """
     found = find_checkpoint(weights)
+    if Path(out).exists():
+        raise ValueError(f"{out} is there already: remove it, or give another --out")
     if is_sharded(found):
         content = read_sharded(found)
         _write(content, Path(out))

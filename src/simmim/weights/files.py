@@ -48,8 +48,9 @@ def find_checkpoint(path: str | Path) -> Path:
     for last in LAST:
         if (found / last).exists():
             return found / last
-    versions = sorted(found.glob("version_*/checkpoints/last.ckpt"))
-    hint = f": give one of its runs, such as {versions[-1].parents[1]}" if versions else ""
+    runs = [*found.glob(f"version_*/{LAST[0]}"), *found.glob(f"*/version_*/{LAST[0]}")]
+    newest = max(runs, key=lambda last: last.stat().st_mtime, default=None)
+    hint = f": give one of its runs, such as {newest.parents[1]}" if newest else ""
     raise ValueError(f"{path} has no checkpoints/last.ckpt{hint}")
 
 
