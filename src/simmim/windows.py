@@ -169,6 +169,16 @@ def _plan(block: Any, rows: Integers, columns: Integers, device: torch.device) -
 
 
 def _run_stage(stage: Any, tokens: Tensor, rows: Integers, columns: Integers) -> Tensor:
+    """Run timm's own stage; it is called, as its weights may be gathered for the call only."""
+    inside = _unwrapped(stage)
+    inside.forward = partial(_through_blocks, inside, rows=rows, columns=columns)
+    try:
+        return cast(Tensor, stage(tokens))
+    finally:
+        del inside.forward
+
+
+def _through_blocks(stage: Any, tokens: Tensor, rows: Integers, columns: Integers) -> Tensor:
     tokens = stage.downsample(tokens)
     plans: dict[Any, _Plan] = {}
     for block in stage.blocks:
@@ -184,11 +194,17 @@ def _run_stage(stage: Any, tokens: Tensor, rows: Integers, columns: Integers) ->
 
 def _run_block(block: Any, plan: _Plan, tokens: Tensor) -> Tensor:
     """Run timm's own block, with attention within groups in place of windows."""
-    block._attn = partial(_attend, block.attn, plan)
+    inside = _unwrapped(block)
+    inside._attn = partial(_attend, inside.attn, plan)
     try:
         return cast(Tensor, block(tokens))
     finally:
-        del block._attn
+        del inside._attn
+
+
+def _unwrapped(module: Any) -> Any:
+    """The module itself, where torch's FSDP has wrapped it."""
+    return getattr(module, "_fsdp_wrapped_module", module)
 
 
 def _attend(attn: Any, plan: _Plan, tokens: Float[Tensor, "b m k d"]) -> Float[Tensor, "b m k d"]:
