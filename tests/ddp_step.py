@@ -2,8 +2,8 @@
 
 Usage: python ddp_step.py PROCESSES OUT [KEY=VALUE ...]
 
-Keys: strategy, batches (to accumulate), clip, epochs, save (a checkpoint), load (one to go on
-from).
+Keys: strategy, batches (to accumulate), clip, clip_by (norm or value), epochs, save (a checkpoint),
+load (one to go on from), precision, model (one of MODELS).
 """
 
 import sys
@@ -27,6 +27,23 @@ STRATEGIES: dict[str, Any] = {
     "fsdp_sharded": lambda: FSDP(state_dict_type="sharded"),
     "fully_shard": lambda: FullyShard(),
     "fully_shard_sharded": lambda: FullyShard(save_distributed_checkpoint=True),
+}
+
+SKIP = {"hidden_tokens": "skip", "head": "transformer", "head_kwargs": {"width": 64}}
+SKIP |= {"masking": "random", "masking_kwargs": None}
+SWIN = {
+    "encoder": "swin_tiny_patch4_window7_224",
+    "mask_patch_size": 16,
+    "encoder_kwargs": {"embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4},
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "checkpointing": {"grad_checkpointing": True},
+    "compiled": {"compile": True},
+    "skip": SKIP,
+    "swin": SWIN,
+    "swin_skip": {**SWIN, **SKIP},
+    "swin_skip_checkpointing": {**SWIN, **SKIP, "grad_checkpointing": True},
 }
 
 
@@ -84,7 +101,9 @@ def main(processes: int, out: Path, given: dict[str, str]) -> None:
     torch.set_num_threads(1)
     fsdp_on_cpu()
     torch.manual_seed(0)
-    model = tiny(warmup_epochs=1, base_lr=0.1, masking="foreground", masking_kwargs={"nodata": 0})
+    options = {"warmup_epochs": 1, "base_lr": 0.1}
+    options |= {"masking": "foreground", "masking_kwargs": {"nodata": 0}}
+    model = tiny(**{**options, **MODELS[given.get("model", "plain")]})
     assert not [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p]
     strategy = given.get("strategy", "ddp" if processes > 1 else "auto")
     batches, keep = int(given.get("batches", 1)), Keep()
@@ -95,6 +114,8 @@ def main(processes: int, out: Path, given: dict[str, str]) -> None:
         max_epochs=4,
         callbacks=[keep, Stop(int(given.get("epochs", 4)))],
         gradient_clip_val=float(given["clip"]) if "clip" in given else None,
+        gradient_clip_algorithm=given.get("clip_by"),
+        precision=given.get("precision", "32-true"),  # type: ignore[arg-type]
         accumulate_grad_batches=batches,
         logger=False,
         enable_checkpointing=False,

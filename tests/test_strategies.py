@@ -125,6 +125,17 @@ def test_four_shards_learn_what_one_process_learns(runs: Runs) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fully_shard", "fsdp"])
+@pytest.mark.parametrize("model", ["skip", "swin_skip"])
+def test_hidden_tokens_are_skipped_in_shards(runs: Runs, model: str, strategy: str) -> None:
+    """Blocks and stages are called as timm does: their weights are gathered for the call only."""
+    one, many = runs(1, model=model), runs(2, model=model, strategy=strategy)
+    for key in ("losses", "norms"):
+        close(many[key], one[key])
+    assert many["rates"] == one["rates"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "ways", [("fully_shard", 2), ("fully_shard_sharded", 4), ("fsdp_sharded", 2)]
 )

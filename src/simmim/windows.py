@@ -49,7 +49,10 @@ class VisibleInWindows:
     """
 
     def __init__(self, model: Any, name: str) -> None:
+        self._places: tuple[Tensor, Tensor] | None = None  # while a stage runs
         self._windows: _Windows | None = None  # while a block runs
+        for stage in model.layers:
+            stage.forward = partial(self._through_stage, stage)
         for block in _blocks(model):
             block._attn = partial(self._attend, block)
             for side, window in zip(block.input_resolution, block.window_size, strict=True):
@@ -76,6 +79,18 @@ class VisibleInWindows:
         return cast(Tensor, model.norm(tokens).flatten(1, 2))
 
     def _run_stage(self, stage: Any, tokens: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Call timm's own stage: its weights may be gathered from shards for the call alone."""
+        self._places = rows, columns
+        try:
+            return cast(Tensor, stage(tokens))
+        finally:
+            self._places = None
+
+    def _through_stage(self, stage: Any, tokens: Tensor) -> Tensor:
+        """What a stage does in place of its own forward."""
+        if self._places is None:
+            return cast(Tensor, type(stage).forward(stage, tokens))
+        rows, columns = self._places
         tokens = stage.downsample(tokens)
         kinds: dict[Any, _Windows] = {}
         for block in stage.blocks:

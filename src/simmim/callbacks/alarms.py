@@ -8,6 +8,8 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.tensor import DTensor
 
 from simmim.callbacks.look import Samples, call, fixed_samples, is_logging_step, undisturbed
 from simmim.loss import masked_mean
@@ -65,8 +67,13 @@ class StopOnNonFinite(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Refuse to write weights that are lost: the step after a finite loss may ruin them."""
-        floats = [t for t in checkpoint["state_dict"].values() if torch.is_floating_point(t)]
-        if trainer.training and not all(bool(t.isfinite().all()) for t in floats):
+        if not trainer.training:
+            return
+        # In shards the bad ones may be in one process only; all of them have to stop.
+        parts = [part for t in checkpoint["state_dict"].values() for part in _here(t)]
+        lost = any(not part.isfinite().all() for part in parts if part.is_floating_point())
+        worst = torch.tensor(int(lost), device=trainer.strategy.root_device)
+        if int(trainer.strategy.reduce(worst, reduce_op="max")):
             raise NonFiniteLoss(_explain(trainer, "the weights are", trainer.global_step))
 
     def _check(self, trainer: L.Trainer) -> None:
@@ -76,6 +83,13 @@ class StopOnNonFinite(L.Callback):
         worst = trainer.strategy.reduce(self._first_bad.clone(), reduce_op="max")
         if (step := int(worst)) >= 0:
             raise NonFiniteLoss(_explain(trainer, "train/loss became", step))
+
+
+def _here(tensor: Any) -> list[Tensor]:
+    """What this process holds of a tensor, in shards or not."""
+    if isinstance(tensor, ShardedTensor):  # of FSDP's sharded checkpoints
+        return [shard.tensor for shard in tensor.local_shards()]
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor]
 
 
 def _explain(trainer: L.Trainer, what: str, step: int) -> str:

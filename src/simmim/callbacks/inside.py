@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -130,16 +130,16 @@ def inspect(
         float32 on the CPU.
     """
     encoder, target = module.encoder, module.target(images)
-    prediction = module(images, mask, keys)
+    with _weights_of(module.head) as weights:
+        prediction = module(images, mask, keys)
     hidden = F.interpolate(mask[:, None].float(), prediction.shape[-2:])[:, 0].bool()
     values = {"prediction": prediction.movedim(1, -1)[hidden]}
     if torch.is_floating_point(target):
         values["target"] = target.movedim(1, -1)[hidden]
     if (token := getattr(encoder, "mask_token", None)) is not None:
         values["mask_token"] = token
-    weights = [p.flatten() for name, p in module.head.named_parameters() if name.endswith("weight")]
     if weights:
-        values["head"] = torch.cat(weights)
+        values["head"] = torch.cat([weight for part in weights.values() for weight in part])
     grid, stride = getattr(encoder, "grid_size", (0, 0)), getattr(encoder, "stride", 0)
     watch = WatchAttention(grid, stride, len(images))
     with watch:
@@ -186,6 +186,23 @@ def attention_maps(
         )
     rows = [w[..., -height * width :, -height * width :][:, :, row * width + column] for w in whole]
     return torch.stack(rows).unflatten(-1, (height, width))
+
+
+@contextmanager
+def _weights_of(head: nn.Module) -> Iterator[dict[nn.Module, list[Tensor]]]:
+    """Copy the weights of each part of a head while it computes, and they are gathered."""
+    found: dict[nn.Module, list[Tensor]] = {}
+
+    def copy(part: nn.Module, *args: Any) -> None:
+        own = part.named_parameters(recurse=False)
+        found[part] = [p.detach().flatten().clone() for name, p in own if name.endswith("weight")]
+
+    hooks = [part.register_forward_hook(copy, prepend=True) for part in head.modules()]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class WatchAttention(TorchFunctionMode):
