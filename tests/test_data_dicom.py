@@ -136,6 +136,44 @@ def test_damage_is_named(tmp_path: Path, name: str) -> None:
         read_image(str(tmp_path / f"{name}.dcm"), 1, Intensity())
 
 
+def _bomb(kind: str) -> bytes:
+    """A file of a kilobyte whose frame claims 60,000 x 60,000 pixels, or a deflated one."""
+    values = (ROW // 16).astype(np.uint8)
+    scan, large = dicom(values), (60_000).to_bytes(2, "big") * 2
+    if kind == "deflated":
+        scan.file_meta.TransferSyntaxUID = uid.DeflatedExplicitVRLittleEndian
+        scan.PixelData = bytes(300_000_000)
+        return written(scan)
+    if kind == "jpeg2000":
+        frame = bytearray(imagecodecs.jpeg2k_encode(values, codecformat="j2k", reversible=True))
+        start = frame.index(b"\xff\x51") + 6
+        frame[start : start + 8] = (60_000).to_bytes(4, "big") * 2
+    else:
+        encode = imagecodecs.jpeg8_encode if kind == "jpeg" else imagecodecs.jpegls_encode
+        frame = bytearray(encode(values))
+        start = frame.index(b"\xff\xc0" if kind == "jpeg" else b"\xff\xf7") + 5
+        frame[start : start + 4] = large
+    scan.PixelData = encapsulate([bytes(frame)])
+    scan["PixelData"].is_undefined_length = True
+    syntaxes = {"jpeg": uid.JPEGBaseline8Bit, "jpeg2000": uid.JPEG2000Lossless}
+    scan.file_meta.TransferSyntaxUID = syntaxes.get(kind, uid.JPEGLSLossless)
+    return written(scan)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "jpeg2000", "jpeg-ls", "deflated"])
+def test_bombs_are_refused_before_they_are_unpacked(kind: str) -> None:
+    reason = "unpacks to more than" if kind == "deflated" else "frame claims 60000 x 60000 pixels"
+    with pytest.raises(ValueError, match=reason):
+        decode_image(_bomb(kind), 1, Intensity())
+
+
+def test_deflated() -> None:
+    scan = dicom((ROW // 16).astype(np.uint8))
+    plain = decoded(scan)
+    scan.file_meta.TransferSyntaxUID = uid.DeflatedExplicitVRLittleEndian
+    assert torch.equal(decoded(scan), plain)
+
+
 def test_packed_they_are_what_they_were(tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     for i, compress in enumerate((None, "rle", "jpeg2000")):

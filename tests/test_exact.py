@@ -167,7 +167,7 @@ def assert_same_run(whole: Path, parts: Path) -> None:
     assert_equal(state(whole), state(parts))
     best = [torch.load(r / "checkpoints/best.ckpt", weights_only=True) for r in (whole, parts)]
     assert_equal(*(b["state_dict"] for b in best))
-    left = {path.name for path in parts.rglob("*") if path.is_file()}
+    left = {path.name for path in parts.rglob("*") if path.is_file() and path.suffix != ".png"}
     assert left == {"config.yaml", "metrics.csv", "report.html", "last.ckpt", "best.ckpt"}
     assert [path.name for path in parts.parent.iterdir()] == [parts.name]
 

@@ -8,6 +8,7 @@ the store itself, with as many requests at a time.
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -59,8 +60,8 @@ def store(root: str, seconds: float = 5.0, streams: int = 8, latency_ms: float =
 
     each = max(size // images, 1)
     single, whole = (
-        ask_store(root, lambda length=n: measure(ask, shards, length, seconds, streams))
-        for n in (each, BLOCK)
+        ask_store(root, partial(measure, ask, shards, length, seconds, streams))
+        for length in (each, BLOCK)
     )
     later = f", each {latency_ms:g} ms later" if latency_ms else ""
     lines = [

@@ -1,7 +1,9 @@
 """Scans that are deeper than 8 bits: their units -> 0..1, and the formats that only they have."""
 
 import math
+import struct
 import warnings
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -16,6 +18,7 @@ Pixels = npt.NDArray[np.generic]
 
 MAX_PIXELS = 2**30 // 12  # 89 megapixels, 256 MB of RGB: where Pillow begins to warn of bombs
 MAX_VALUES = 3 * MAX_PIXELS  # of a scan with many channels; a GB as float32
+DEFLATED = b"1.2.840.10008.1.2.1.99"  # DICOM's name of a file that is packed as a whole
 SAMPLE = 2**18  # pixels, evenly spread, that percentiles are read from
 
 
@@ -188,12 +191,14 @@ def decode_dicom(data: bytes, intensity: Intensity) -> Pixels:
     from pydicom import dcmread
     from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
 
+    _check_deflated(data)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of values against the standard: they are many
         scan: Any = dcmread(BytesIO(data), force=True)
         if "PixelData" not in scan or "Rows" not in scan or "Columns" not in scan:
             raise ValueError("it is a DICOM file without pixels, or no DICOM file")
         check_size(int(scan.Columns), int(scan.Rows))
+        _check_frame(scan)
         values = pixel_array(scan, index=0)
         colors = scan.PhotometricInterpretation
         if colors == "PALETTE COLOR":
@@ -204,3 +209,45 @@ def decode_dicom(data: bytes, intensity: Intensity) -> Pixels:
         values = apply_modality_lut(values, scan)
         values = np.where(padded, np.nan, values) if np.any(padded) else values
         return intensity(values, inverted=colors == "MONOCHROME1")[..., None]
+
+
+def _check_deflated(data: bytes) -> None:
+    """Refuse a deflated file that would fill the memory: pydicom unpacks it whole."""
+    length = int.from_bytes(data[140:144], "little")  # of the group that names the compression
+    if DEFLATED not in data[144 : 144 + length]:
+        return
+    inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+    inflate.decompress(data[144 + length :], MAX_VALUES)
+    if inflate.unconsumed_tail:
+        raise ValueError(f"it unpacks to more than {MAX_VALUES:,} bytes")
+
+
+def _check_frame(scan: Any) -> None:
+    """Refuse a compressed frame that claims another size than its file: decoders believe it."""
+    syntax = getattr(getattr(scan, "file_meta", None), "TransferSyntaxUID", None)
+    if syntax is None or not syntax.is_encapsulated:
+        return
+    from pydicom.encaps import get_frame
+
+    frame = get_frame(scan.PixelData, 0, number_of_frames=int(scan.get("NumberOfFrames") or 1))
+    size, said = _frame_size(frame), (int(scan.Columns), int(scan.Rows))
+    if size is not None and size != said:
+        raise ValueError(
+            f"its frame claims {size[0]} x {size[1]} pixels, not {said[0]} x {said[1]}"
+        )
+
+
+def _frame_size(frame: bytes) -> tuple[int, int] | None:
+    """Width and height of a JPEG 2000, JPEG or JPEG-LS; None for what is none of them."""
+    start = frame.find(b"\xff\x4f\xff\x51", 0, 4096)  # JPEG 2000: right, lower, left, upper edge
+    if start >= 0:
+        right, lower, left, upper = struct.unpack_from(">4I", frame, start + 8)
+        return right - left, lower - upper
+    at = 2
+    while frame[:2] == b"\xff\xd8" and frame[at : at + 1] == b"\xff" and at + 9 <= len(frame):
+        marker = frame[at + 1]
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            height, width = struct.unpack_from(">2H", frame, at + 5)
+            return width, height
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(frame[at + 2 : at + 4], "big")
+    return None
