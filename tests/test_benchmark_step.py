@@ -81,7 +81,9 @@ def test_a_line_for_each_combination(config: list[str]) -> None:
 
 
 def test_a_precision_and_other_cells(config: list[str]) -> None:
-    report = measure(config, precision=["bf16-mixed"], mask_patch_size=[4, 16], batch_size=[2], steps=1)
+    report = measure(
+        config, precision=["bf16-mixed"], mask_patch_size=[4, 16], batch_size=[2], steps=1
+    )
     assert [row.cells for row in report.rows] == [64, 4]
     assert {row.precision for row in report.rows} == {"bf16-mixed"}
 
