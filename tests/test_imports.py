@@ -80,7 +80,7 @@ def test_imports_follow_the_data(path: Path) -> None:
 def test_method_files_stay_small_enough_to_read() -> None:
     for name in METHOD | {"pretrain"}:
         lines = len((SRC / f"{name}.py").read_text().splitlines())
-        most = 250 if name == "pretrain" else 480  # it is the page to begin with
+        most = 250 if name == "pretrain" else 500  # it is the page to begin with
         assert lines < most, f"{name}.py has {lines} lines"
 
 

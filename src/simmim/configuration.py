@@ -76,8 +76,9 @@ class Request:
         said = [json.dumps(checkpoint)] if checkpoint else []
         # To be scored or shown, a model is what its checkpoint says, whatever config is named for
         # the data. fit takes what it is asked for first, so as to name what it must ignore.
-        given = [*said, *self.configs] if self.subcommand == "fit" else [*self.configs, *said]
-        configs: list[Path | str] = [*([first] if first else []), *given]
+        configs: list[Path | str] = [first] if first else []
+        fits = self.subcommand == "fit"
+        configs += [*said, *self.configs] if fits else [*self.configs, *said]
         run = [f"--name={self.name}", f"--run_dir={self.run_dir}"]
         run += [f"--imports={json.dumps(self.imports)}"] * bool(self.imports)
         run += [f"--data_class={self.data_class}"] * bool(self.data_class)
