@@ -57,6 +57,20 @@ MODELS = {
         "target": "normalized_pixels",
         "target_kwargs": {"window": 7},
     },
+    "skip": {
+        "encoder": "vit_tiny_patch16_224",
+        "encoder_kwargs": VIT,
+        "hidden_tokens": "skip",
+        "head": "transformer",
+    },
+    "swin_skip": {
+        "encoder": "swin_tiny_patch4_window7_224",
+        "encoder_kwargs": {**SWIN, "window_size": 4},
+        "img_size": 128,
+        "mask_patch_size": 32,
+        "hidden_tokens": "skip",
+        "head": "transformer",
+    },
 }
 
 
@@ -76,7 +90,7 @@ def losses_on(device: torch.device, options: dict) -> tuple[list[float], list[in
         }
         raw, normalized, index = model.inputs(batch, step)
         mask, keys = model.draw_mask(raw, index, validation=False)
-        loss, _ = model.loss_of(normalized, mask, keys)
+        loss, _ = model.loss_of(normalized, mask, keys, model.hidden_count)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
