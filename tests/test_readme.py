@@ -173,7 +173,7 @@ def test_every_option_of_the_questions_exists() -> None:
     known = {name for what in (*makers, *commands) for name in signature(what).parameters}
     options = re.findall(r"(?<=[ `])--([\w.]+)", QUESTIONS)
     assert len(options) > 50
-    assert {option.split(".")[-1] for option in options} <= known | {"ckpt_path"}
+    assert {option.split(".")[-1] for option in options} <= known | {"ckpt_path", "name"}
 
 
 def test_every_make_target_of_the_readme_exists() -> None:
