@@ -26,6 +26,7 @@ SOURCES = {  # the functions whose arguments are a command's options
     "benchmark data": ("benchmark/data.py", "data"),
     "benchmark step": ("benchmark/step.py", "step"),
     "benchmark startup": ("benchmark/startup.py", "startup"),
+    "benchmark store": ("benchmark/store.py", "store"),
 }
 SPLIT = "val_fraction split_seed group_pattern"
 GROUPS = {  # in the order of the page
@@ -81,7 +82,10 @@ GROUPS = {  # in the order of the page
         "run": "steps accelerator out",
     },
     "benchmark startup": {
-        "what is measured": "files workers real batches start",
+        "what is measured": "files labels workers real batches start",
+    },
+    "benchmark store": {
+        "what is measured": "root seconds streams latency_ms",
     },
 }
 VALUES = {  # what stands for a value, where its type does not say it
