@@ -70,12 +70,18 @@ def fixed_samples(trainer: L.Trainer, n: int) -> Samples | None:
     Returns:
         The same images and masks in every epoch and every run.
     """
+    shown = fixed_places(trainer, n)
+    return None if shown is None else samples_at(trainer, *shown)[0]
+
+
+def fixed_places(trainer: L.Trainer, n: int) -> tuple[DataLoader[Any], list[int]] | None:
+    """Choose what pictures show in every epoch: a loader, and n places, spread over its data set.
+
+    None where there are no images.
+    """
     loader = evaluation_loader(trainer)
     size = len(loader.dataset) if loader is not None else 0  # type: ignore[arg-type]
-    if loader is None or size == 0:
-        return None
-    samples, _ = samples_at(trainer, loader, spread_places(size, n))
-    return samples
+    return None if loader is None or size == 0 else (loader, spread_places(size, n))
 
 
 def spread_places(size: int, n: int) -> list[int]:

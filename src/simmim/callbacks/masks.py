@@ -7,7 +7,7 @@ from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 from torch import Tensor
 
-from simmim.callbacks.look import batch_at, evaluation_loader, last_step, spread_places
+from simmim.callbacks.look import batch_at, fixed_places, last_step
 from simmim.callbacks.pictures import draw_panel, to_rgb, to_unit
 from simmim.callbacks.schedule import EpochPictures
 from simmim.masking import upsample_mask
@@ -41,13 +41,12 @@ class Masks(EpochPictures):
 
     def draw(self, trainer: L.Trainer, pl_module: L.LightningModule, epochs: int) -> bool:
         """Draw both masks of each image; no weight is looked at."""
-        loader = evaluation_loader(trainer)
-        size = len(loader.dataset) if loader is not None else 0  # type: ignore[arg-type]
-        if loader is None or size == 0:
+        shown = fixed_places(trainer, self.num_images)
+        if shown is None:
             return False
         if trainer.is_global_zero:
             module: Any = pl_module
-            batch = batch_at(trainer, loader, spread_places(size, self.num_images))
+            batch = batch_at(trainer, *shown)
             raw, _, index = module.inputs(batch, 0)
             masks = {
                 name: module.draw_mask(raw, index, validation=fixed)[0]

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from simmim.callbacks.classification import label_of
-from simmim.callbacks.look import batch_at, call, evaluation_loader, spread_places, undisturbed
+from simmim.callbacks.look import batch_at, call, fixed_places, undisturbed
 from simmim.callbacks.pictures import BACKGROUND, GAP, INK, fitting, to_rgb, to_unit
 from simmim.callbacks.schedule import EpochPictures
 
@@ -36,11 +36,10 @@ class BoardPredictions(EpochPictures):
 
     def draw(self, trainer: L.Trainer, pl_module: L.LightningModule, epochs: int) -> bool:
         """Ask it, and keep what it says."""
-        loader = evaluation_loader(trainer)
-        size = len(loader.dataset) if loader is not None else 0  # type: ignore[arg-type]
-        if loader is None or size == 0:
+        fixed = fixed_places(trainer, self.num_images)
+        if fixed is None:
             return False
-        places = spread_places(size, self.num_images)
+        loader, places = fixed
         batch = batch_at(trainer, loader, places)
         shown = batch if isinstance(batch, Mapping) else _named(pl_module, *batch)
         if "label" not in shown:

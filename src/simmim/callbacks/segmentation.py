@@ -16,9 +16,8 @@ from torch import Tensor
 from simmim.callbacks.look import (
     batch_at,
     call,
-    evaluation_loader,
+    fixed_places,
     last_step,
-    spread_places,
     undisturbed,
 )
 from simmim.callbacks.pictures import BACKGROUND, GAP, INK, draw_panel
@@ -122,12 +121,13 @@ def segment_samples(trainer: L.Trainer, n: int) -> list[Segmented]:
     Returns:
         The same images in every epoch and every run, on the CPU; none without validation images.
     """
-    loader = evaluation_loader(trainer)
-    size = len(loader.dataset) if loader is not None else 0  # type: ignore[arg-type]
+    fixed = fixed_places(trainer, n)
+    if fixed is None:
+        return []
+    loader, places = fixed
     found = []
     module: Any = trainer.lightning_module
-    for place in spread_places(size, n):
-        assert loader is not None
+    for place in places:
         images, masks = module.inputs(batch_at(trainer, loader, [place]))
         logits = call(trainer, module.forward, images)
         mask = masks[0].cpu()
