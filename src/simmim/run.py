@@ -90,11 +90,15 @@ def hold_run(folder: Path) -> BaseFileLock | None:
 def let_go(lock: BaseFileLock | None) -> None:
     """Give up what `hold_run` took."""
     if lock is not None:
-        with suppress(OSError):  # Windows keeps what is open
-            Path(lock.lock_file).unlink()
-        lock.release()
-        with suppress(OSError):
-            Path(lock.lock_file).unlink()
+        path = Path(lock.lock_file)
+        try:
+            path.unlink()
+        except OSError:  # Windows keeps what is open
+            lock.release()
+            with suppress(OSError):
+                path.unlink()
+        else:  # what has this name from here on is another process's
+            lock.release()
 
 
 def leave_run(folder: Path | None, failed: bool) -> None:

@@ -134,7 +134,7 @@ class Option:
         return f"{self.text} [{_plain(str(self.default))}]"
 
     def _value(self) -> str:
-        if self.name in VALUES:
+        if self.name in VALUES and self.annotation != "int":
             return VALUES[self.name]
         if words := re.search(r"Literal\[(.*?)\]", self.annotation):
             return words[1].replace("'", "").replace(", ", "|")
