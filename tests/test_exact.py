@@ -161,12 +161,20 @@ def rows(run: Path) -> list[dict[str, str]]:
         ]
 
 
+def pictures(run: Path) -> dict[str, bytes]:
+    return {path.relative_to(run).as_posix(): path.read_bytes() for path in run.rglob("*.png")}
+
+
 def assert_same_run(whole: Path, parts: Path) -> None:
     """Weights, optimiser, schedule, counters, callbacks, best checkpoint, and every row."""
     assert rows(whole) == rows(parts)
     assert_equal(state(whole), state(parts))
     best = [torch.load(r / "checkpoints/best.ckpt", weights_only=True) for r in (whole, parts)]
     assert_equal(*(b["state_dict"] for b in best))
+    pictures = [
+        {p.relative_to(r): p.read_bytes() for p in r.rglob("*.png")} for r in (whole, parts)
+    ]
+    assert pictures[0] == pictures[1]
     left = {path.name for path in parts.rglob("*") if path.is_file() and path.suffix != ".png"}
     assert left == {"config.yaml", "metrics.csv", "report.html", "last.ckpt", "best.ckpt"}
     assert [path.name for path in parts.parent.iterdir()] == [parts.name]
@@ -249,8 +257,8 @@ def test_a_classifier_that_is_killed_ends_as_if_it_was_not(forks: Forks, place: 
         assert kill(process) == -signal.SIGKILL
     assert 4 < state(parts)["global_step"] < state(whole)["global_step"]
     forks.run(*options, "--name=parts", "--ckpt_path=last")
-    assert (whole / "classes.csv").read_bytes() == (parts / "classes.csv").read_bytes()
-    for name in ("classes.csv", "confusion_matrix.png"):
+    for name in ("classes.csv", "val_predictions.csv"):
+        assert (whole / name).read_bytes() == (parts / name).read_bytes()
         (parts / name).unlink()
     assert_same_run(whole, parts)
 
