@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import mutation_guard
 
 import simmim
 from simmim import Classifier, SimMIM, load_encoder
@@ -388,6 +389,16 @@ def test_what_does_not_fit_is_refused_before_any_data(
     with pytest.raises(ValueError, match=sentence) as error:
         tiny(**named)
     assert "\n" not in str(error.value)
+
+
+def test_a_module_without_options_is_known_after_torch_compile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(nn.Module, "__init__", nn.Module.__init__)  # to have it back
+    mutation_guard.install_generation_tagging_init()  # what the first compilation does
+    assert nn.Module.__init__.__name__ == "patched_init"
+    with pytest.raises(ValueError, match="has no option 'width', it has none"):
+        tiny(encoder="test_extend.Bare", encoder_kwargs={"width": 1})
 
 
 def test_a_file_does_not_trust_itself(tmp_path: Path) -> None:

@@ -229,9 +229,12 @@ def check_call(
 
 def signature_of(part: Callable[..., Any]) -> Signature:
     """What a function or class takes. torch's Module says anything, and takes nothing."""
-    init = getattr(part, "__init__", None)
-    is_bare = getattr(init, "__qualname__", "") == "Module.__init__"
-    return Signature() if isinstance(part, type) and is_bare else signature(part)
+    from torch import nn  # late: the command line imports this file before it knows what it needs
+
+    # torch.compile puts an initialiser of another name in Module's place.
+    is_module = isinstance(part, type) and issubclass(part, nn.Module)
+    is_bare = is_module and cast(Any, part).__init__ is nn.Module.__init__
+    return Signature() if is_bare else signature(part)
 
 
 @cache
