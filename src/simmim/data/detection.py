@@ -226,6 +226,7 @@ class DetectionData(LoaderModule):
             "intensity": self.intensity,
             "on_bad": self.bad_files,
             "labelled": False,
+            "whole": True,
         }
 
     def _plain(self) -> ImageData:
