@@ -70,7 +70,7 @@ def hold_run(folder: Path) -> BaseFileLock | None:
         run's first process, or the file system knows no locks.
 
     Raises:
-        ValueError: If another process trains there.
+        ValueError: If another process trains there, or nothing may be written.
     """
     if not is_first_process():
         return None
@@ -84,6 +84,13 @@ def hold_run(folder: Path) -> BaseFileLock | None:
         ) from None
     except NotImplementedError:
         return None
+    except OSError as error:
+        if os.access(folder, os.W_OK):
+            raise
+        raise ValueError(
+            f"{folder} cannot be written, and a run goes on in its own folder: copy it, or begin a "
+            f"run with its weights: --model.weights {folder}"
+        ) from error
     return lock
 
 
@@ -129,10 +136,12 @@ def is_launched() -> bool:
 
 
 def run_of(checkpoint: Path) -> Path | None:
-    """The folder of the run that a checkpoint lies in, if it does."""
+    """The folder of the run that a checkpoint lies in, if it does; with its name and number."""
     folder = checkpoint.absolute().parent.parent
-    inside = checkpoint.absolute().parent.name == CHECKPOINTS and (folder / CONFIG).is_file()
-    return checkpoint.parent.parent if inside else None
+    if checkpoint.absolute().parent.name != CHECKPOINTS or not (folder / CONFIG).is_file():
+        return None
+    short = checkpoint.parent.parent  # "." and "version_0" do not say the name
+    return short if len(short.parts) > 1 and ".." not in short.parts else folder.resolve()
 
 
 def run_that_goes_on(checkpoint: Path) -> Path | None:
