@@ -50,7 +50,7 @@ def run(tmp_path: Path, make_images: Callable[..., Path], monkeypatch: pytest.Mo
     (tmp_path / "tiny.yaml").write_text(TINY)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    options = ["--run_dir=theirs", "--trainer.max_epochs=1", "--trainer.logger=false"]
+    options = ["--run_dir=theirs", "--trainer.max_epochs=1"]
     assert main(["pretrain", "fit", "-c", "tiny.yaml", *options]) == 0
     return Path("theirs/tiny/version_0")
 
@@ -62,7 +62,7 @@ def test_what_scores_or_shows_a_run_needs_no_right_to_write_into_it(run: Path) -
     show = ["pretrain", "predict", f"--ckpt_path={run}", "--data.root=others"]
     go_on = ["pretrain", "fit", f"--ckpt_path={run}", "--trainer.max_epochs=2"]
     statuses, said = where_it_is_read_only(run, [score, show, go_on])
-    assert statuses == [0, 0, 1]
+    assert statuses == [0, 0, 1], said
     assert f"{run} cannot be written: --run_dir says where results go" in said
     assert f"simmim: {run} cannot be written, and a run goes on in its own folder: copy it" in said
     assert len(list(Path("runs/tiny/version_0/predictions").rglob("*.png"))) == 5

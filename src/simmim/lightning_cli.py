@@ -34,6 +34,7 @@ from simmim.run import (
     KeepConfig,
     LogEachEpoch,
     Start,
+    can_be_written,
     clean_up,
     hold_run,
     is_first_process,
@@ -322,7 +323,7 @@ class TaskCLI(LightningCLI):
             and request.run_dir.resolve() != own.parent.parent.resolve()
         )
         if own is not None and not elsewhere:
-            if fits or os.access(own, os.W_OK):
+            if fits or can_be_written(own):
                 return own
             rank_zero_info(f"{own} cannot be written: --run_dir says where results go")
         if fits or elsewhere or request.subcommand == "predict":

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from tempfile import TemporaryFile
 from typing import Any
 from zipfile import is_zipfile
 
@@ -59,6 +60,15 @@ def new_run(run_dir: Path, name: str) -> Path:
     return folder
 
 
+def can_be_written(folder: Path) -> bool:
+    """Whether files can be made in a folder; rights do not tell of mounts and network disks."""
+    try:
+        with TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
 def hold_run(folder: Path) -> BaseFileLock | None:
     """Keep a second process from training into a run's folder: each would undo what the other did.
 
@@ -85,7 +95,7 @@ def hold_run(folder: Path) -> BaseFileLock | None:
     except NotImplementedError:
         return None
     except OSError as error:
-        if os.access(folder, os.W_OK):
+        if can_be_written(folder):
             raise
         raise ValueError(
             f"{folder} cannot be written, and a run goes on in its own folder: copy it, or begin a "
