@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import tifffile
 import torch
 from PIL import Image, ImageOps
 
+from simmim.data import DetectionData, ImageFolderData, SegmentationData
 from simmim.data.decode import UnreadableImage, decode_image, read_image
 from simmim.data.scans import Intensity
 
@@ -147,7 +149,7 @@ def _damaged() -> dict[str, tuple[bytes, str]]:
         "half.jpg": (jpeg[: len(jpeg) // 2], "Premature end"),
         "no_end.jpg": (jpeg[:-2], "Premature end"),
         "middle.jpg": (bytes(middle), "Corrupt JPEG data"),
-        "bomb.jpg": (bytes(bomb), "claims 65500 x 65500 pixels, at most 89,478,485"),
+        "bomb.jpg": (bytes(bomb), "claims 65500 x 65500 pixels, for which it is too"),
         "half.png": (png[: len(png) // 2], "truncated"),
         "crc.png": (bytes(crc), "broken|truncated|data stream"),
     }
@@ -159,6 +161,62 @@ def test_damage_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UnreadableImage, match=rf"{name}' cannot be read: .*({reason})"):
         read_image(str(tmp_path / name), 3, Intensity())
+
+
+# What is larger than may be decoded ---------------------------------------------------------------
+
+
+@pytest.fixture
+def least(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit that small images reach: a quarter of the scene."""
+    for module in ("decode", "scans"):
+        monkeypatch.setattr(f"simmim.data.{module}.MAX_PIXELS", 96 * 64 // 4)
+
+
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"restart_marker_rows": 1}])
+@pytest.mark.parametrize("times", [1, 3, 4])
+def test_an_enormous_jpeg_is_read_reduced(
+    least: None, options: dict[str, object], times: int
+) -> None:
+    enormous = scene().resize((96 * times, 64 * times), Image.Resampling.BICUBIC)
+    pixels = decoded(encoded(enormous, "JPEG", quality=95, **options))
+    assert pixels.shape == {1: (32, 48, 3), 3: (24, 36, 3), 4: (32, 48, 3)}[times]  # 1/2, 1/8, 1/8
+    seen = enormous.resize(pixels.shape[1::-1], Image.Resampling.BOX)
+    assert np.abs(pixels.astype(float) - np.asarray(seen)).mean() < 2
+    assert decoded(encoded(enormous, "JPEG", **options), in_chans=1).shape[2] == 1
+
+
+def test_a_reduced_jpeg_is_turned_and_its_scans_are_looked_at(least: None) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decoded(encoded(scene(), "JPEG", exif=exif)).shape == (48, 32, 3)
+    data = encoded(Image.effect_noise((96, 64), 60), "JPEG")
+    with pytest.raises(ValueError, match="Premature end"):
+        decoded(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("kind", ["progressive", "cmyk", "png", "tiff", "whole"])
+def test_others_of_that_size_are_refused_before_they_are_in_memory(least: None, kind: str) -> None:
+    image = scene().convert("CMYK") if kind == "cmyk" else scene()
+    format = {"png": "PNG", "tiff": "TIFF"}.get(kind, "JPEG")
+    data = encoded(image, format, **({"progressive": True} if kind == "progressive" else {}))
+    with pytest.raises(ValueError, match="claims 96 x 64 pixels, at most 1,536 go: if it is as la"):
+        decode_image(data, 3, Intensity(), whole=kind == "whole")
+
+
+def test_boxes_and_masks_are_for_the_files_own_pixels(
+    least: None, tmp_path: Path, make_images: Callable[..., Path]
+) -> None:
+    make_images(tmp_path / "images", 4, size=(96, 64), suffix=".jpg")
+    make_images(tmp_path / "masks", 4, size=(96, 64))
+    segmentation, detection = SegmentationData(str(tmp_path)), DetectionData(str(tmp_path))
+    for module in (segmentation, detection):
+        module.setup("predict")
+        with pytest.raises(UnreadableImage, match="at most 1,536 go"):
+            module.sets["predict"].read(0)
+    module = ImageFolderData(str(tmp_path / "images"), img_size=16)
+    module.setup("fit")
+    assert module.sets["training"].read(0).shape == (3, 32, 48)
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:

@@ -108,6 +108,47 @@ def test_parts(tmp_path: Path) -> None:
     assert find_parts(str(tmp_path / "x")) == {}  # without train/, `val` is a class
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="others do not tell Train from train")
+def test_a_part_that_is_there_twice_is_told(tmp_path: Path) -> None:
+    touch(tmp_path, ["Train/1.png", "train/1.png", "val/1.png", "validation/1.png"])
+    with pytest.warns(UserWarning, match="is not read") as warned:
+        parts = find_parts(str(tmp_path))
+    assert parts == {"train": str(tmp_path / "Train"), "val": str(tmp_path / "val")}
+    assert [str(w.message).partition(":")[0] for w in warned] == [
+        f"{tmp_path / 'train'} is not read", f"{tmp_path / 'validation'} is not read"
+    ]  # fmt: skip
+
+
+def test_a_folder_that_is_gone_when_it_is_read_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, ["a/1.png", "b/1.png"])
+    read = os.scandir
+
+    def late(path: str) -> object:
+        if path.endswith("b"):
+            (tmp_path / "b" / "1.png").unlink()
+            (tmp_path / "b").rmdir()
+        return read(path)
+
+    monkeypatch.setattr(os, "scandir", late)
+    with pytest.warns(UserWarning, match="left out a folder: .*No such file or directory.*b'"):
+        assert names(tmp_path) == ["a/1.png"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="its limit is 4,096 bytes")
+def test_a_path_that_is_too_long_is_left_out(tmp_path: Path) -> None:
+    touch(tmp_path, ["1.png"])
+    folder = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(20):
+        os.mkdir("d" * 250, dir_fd=folder)
+        above, folder = folder, os.open("d" * 250, os.O_RDONLY, dir_fd=folder)
+        os.close(above)
+    os.close(folder)
+    with pytest.warns(UserWarning, match="left out a folder: .*File name too long"):
+        assert names(tmp_path) == ["1.png"]
+
+
 def test_no_images(tmp_path: Path) -> None:
     touch(tmp_path, ["notes.txt", ".1.png"])
     with pytest.raises(ValueError, match=r"holds no images: give a folder with files that end in"):

@@ -4,7 +4,9 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -267,6 +269,56 @@ def test_what_is_packed_is_not_packed_again(root: Path) -> None:
     assert contents(out) == before
     again = packed(out, "again", format="raw")  # a packed folder is a folder
     assert len(read_folder(str(again))) == 16
+
+
+def test_ctrl_c_says_that_it_goes_on(tmp_path: Path) -> None:
+    root, out, random = tmp_path / "root", tmp_path / "packed", np.random.default_rng(0)
+    root.mkdir()
+    for i in range(200):  # of 0.12 MB, a shard is nine of them
+        Image.fromarray(random.integers(0, 255, (200, 200, 3), dtype=np.uint8)).save(
+            root / f"{i:03d}.bmp"
+        )
+    options = ["--format=raw", "--shard_mb=1", "--workers=2"]
+    command = [sys.executable, "-m", "simmim", "pack", f"--root={root}", f"--out={out}", *options]
+    slowly = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\nread = os.fstat\n"
+        "def slow(n):\n    import time; time.sleep(0.01); return read(n)\nos.fstat = slow\n"
+    )
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=slowly, start_new_session=True
+    )
+    deadline = time.time() + 60
+    while not (out / "images-00001.arrow").exists() and process.poll() is None:
+        assert time.time() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers as well
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    sentence = rf"simmim: stopped; (\d+) of 200 images are in {out}: the same command goes on\n"
+    done = re.search(sentence, said)
+    assert done
+    assert 0 < int(done[1]) < 200
+    assert not list(out.glob(".*.unfinished"))
+    assert not (out / "packing.lock").exists()
+    first = (out / "images-00000.arrow").stat()
+    assert main(["pack", f"--root={root}", f"--out={out}", *options[:2], "--workers=0"]) == 0
+    assert (out / "images-00000.arrow").stat().st_ino == first.st_ino
+    assert len(read_folder(str(out))) == 200
+
+
+def test_a_val_alone_is_refused_before_it_is_packed(
+    tmp_path: Path, make_images: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_images(tmp_path / "root" / "val" / "a", 2)
+    options = ["--root", str(tmp_path / "root"), "--out", str(tmp_path / "packed")]
+    assert main(["pack", *options]) == 1
+    assert "has val/, but no train/ beside it: put the training images" in capsys.readouterr().err
+    assert not (tmp_path / "packed").exists()
+    make_images(tmp_path / "root" / "cats", 2)
+    with pytest.warns(UserWarning, match="val/ in .* is taken for a class"):
+        assert read_folder(str(packed(tmp_path / "root"))).classes == ["cats", "val"]
 
 
 def test_two_into_one_folder(root: Path) -> None:

@@ -1,5 +1,6 @@
 """Going on from a checkpoint: the same batches as in the run that was not interrupted."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,28 @@ def test_a_changing_accumulation_is_refused(
     data.trainer = trainer
     with pytest.raises(ValueError, match=r"use trainer\.accumulate_grad_batches"):
         data.train_dataloader()
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("change", ["more", "fewer", "renamed"])
+def test_a_folder_that_has_changed_since_is_told(
+    fit: Callable[..., list[Any]], tmp_path: Path, change: str
+) -> None:
+    fit(tmp_path / "run", workers=0, early=False, max_epochs=1)
+    (checkpoint,) = (tmp_path / "run").glob("epoch_*.ckpt")
+    fit(None, checkpoint, workers=0, early=False, max_epochs=2)  # without a warning
+    data = ImageFolderData(str(tmp_path / "root"), val_fraction=0.2)
+    data.setup("fit")
+    first = Path(data.sets["training"].path(0))
+    if change == "more":
+        for i in range(20):
+            shutil.copy(first, first.with_name(f"more{i}.png"))
+    elif change == "fewer":
+        first.unlink()
+    else:
+        first.rename(first.with_name("0.png"))
+    with pytest.warns(UserWarning, match=r"not those that this run began with \(14 then, \d+ now"):
+        fit(None, checkpoint, workers=0, early=False, max_epochs=2)
 
 
 def test_overfitting_repeats_its_batches(tmp_path: Path, make_images: Callable[..., Path]) -> None:

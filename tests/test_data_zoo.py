@@ -221,6 +221,8 @@ def ours(folder: Path) -> list[str]:
     for name, (data, _) in bad().items():
         (folder / "bad").mkdir(exist_ok=True)
         (folder / "bad" / name).write_bytes(data)
+    enormous = picture().resize((12_000, 9_000), Image.Resampling.NEAREST)  # a telephone's
+    (folder / "odd" / "enormous.jpg").write_bytes(encoded(enormous, "JPEG"))
     names = [f"bad/{name}" for name in bad()]
     if os.name == "posix":
         (folder / "bad" / "nowhere.jpg").symlink_to("missing.jpg")

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,12 @@ from faster_coco_eval.core import mask as coco_mask
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from simmim.data import DetectionData, ImageFolderData
+from simmim.data import DetectionData, ImageFolderData, index_cache
 from simmim.data.annotations import read_coco, read_voc
 from simmim.data.boxes import Fit, Jitter, Placement
+from simmim.data.detection import Annotated
 from simmim.data.draws import uniforms
+from simmim.data.mapped import open_tensors, write_tensors
 
 Make = Callable[..., Path]
 BLOOD = Path(__file__).parents[2] / "shared" / "data" / "detection"
@@ -494,3 +498,103 @@ def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no images"):
         data(tmp_path / "empty")
+
+
+# Kept --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(tmp_path: Path, make_images: Make, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with val/, outlines and something to complain of, as old as what is kept."""
+    monkeypatch.setattr(index_cache, "WORTH", 1)
+    for part, n in {"train": 4, "val": 2}.items():
+        make_images(tmp_path / "kept" / part, n, size=40)
+        images = [(i, f"{i:03d}.png") for i in range(n)]
+        objects = [(i, 3 + 4 * (i % 2), [2.0, 3.0, 20.0, 10.0]) for i in range(n)]
+        path = coco(tmp_path / "kept" / part / "annotations.json", images, objects)
+        content = json.loads(path.read_text())
+        for entry in content["annotations"]:
+            entry["segmentation"] = [[2, 3, 22, 3, 22, 13.5]]
+        content["images"].append({"id": 99, "file_name": "gone.png"})
+        if part == "val":
+            content["categories"].reverse()
+            content["categories"].append({"id": 1, "name": "owl"})
+        path.write_text(json.dumps(content))
+    return settle(tmp_path / "kept")
+
+
+def settle(place: Path) -> Path:
+    """Let files and folders have been changed an hour ago."""
+    for path in (place, *place.rglob("*")):
+        os.utime(path, (time.time() - 3600,) * 2)
+    return place
+
+
+def all_of(root: Path, **options: Any) -> list[Any]:
+    """Everything that is read of a folder."""
+    module = DetectionData(str(root), **options)
+    module.setup("fit")
+    found: list[Any] = [module.classes, module.category_ids, module.has_masks]
+    for data in (module.sets["training"], module.sets["validation"]):
+        assert isinstance(data, Annotated)
+        for index in range(len(data)):
+            objects = data.annotations.of(data._place(index))
+            plain = [x.tolist() if isinstance(x, torch.Tensor) else x for x in objects]
+            found.append((data.path(index), plain))
+    return found
+
+
+def never(*_: object) -> None:
+    raise AssertionError("it was read once more")
+
+
+def test_annotations_are_read_once(
+    kept: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    first, said = all_of(kept), [m for m in caplog.messages if "gone.png" in m]
+    assert first[:3] == [["cat", "dog", "owl"], [3, 7, 1], True]
+    assert len(said) == 2
+    monkeypatch.setattr("simmim.data.listed.read_coco", never)
+    assert all_of(kept) == first
+    assert [m for m in caplog.messages if "gone.png" in m] == 2 * said
+    monkeypatch.undo()
+    monkeypatch.setenv("SIMMIM_CACHE", "off")
+    assert all_of(kept) == first
+
+
+@pytest.mark.parametrize("change", ["annotations", "images"])
+def test_changed_annotations_are_read_anew(kept: Path, make_images: Make, change: str) -> None:
+    first = all_of(kept)
+    if change == "images":
+        (kept / "train" / "003.png").unlink()
+    else:
+        path = kept / "train" / "annotations.json"
+        path.write_text(path.read_text().replace('"bbox": [2.0', '"bbox": [5.0'))
+    found = all_of(kept)
+    assert found != first
+    assert len(found) == len(first) - (change == "images")
+
+
+@pytest.mark.parametrize("name", ["0.starts", "0.labels", "0.outline_starts", "0.boxes"])
+def test_damaged_arrays_of_boxes_are_made_anew(kept: Path, name: str) -> None:
+    first = all_of(kept)
+    cache = index_cache.cache_folder()
+    assert cache is not None
+    for file in cache.glob("boxes-*"):
+        tensors, notes = open_tensors(file)
+        plain = {key: tensor.clone() for key, tensor in tensors.items()}
+        plain[name] = plain[name][:-1] if name == "0.boxes" else plain[name] + 9
+        file.unlink()
+        write_tensors(file, plain, notes)
+    assert all_of(kept) == first
+
+
+def test_one_file_for_all_folders_is_kept_too(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [(i, f"train/{i:03d}.png") for i in range(4)] + [(9, "val/000.png")]
+    path = coco(kept / "all.json", images, [(9, 7, [1.0, 1.0, 9.0, 9.0])])
+    settle(kept)
+    first = all_of(kept, annotations=str(path))
+    assert len(first) == 3 + 4 + 1
+    monkeypatch.setattr("simmim.data.listed.read_coco", never)
+    assert all_of(kept, annotations=str(path)) == first

@@ -46,6 +46,8 @@ def test_the_memory_of_the_cpu_is_memory_too() -> None:
         (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "ulimit -n"),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a.png"), "the disk is full: a.png"),
         (OSError(errno.EROFS, os.strerror(errno.EROFS), "a.png"), "a.png cannot be written"),
+        (OSError(errno.EACCES, os.strerror(errno.EACCES), "new"), "new cannot be written: choose"),
+        (OSError(errno.EACCES, os.strerror(errno.EACCES), __file__), ".py: permission denied"),
         (Exception("Error while serializing: No space left on device"), "the disk is full; free"),
         (MisconfigurationException("No supported gpu backend found!"), "--trainer.accelerator cpu"),
     ],

@@ -9,6 +9,7 @@ from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from io import TextIOWrapper
 
 import simmim
 from simmim.configuration import EXPERIMENTS
@@ -127,6 +128,8 @@ def main(argv: list[str] | None = None) -> int:
         where nobody reads what it prints any more.
     """
     word_warnings()
+    if isinstance(sys.stdout, TextIOWrapper):  # names of files need not be text, nor ASCII
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()

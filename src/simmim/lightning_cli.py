@@ -34,6 +34,7 @@ from simmim.run import (
     KeepConfig,
     LogEachEpoch,
     Start,
+    can_be_written,
     clean_up,
     hold_run,
     is_first_process,
@@ -307,11 +308,25 @@ class TaskCLI(LightningCLI):
             )
 
     def _folder(self) -> Path | None:
-        """The run's folder: the checkpoint's own, or a new one where something is written."""
+        """The run's folder: the checkpoint's own, or a new one where something is written.
+
+        What scores or shows a run writes into it, unless it must not be written to, or the user
+        says another --run_dir.
+        """
         request, start = self.request, self.start
-        if start is not None and (start.goes_on or request.subcommand != "fit") and start.run:
-            return start.run
-        if request.subcommand in ("fit", "predict"):
+        fits = request.subcommand == "fit"
+        own = start.run if start is not None and (start.goes_on or not fits) else None
+        elsewhere = (
+            own is not None
+            and not fits
+            and request.placed
+            and request.run_dir.resolve() != own.parent.parent.resolve()
+        )
+        if own is not None and not elsewhere:
+            if fits or can_be_written(own):
+                return own
+            rank_zero_info(f"{own} cannot be written: --run_dir says where results go")
+        if fits or elsewhere or request.subcommand == "predict":
             return new_run(request.run_dir, request.name)
         return None
 

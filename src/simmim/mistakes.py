@@ -207,8 +207,11 @@ def _what_the_machine_lacks(error: BaseException) -> str | None:
             "too many files are open: allow more (ulimit -n 65536), or use fewer processes that "
             "read (--data.num_workers 2)"
         )
-    if isinstance(error, OSError) and error.errno == errno.EROFS:
-        return f"{error.filename} cannot be written: choose another folder (--run_dir, --out)"
+    if isinstance(error, OSError) and _cannot_be_written(error):
+        return (
+            f"{error.filename} cannot be written: choose another folder (--run_dir, --out, "
+            "--data.data_dir)"
+        )
     if _lacks_memory(error):
         return (
             "the memory is full: use a smaller batch (--data.batch_size, or --batch_size; in "
@@ -244,6 +247,14 @@ def _lacks_space(error: BaseException) -> bool:
     """Whether the disk is full; safetensors says it in an error of its own."""
     full = isinstance(error, OSError) and error.errno in FULL
     return full or os.strerror(errno.ENOSPC) in str(error)
+
+
+def _cannot_be_written(error: OSError) -> bool:
+    """Whether something should have been made where nothing may be."""
+    if error.errno != errno.EACCES or not error.filename:
+        return error.errno == errno.EROFS
+    path = os.path.abspath(os.fsdecode(error.filename))
+    return not os.path.lexists(path) and os.access(os.path.dirname(path), os.X_OK)
 
 
 def _while_configuring(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from tempfile import TemporaryFile
 from typing import Any
 from zipfile import is_zipfile
 
@@ -59,6 +60,15 @@ def new_run(run_dir: Path, name: str) -> Path:
     return folder
 
 
+def can_be_written(folder: Path) -> bool:
+    """Whether files can be made in a folder; rights do not tell of mounts and network disks."""
+    try:
+        with TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
 def hold_run(folder: Path) -> BaseFileLock | None:
     """Keep a second process from training into a run's folder: each would undo what the other did.
 
@@ -70,7 +80,7 @@ def hold_run(folder: Path) -> BaseFileLock | None:
         run's first process, or the file system knows no locks.
 
     Raises:
-        ValueError: If another process trains there.
+        ValueError: If another process trains there, or nothing may be written.
     """
     if not is_first_process():
         return None
@@ -84,6 +94,13 @@ def hold_run(folder: Path) -> BaseFileLock | None:
         ) from None
     except NotImplementedError:
         return None
+    except OSError as error:
+        if can_be_written(folder):
+            raise
+        raise ValueError(
+            f"{folder} cannot be written, and a run goes on in its own folder: copy it, or begin a "
+            f"run with its weights: --model.weights {folder}"
+        ) from error
     return lock
 
 
@@ -129,10 +146,12 @@ def is_launched() -> bool:
 
 
 def run_of(checkpoint: Path) -> Path | None:
-    """The folder of the run that a checkpoint lies in, if it does."""
+    """The folder of the run that a checkpoint lies in, if it does; with its name and number."""
     folder = checkpoint.absolute().parent.parent
-    inside = checkpoint.absolute().parent.name == CHECKPOINTS and (folder / CONFIG).is_file()
-    return checkpoint.parent.parent if inside else None
+    if checkpoint.absolute().parent.name != CHECKPOINTS or not (folder / CONFIG).is_file():
+        return None
+    short = checkpoint.parent.parent  # "." and "version_0" do not say the name
+    return short if len(short.parts) > 1 and ".." not in short.parts else folder.resolve()
 
 
 def run_that_goes_on(checkpoint: Path) -> Path | None:

@@ -172,8 +172,9 @@ def run_task(task: Task, args: list[str]) -> None:
     try:
         start = _find_start(task, request, run) if request.ckpt_path else None
         if start is not None and start.run is not None and (start.goes_on or not request.named):
-            name, run_dir = start.run.parent.name, start.run.parent.parent
-            request = replace(request, name=name, run_dir=run_dir)
+            # What scores or shows a run writes into it, if it may: then no other run_dir is asked.
+            run_dir = start.run.parent.parent if request.subcommand == "fit" else request.run_dir
+            request = replace(request, name=start.run.parent.name, run_dir=run_dir)
         request = admit(request, start)
         task, request = with_own_data(task, request)
         with signals_put_back():

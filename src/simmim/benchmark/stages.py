@@ -63,7 +63,7 @@ def _round(
         content = data.files.read(place)
         name = data.files.name(place) if ".dcm" in data.files.suffixes else ""
         times.append(time.perf_counter())
-        image = decode_image(content, data.in_chans, data.intensity, name)
+        image = decode_image(content, data.in_chans, data.intensity, name, data.whole)
         times.append(time.perf_counter())
         samples.append({**data.transform(image, uniforms(data.seed, 0, index)), "index": index})
         times.append(time.perf_counter())

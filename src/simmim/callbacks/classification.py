@@ -81,7 +81,8 @@ class ConfusionMatrix(L.Callback):
         table = class_rows(counts, labels or {}, module.class_names)
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            with (Path(folder) / "classes.csv").open("w", newline="", encoding="utf-8") as file:
+            options: Any = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+            with (Path(folder) / "classes.csv").open("w", **options) as file:
                 csv.writer(file).writerows(table)
             if picture is not None:
                 picture.save(Path(folder) / "confusion_matrix.png")

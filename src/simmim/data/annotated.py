@@ -1,23 +1,22 @@
 """Which images of a folder have annotations, and what these say: arrays that workers share."""
 
-import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
-from simmim.data.annotations import Found, Table, read_coco, read_voc
+from simmim.data.annotations import read_voc
 from simmim.data.index import FileIndex, check_folder
 from simmim.data.layout import Part, read_folder, read_parts
+from simmim.data.listed import Annotations, Classes, Listed, listed_in, read_listed
 from simmim.data.split import validation_mask
 
+Sources = list[tuple[Sequence[FileIndex], Listed]]  # and the folders that each is about
 JSON = ("annotations.json", "_annotations.coco.json")  # beside the images: ours, Roboflow's
 XML_FOLDERS = ("annotations_voc", "annotations", "xml", "xmls")
 IMAGE_FOLDERS = ("images", "jpegimages", "imgs")
@@ -25,62 +24,6 @@ WHERE = (
     "put an annotations.json (COCO) or xml files (Pascal VOC) beside the images, or give "
     "data.annotations FILE"
 )
-
-
-class Objects(NamedTuple):
-    """The objects of one image.
-
-    Attributes:
-        boxes: Left, top, right and bottom edge in pixels, float32, (n, 4).
-        labels: Classes from 0, int64, (n,).
-        ignored: Whether they count neither for nor against a detector, bool, (n,).
-        area: In square pixels, float32, (n,).
-        outlines: COCO's polygons or run lengths of each, or None.
-    """
-
-    boxes: Tensor
-    labels: Tensor
-    ignored: Tensor
-    area: Tensor
-    outlines: list[Any]
-
-
-@dataclass(frozen=True)
-class Annotations:
-    """The objects of all files of an index, one image's behind the other's.
-
-    Attributes:
-        starts: Where each image's begin, and where the last one's end, int64, (files + 1,).
-        boxes: As in `Objects`, like the next three.
-        labels: Classes.
-        ignored: Crowds and difficult objects.
-        area: Areas.
-        sizes: Height and width of each image; 0 where nobody says it, int64, (files, 2).
-        outlines: json of each object's outline, one behind the other, uint8.
-        outline_starts: Where each begins, and where the last one ends, int64.
-    """
-
-    starts: Tensor
-    boxes: Tensor
-    labels: Tensor
-    ignored: Tensor
-    area: Tensor
-    sizes: Tensor
-    outlines: Tensor
-    outline_starts: Tensor
-
-    def of(self, place: int) -> Objects:
-        """The objects of a file."""
-        start, end = self.starts[place : place + 2].tolist()
-        outlines = [self._outline(i) for i in range(start, end)]
-        mine = slice(start, end)
-        return Objects(
-            self.boxes[mine], self.labels[mine], self.ignored[mine], self.area[mine], outlines
-        )
-
-    def _outline(self, i: int) -> Any:
-        start, end = self.outline_starts[i : i + 2].tolist()
-        return json.loads(self.outlines[start:end].numpy().tobytes()) if end > start else None
 
 
 @dataclass(frozen=True)
@@ -98,13 +41,6 @@ class AnnotatedPart:
     places: npt.NDArray[np.int64]
     annotations: Annotations
     has_outlines: bool
-
-
-class Classes(NamedTuple):
-    """Names of the classes, and COCO's number of each."""
-
-    names: list[str]
-    numbers: list[int]
 
 
 def read_annotated_parts(
@@ -134,24 +70,27 @@ def read_annotated_parts(
     """
     check_folder(root)
     parts = _read_parts(root, val_fraction, split_seed, group_pattern)
-    indexes = {part.files.root: part.files for part in parts.values()}
-    tables = _read_tables(root, annotations, indexes, parts["train"].files.root)
-    classes = _unite(tables.values())
+    indexes = list({part.files.root: part.files for part in parts.values()}.values())
+    sources = _read_sources(root, annotations, indexes, parts["train"].files.root)
+    classes = _unite([source for _, source in sources])
     found = {}
-    for table in {id(table): table for table in tables.values()}.values():
-        folders = [folder for folder in indexes if tables.get(folder) is table]
-        matched = _match(table, [indexes[folder] for folder in folders])
-        _tell(table, [indexes[folder] for folder in folders], matched)
-        for folder, rows in zip(folders, matched, strict=True):
-            arrays = _arrays(table, rows, classes)
+    for folders, source in sources:
+        for sentence in source.said:
+            rank_zero_info(sentence)
+        number = [classes.names.index(name) for name in source.classes.names]
+        rows = zip(folders, source.annotations, source.listed, strict=True)
+        for files, objects, listed in rows:
+            if number != list(range(len(number))):
+                labels = torch.tensor(number, dtype=torch.int64)[objects.labels]
+                objects = replace(objects, labels=labels)
             for name, part in parts.items():
-                if part.files.root != folder:
+                if part.files.root != files.root:
                     continue
-                places = np.arange(len(rows)) if part.places is None else part.places
-                kept = places[rows[places] >= 0]
+                places = np.arange(len(files)) if part.places is None else part.places
+                kept = places[listed.numpy()[places]]
                 if len(kept):
-                    found[name] = AnnotatedPart(part.files, kept, arrays, table.has_outlines)
-    _check_found(found, tables, parts)
+                    found[name] = AnnotatedPart(part.files, kept, objects, source.has_outlines)
+    _check_found(found, sources, parts)
     return found, classes
 
 
@@ -181,37 +120,37 @@ def _read_parts(
     return {**parts, "val": Part(train.files, np.flatnonzero(mask))} if mask.any() else parts
 
 
-def _read_tables(
-    root: str, annotations: str | None, indexes: dict[str, FileIndex], train: str
-) -> dict[str, Table]:
+def _read_sources(
+    root: str, annotations: str | None, indexes: Sequence[FileIndex], train: str
+) -> Sources:
     """Read the annotations of each folder; a test/ may have none."""
     if annotations is not None:
-        return dict.fromkeys(indexes, _read_given(annotations, indexes.values()))
-    tables = {}
-    for folder, files in indexes.items():
-        if (table := _find_table(root, files)) is not None:
-            tables[folder] = table
-        elif folder != train and os.path.basename(folder).lower() == "test":
-            rank_zero_info(f"{folder} has no annotations: nothing to test on")
+        return [(indexes, _read_given(annotations, indexes))]
+    sources: Sources = []
+    for files in indexes:
+        if (source := _find_source(root, files)) is not None:
+            sources.append(([files], source))
+        elif files.root != train and os.path.basename(files.root).lower() == "test":
+            rank_zero_info(f"{files.root} has no annotations: nothing to test on")
         else:
-            raise ValueError(f"{folder!r} has images, but no annotations: {WHERE}")
-    return tables
+            raise ValueError(f"{files.root!r} has images, but no annotations: {WHERE}")
+    return sources
 
 
-def _read_given(annotations: str, indexes: Iterable[FileIndex]) -> Table:
+def _read_given(annotations: str, indexes: Sequence[FileIndex]) -> Listed:
     """Read what data.annotations names."""
     path = os.path.expanduser(annotations)
     if not os.path.isdir(path):
-        return read_coco(path)
+        return read_listed(path, indexes)
     xml = _find_xml([path])
     files = {}
     for index in indexes:
         names = index.all_names()
         files.update({name: xml[_stem(name)] for name in names if _stem(name) in xml})
-    return read_voc(path, files)
+    return listed_in(read_voc(path, files), indexes)
 
 
-def _find_table(root: str, files: FileIndex) -> Table | None:
+def _find_source(root: str, files: FileIndex) -> Listed | None:
     """Find the annotations of a part: COCO's, VOC's, or else the only json in its folder."""
     folder, name = files.root, os.path.basename(os.path.normpath(files.root))
     candidates = [os.path.join(folder, file) for file in JSON]
@@ -219,7 +158,7 @@ def _find_table(root: str, files: FileIndex) -> Table | None:
         candidates += [os.path.join(root, file), os.path.join(root, "annotations", file)]
     for path in candidates:
         if os.path.isfile(path):
-            return read_coco(path)
+            return read_listed(path, [files])
     above = [entry.path for entry in os.scandir(root) if entry.name.lower() in XML_FOLDERS]
     for folders in ([folder], above):
         xml = _find_xml(folders)
@@ -229,9 +168,9 @@ def _find_table(root: str, files: FileIndex) -> Table | None:
             if stem := next((stem for stem in stems if stem in xml), None):
                 matched[image] = xml[stem]
         if matched:
-            return read_voc(folder, matched)
+            return listed_in(read_voc(folder, matched), [files])
     beside = [file for file in os.listdir(folder) if file.lower().endswith(".json")]
-    return read_coco(os.path.join(folder, beside[0])) if len(beside) == 1 else None
+    return read_listed(os.path.join(folder, beside[0]), [files]) if len(beside) == 1 else None
 
 
 def _find_xml(folders: Iterable[str]) -> dict[str, str]:
@@ -253,120 +192,26 @@ def _stem(name: str) -> str:
     return "/".join(part for part in parts if part.lower() not in (*XML_FOLDERS, *IMAGE_FOLDERS))
 
 
-# Matching ----------------------------------------------------------------------------------------
+# What is said ------------------------------------------------------------------------------------
 
 
-def _match(table: Table, indexes: Sequence[FileIndex]) -> list[npt.NDArray[np.int64]]:
-    """Which row of a table each file of each index is; -1: none."""
-    find = file_finder(indexes)
-    matched = [np.full(len(files), -1, np.int64) for files in indexes]
-    for row, name in enumerate(table.names):
-        if (place := find(name)) is not None:
-            matched[place[0]][place[1]] = row
-    return matched
-
-
-def file_finder(indexes: Sequence[FileIndex]) -> Callable[[str], tuple[int, int] | None]:
-    """How to find a file by what annotations call it: by its path below a folder, or by less.
-
-    Folders that it does not lie in are left out from the front (another machine's), and images/
-    is put before it. The bare name does where it is the only such file.
-
-    Returns:
-        A function of the name that gives the number of the index and the place in it, or None.
-    """
-    exact: dict[str, tuple[int, int] | None] = {}
-    bare: dict[str, tuple[int, int] | None] = {}
-    for number, files in enumerate(indexes):
-        folder = os.path.basename(os.path.normpath(files.root))
-        for i in range(len(files)):
-            name, place = files.name(i), (number, i)
-            for known, key in (
-                (exact, f"{folder}/{name}"),
-                (exact, name),
-                (bare, name.rpartition("/")[2]),
-            ):
-                known[key] = place if known.get(key, place) == place else None
-
-    def find(name: str) -> tuple[int, int] | None:
-        parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
-        for i in range(len(parts)):
-            tail = "/".join(parts[i:])
-            for path in (tail, f"images/{tail}"):
-                if path in exact:
-                    return exact[path]
-        return bare.get(parts[-1]) if parts else None
-
-    return find
-
-
-def _unite(tables: Iterable[Table]) -> Classes:
+def _unite(sources: Iterable[Listed]) -> Classes:
     """The classes of all parts, in the order of the first that names them."""
     numbers: dict[str, int] = {}
-    for table in tables:
-        for name, number in zip(table.classes, table.numbers, strict=True):
+    for source in sources:
+        for name, number in zip(*source.classes, strict=True):
             numbers.setdefault(name, number)
     return Classes(list(numbers), list(numbers.values()))
 
 
-def _arrays(table: Table, rows: npt.NDArray[np.int64], classes: Classes) -> Annotations:
-    """Put the objects of an index's files into arrays, with the labels of the whole."""
-    number = [classes.names.index(name) for name in table.classes]
-    objects: list[list[Found]] = [table.objects[row] if row >= 0 else [] for row in rows.tolist()]
-    sizes = [(table.sizes[row] if row >= 0 else None) or (0, 0) for row in rows.tolist()]
-    found = [one for group in objects for one in group]
-    outlines = [b"" if one.outline is None else _dump(one.outline) for one in found]
-    return Annotations(
-        starts=_starts([len(group) for group in objects]),
-        boxes=torch.tensor([one.box for one in found], dtype=torch.float32).view(-1, 4),
-        labels=torch.tensor([number[one.label] for one in found], dtype=torch.int64),
-        ignored=torch.tensor([one.ignored for one in found], dtype=torch.bool),
-        area=torch.tensor([one.area for one in found], dtype=torch.float32),
-        sizes=torch.tensor(sizes, dtype=torch.int64).view(-1, 2),
-        outlines=torch.tensor(bytearray(b"".join(outlines)), dtype=torch.uint8),
-        outline_starts=_starts([len(outline) for outline in outlines]),
-    )
-
-
-def _dump(outline: Any) -> bytes:
-    return json.dumps(outline).encode()
-
-
-def _starts(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
-
-
-# What is said ------------------------------------------------------------------------------------
-
-
-def _tell(
-    table: Table, indexes: Sequence[FileIndex], matched: Sequence[npt.NDArray[np.int64]]
-) -> None:
-    """Say which images and objects are not used, and why."""
-    for files, rows in zip(indexes, matched, strict=True):
-        unlisted = np.flatnonzero(rows < 0)
-        if len(unlisted):
-            rank_zero_info(
-                f"{len(unlisted)} of {len(files)} images in {files.root} are not in "
-                f"{table.source}, and so not used (first: {files.name(int(unlisted[0]))})"
-            )
-    listed = {row for rows in matched for row in rows.tolist()}
-    missing = [name for row, name in enumerate(table.names) if row not in listed]
-    if missing:
-        kind = f"of {len(table.names)} listed images are not on the disk and were left out"
-        table.faults.add(kind, missing[0], len(missing))
-    table.faults.tell(table.source)
-
-
-def _check_found(
-    found: dict[str, AnnotatedPart], tables: dict[str, Table], parts: dict[str, Part]
-) -> None:
+def _check_found(found: dict[str, AnnotatedPart], sources: Sources, parts: dict[str, Part]) -> None:
+    source_of = {files.root: source for folders, source in sources for files in folders}
     for name, part in parts.items():
-        table = tables.get(part.files.root)
+        source = source_of.get(part.files.root)
         whole = name == "train" or part.files.root != parts["train"].files.root
-        if table is not None and whole and name not in found:
-            said = repr(table.names[0]) if table.names else "nothing"
+        if source is not None and whole and name not in found:
+            said = repr(source.first) if source.first else "nothing"
             raise ValueError(
-                f"{table.source} lists no image of {part.files.root!r}: it names {said}, the "
+                f"{source.source} lists no image of {part.files.root!r}: it names {said}, the "
                 f"folder holds {part.files.name(0)!r}"
             )

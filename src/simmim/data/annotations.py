@@ -4,12 +4,11 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
-
-from lightning.pytorch.utilities import rank_zero_info
 
 Corners = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -45,11 +44,10 @@ class Faults:
         self.counts[kind] += count
         self.first.setdefault(kind, str(example))
 
-    def tell(self, source: str) -> None:
-        """Say it all in one line."""
-        if self.counts:
-            said = [f"{n} {kind} (first: {self.first[kind]})" for kind, n in self.counts.items()]
-            rank_zero_info(f"{source}: {'; '.join(said)}")
+    def tell(self, source: str) -> list[str]:
+        """Say it all in one line, if there is something to say."""
+        said = [f"{n} {kind} (first: {self.first[kind]})" for kind, n in self.counts.items()]
+        return [f"{source}: {'; '.join(said)}"] if said else []
 
 
 @dataclass
@@ -243,14 +241,12 @@ def _outline(segmentation: Any) -> Any:
         return segmentation
     if not isinstance(segmentation, list):
         return None
-    polygons = [
-        [float(value) for value in polygon]
-        for polygon in segmentation
-        if isinstance(polygon, list)
-        and len(polygon) >= 6
-        and len(polygon) % 2 == 0
-        and all(_number(value) is not None for value in polygon)
-    ]
+    polygons = []
+    for polygon in segmentation:
+        if isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0:
+            with suppress(TypeError, ValueError, OverflowError):
+                values = [float(value) for value in polygon]
+                polygons += [values] if all(map(math.isfinite, values)) else []
     return polygons or None
 
 

@@ -1,6 +1,8 @@
 """One sample: file -> pixels -> transform -> a dict; and samples -> a batch."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from hashlib import blake2b
 from itertools import compress
 from typing import Any, Literal, TypeVar
 
@@ -13,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from simmim.data.decode import UnreadableImage, decode_image, unreadable
 from simmim.data.draws import uniforms
 from simmim.data.index import FileIndex
+from simmim.data.index_cache import digest_of
 from simmim.data.mapped import as_tensor
 from simmim.data.scans import Intensity
 
@@ -40,6 +43,8 @@ class ImageData(Dataset[dict[str, Any]]):
         on_bad: What an unreadable file does: "skip" puts another sample, drawn by (seed, epoch,
             index), in its place, and marks it in `unreadable`; "raise" raises.
         labelled: Whether the samples have labels.
+        whole: Whether pixels must be the files' own, as in `decode_image`: boxes and masks are for
+            them.
 
     Attributes:
         unreadable: 1 for each file that could not be read, uint8; workers share it.
@@ -56,10 +61,12 @@ class ImageData(Dataset[dict[str, Any]]):
         seed: int = 0,
         on_bad: Literal["skip", "raise"] = "skip",
         labelled: bool = True,
+        whole: bool = False,
     ) -> None:
         self.files, self.transform, self.seed, self.on_bad = files, transform, seed, on_bad
         self.places = None if places is None else as_tensor(places)
         self.in_chans, self.intensity = in_chans, intensity or Intensity()
+        self.whole = whole
         self.labelled = labelled and files.labels is not None
         self.unreadable = torch.zeros(len(self), dtype=torch.uint8)
 
@@ -87,7 +94,7 @@ class ImageData(Dataset[dict[str, Any]]):
         try:
             data = self.files.read(place)
             name = self.files.name(place) if ".dcm" in self.files.suffixes else ""
-            return decode_image(data, self.in_chans, self.intensity, name)
+            return decode_image(data, self.in_chans, self.intensity, name, self.whole)
         except Exception as error:  # decoders raise whatever they like
             raise unreadable(self.files.path(place), error, data) from error
 
@@ -116,6 +123,14 @@ class ImageData(Dataset[dict[str, Any]]):
             chosen[self.places] = True
             return compress(self.files.all_names(), chosen.numpy())
         return map(self.name, range(len(self)))
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the files' paths below the folder, in order; a second for 14 million of them."""
+        digest = blake2b(digest_of(self.files).encode(), digest_size=16)
+        if self.places is not None:
+            digest.update(self.places.numpy().data)
+        return digest.hexdigest()
 
     @property
     def labels(self) -> Tensor | None:

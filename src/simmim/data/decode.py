@@ -6,6 +6,7 @@ compared with `MAX_PIXELS`.
 """
 
 import warnings
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from io import BytesIO
@@ -35,6 +36,8 @@ Pixels = npt.NDArray[np.generic]
 ORIENTATION = 0x0112  # EXIF's tag: how the camera was held
 # Raster images alone: Pillow would start Ghostscript for an EPS that is called .png.
 FORMATS = ("JPEG", "MPO", "PNG", "TIFF", "WEBP", "GIF", "BMP", "DIB", "PPM", "AVIF", "JPEG2000")
+PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)  # a JPEG's frames; below: what looks like one, and is none
+NO_FRAME = (0xC4, 0xC8, 0xCC)
 PIXELS_PER_BYTE = 512  # of a JPEG at most: a bit for each 8 x 8 block of a gray one
 LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R 601, as in JPEG and Pillow
 
@@ -84,7 +87,11 @@ def reason_of(error: Exception, data: bytes | memoryview) -> str:
 
 
 def decode_image(
-    data: bytes | memoryview, in_chans: int, intensity: Intensity, name: str = ""
+    data: bytes | memoryview,
+    in_chans: int,
+    intensity: Intensity,
+    name: str = "",
+    whole: bool = False,
 ) -> Tensor:
     """Decode the bytes of an image file; what they are is told by themselves, not by the name.
 
@@ -96,6 +103,9 @@ def decode_image(
             and four keep the transparency. Other numbers must be the file's own.
         intensity: How a scan of more than 8 bits becomes 0..1.
         name: Of the file; only a DICOM file without its preamble is told by it.
+        whole: Whether the pixels must be the file's own. Otherwise a JPEG of more than `MAX_PIXELS`
+            is decoded at a half, a quarter or an eighth of its sides, which takes no memory for
+            the rest; other files of such a size are refused.
 
     Returns:
         uint8, or float32 in 0..1 from a deeper scan, (in_chans, H, W).
@@ -103,13 +113,17 @@ def decode_image(
     Raises:
         Exception: Of many kinds, where the file is no image, or a damaged one.
     """
-    pixels = decode_pixels(data, in_chans, intensity, name)
+    pixels = decode_pixels(data, in_chans, intensity, name, whole)
     pixels = np.ascontiguousarray(_to_channels(pixels, in_chans))
     return torch.from_numpy(pixels).permute(2, 0, 1)  # HWC -> CHW
 
 
 def decode_pixels(
-    data: bytes | memoryview, in_chans: int, intensity: Intensity, name: str = ""
+    data: bytes | memoryview,
+    in_chans: int,
+    intensity: Intensity,
+    name: str = "",
+    whole: bool = False,
 ) -> Pixels:
     """Decode an image file as `decode_image` does, but leave it the channels that it has.
 
@@ -121,7 +135,7 @@ def decode_pixels(
         return decode_npy(data, in_chans, intensity)
     data, pixels = bytes(data), None
     if data[:3] == b"\xff\xd8\xff":
-        pixels = _decode_jpeg(data, in_chans)
+        pixels = _decode_jpeg(data, in_chans, whole)
     elif is_dicom(data, name):
         pixels = decode_dicom(data, intensity)
     elif is_deep_png(data):
@@ -144,35 +158,66 @@ def _what_else(data: bytes) -> str:
     return "it is no image, or its beginning is damaged"
 
 
-def _decode_jpeg(data: bytes, in_chans: int) -> Pixels | None:
+def _decode_jpeg(data: bytes, in_chans: int, whole: bool) -> Pixels | None:
     """Decode by libjpeg-turbo; None for what it does not know (CMYK, rare subsamplings)."""
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    check_size(width, height)
+    eighths = _eighths(width * height)
+    if eighths == 8 or whole or not _is_one_scan(data):
+        check_size(width, height)
     if width * height > PIXELS_PER_BYTE * len(data):
         raise ValueError(f"its header claims {width} x {height} pixels, for which it is too short")
     if colors in ("CMYK", "YCCK"):  # Pillow knows Adobe's inks, but passes over damage
+        check_size(width, height)
         simplejpeg.decode_jpeg(data, "CMYK", strict=True)
     if colors not in ("YCbCr", "RGB", "Gray"):
         return None
     gray = colors == "Gray" or in_chans == 1
-    pixels: Pixels = simplejpeg.decode_jpeg(data, "GRAY" if gray else "RGB", strict=True)
+    sides = [] if eighths == 8 else [-(-side * eighths // 8) for side in (height, width)]
+    pixels: Pixels = simplejpeg.decode_jpeg(
+        data, "GRAY" if gray else "RGB", False, False, *sides, strict=True
+    )
     return _rotate(pixels, _orientation(data)) if _has_exif(data) else pixels
 
 
+def _eighths(pixels: int) -> int:
+    """How many eighths of its sides a picture may keep, so as not to exceed `MAX_PIXELS`."""
+    return next((n for n in (8, 4, 2) if pixels * n * n <= 64 * MAX_PIXELS), 1)
+
+
+def _is_one_scan(data: bytes) -> bool:
+    """Whether a JPEG comes row by row; others are in memory as a whole, whatever is made of it."""
+    components = 0
+    for marker, start in _segments(data):
+        if marker in PROGRESSIVE:
+            return False
+        if 0xC0 <= marker <= 0xCF and marker not in NO_FRAME:
+            components = int.from_bytes(data[start + 5 : start + 6])
+        if marker == 0xDA:
+            return data[start] == components
+    return False
+
+
 def _has_exif(data: bytes) -> bool:
-    """Walk the segments before the picture: marker and length in two bytes each, then content."""
+    return any(m == 0xE1 and data[at : at + 6] == b"Exif\0\0" for m, at in _segments(data))
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """Walk the segments before a JPEG's picture: the marker, and where its content begins.
+
+    Marker and length have two bytes each.
+    """
     at = 2
-    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":
-        if data[at + 1 : at + 2] == b"\xe1" and data[at + 4 : at + 10] == b"Exif\0\0":
-            return True
-        if data[at + 1 : at + 2] == b"\xff":  # filling
+    while at + 4 < len(data) and data[at] == 0xFF:
+        if data[at + 1] == 0xFF:  # filling
             at += 1
             continue
+        yield data[at + 1], at + 4
+        if data[at + 1] == 0xDA:
+            return
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return False
 
 
 def _orientation(data: bytes) -> int:

@@ -10,13 +10,7 @@ import torch
 from faster_coco_eval.core import mask as coco_mask
 from torch import Tensor
 
-from simmim.data.annotated import (
-    AnnotatedPart,
-    Annotations,
-    Objects,
-    file_finder,
-    read_annotated_parts,
-)
+from simmim.data.annotated import AnnotatedPart, read_annotated_parts
 from simmim.data.annotations import read_coco
 from simmim.data.boxes import Fit, Jitter
 from simmim.data.checks import (
@@ -30,6 +24,7 @@ from simmim.data.dataset import ImageData, Key, WholeFolder, collate
 from simmim.data.decode import UnreadableImage
 from simmim.data.draws import uniforms
 from simmim.data.layout import read_folder
+from simmim.data.listed import Annotations, Objects, file_finder
 from simmim.data.loaders import LoaderModule
 from simmim.data.scans import Intensity
 from simmim.data.split import check_group_pattern
@@ -226,6 +221,7 @@ class DetectionData(LoaderModule):
             "intensity": self.intensity,
             "on_bad": self.bad_files,
             "labelled": False,
+            "whole": True,
         }
 
     def _plain(self) -> ImageData:

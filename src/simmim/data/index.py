@@ -131,13 +131,19 @@ def find_parts(root: str) -> dict[str, str]:
         The folders there are, by "train", "val" and "test"; empty unless there is a train/, for
         then the folder is to be split by us.
     """
-    folders = {entry.name.lower(): entry.path for entry in os.scandir(root) if _is_folder(entry)}
-    parts = {
-        part: next(folders[name] for name in names if name in folders)
-        for part, names in PARTS.items()
-        if folders.keys() & set(names)
-    }
-    return parts if "train" in parts else {}
+    entries = sorted(os.scandir(root), key=lambda entry: entry.name)
+    folders = [entry.path for entry in entries if _is_folder(entry)]
+    parts: dict[str, list[str]] = {}
+    for part, names in PARTS.items():
+        of_part = [f for name in names for f in folders if os.path.basename(f).lower() == name]
+        if of_part:
+            parts[part] = of_part
+    if "train" not in parts:
+        return {}
+    for first, *others in parts.values():
+        for other in others:
+            rank_zero_warn(f"{other} is not read: {first} is the same part, and comes before it")
+    return {part: of_part[0] for part, of_part in parts.items()}
 
 
 def scan(root: str) -> FileIndex:
@@ -241,7 +247,7 @@ def _walk(root: str) -> Iterator[Folder]:
         stamp = folder_stamp(path)  # first: what changes meanwhile is noticed the next time
         try:
             status, entries = os.stat(path), sorted(os.scandir(path), key=lambda e: e.name)
-        except PermissionError as error:
+        except OSError as error:  # no right to, gone meanwhile, too deep, or a disk that fails
             yield Folder(relative, stamp=stamp, refused=str(error))
             continue
         if (here := (status.st_dev, status.st_ino)) in above:

@@ -47,7 +47,7 @@ VERSION = 1
 WORTH = 10_000  # files; fewer are read, and split, in less than a second
 COARSE = 2 * 10**9  # ns; the times of FAT, the coarsest that there are
 DAYS = 90  # after which what nobody used is deleted
-KINDS = ("index", "split", "labels", "pairs")
+KINDS = ("index", "split", "labels", "pairs", "boxes")
 
 Places = npt.NDArray[np.int64]
 Kept = tuple[dict[str, Tensor], dict[str, str]]

@@ -71,10 +71,7 @@ def read_parts(
     Raises:
         ValueError: If a part is empty, or the pattern does not match.
     """
-    files = read_split(root)
-    if not files:
-        files = {"train": read_folder(root)}
-        _check_names(root, files["train"].classes)
+    files = read_split(root) or {"train": read_unsplit(root)}
     split = [index for part, index in files.items() if part != "test"]
     classes: list[str] = []
     if all(index.classes for index in split):
@@ -87,6 +84,17 @@ def read_parts(
         if len(validates):
             parts["val"] = Part(whole, validates)
     return parts
+
+
+def read_unsplit(root: str) -> FileIndex:
+    """Index a folder without a train/, all of which trains or is to be split.
+
+    Raises:
+        ValueError: If it has a val/ and nothing else.
+    """
+    files = read_folder(root)
+    _check_names(root, files.classes)
+    return files
 
 
 def _check_names(root: str, classes: list[str]) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import Sampler
 
 from simmim.data.bad_files import BadFiles
@@ -114,13 +114,23 @@ class LoaderModule(L.LightningDataModule):
         return self._in_order(self.sets["predict"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep the number of steps, which loaders may need before the trainer, and the window."""
+        """Keep the number of steps, which loaders may need before the trainer, and the window.
+
+        And which images are trained on, so that a folder that has changed since is noticed.
+        """
         step = self.trainer.global_step if self.trainer else 0
-        return {"global_step": step, "window": self.intensity.window}
+        return {"global_step": step, "window": self.intensity.window, "images": self._images()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on after these steps, with scans seen as before."""
         self._resumed_step = int(state_dict["global_step"])
+        before, now = state_dict.get("images"), self._images()
+        if self._trains() and before and now and before != now:
+            rank_zero_warn(
+                f"the training images below {self.root} are not those that this run began with "
+                f"({before[0]:,} then, {now[0]:,} now): it goes on with them, but will not end as "
+                "if it had not been interrupted"
+            )
         if self.percentiles_of == "dataset" and state_dict.get("window") is not None:
             self._use_window(state_dict["window"])
 
@@ -153,6 +163,11 @@ class LoaderModule(L.LightningDataModule):
             )
         if self.trainer is not None:
             self.trainer.limit_val_batches = 0  # else Lightning warns of an empty loader
+
+    def _images(self) -> tuple[int, str] | None:
+        """How many images are trained on, and the hash of their names."""
+        data = self.sets.get("training")
+        return None if data is None else (len(data), data.digest)
 
     def _statistics(self) -> Statistics:
         if not isinstance(self.statistics, str):

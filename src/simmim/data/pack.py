@@ -26,7 +26,7 @@ from simmim.bar import Bar
 from simmim.data.bad_files import escape
 from simmim.data.decode import UnreadableImage, decode_pixels, is_dicom, reason_of
 from simmim.data.index import FileIndex, check_folder
-from simmim.data.layout import read_folder, read_split
+from simmim.data.layout import read_split, read_unsplit
 from simmim.data.scans import Intensity
 from simmim.data.shards import (
     Packed,
@@ -36,7 +36,7 @@ from simmim.data.shards import (
     digest_of_file,
     is_packed,
 )
-from simmim.data.workers import cpu_count
+from simmim.data.workers import cpu_count, outlive_the_first_signal
 from simmim.durable import UNFINISHED, beside, sync, write_whole
 
 BATCH_BYTES = 16 * 2**20  # of a record batch: what other tools read at once
@@ -85,6 +85,7 @@ def pack(
     Raises:
         ValueError: If an option is out of its range, the folder holds no image, `out` holds
             something else, or its disk is too small.
+        KeyboardInterrupt: On Ctrl+C; it says how far it came.
     """
     for name, value, low, high in (
         ("short_side", short_side or 1, 1, 65_535),
@@ -110,7 +111,13 @@ def pack(
         _check_disk(folder, files, packed, encode)
         workers = cpu_count() if workers is None else workers
         limit = max_bad_share if bad_files == "skip" else None
-        _write(folder, files, packed, encode, workers, limit)
+        try:
+            _write(folder, files, packed, encode, workers, limit)
+        except KeyboardInterrupt:
+            done, total = (sum(getattr(p, n) for p in parts.values()) for n in ("taken", "files"))
+            raise KeyboardInterrupt(
+                f"{done:,} of {total:,} images are in {out}: the same command goes on"
+            ) from None
     return _report(out, packed)
 
 
@@ -204,7 +211,7 @@ def _as_jpeg(pixels: npt.NDArray[Any], quality: int) -> bytes:
 def _plan(root: str) -> tuple[dict[str, FileIndex], dict[str, PackedPart]]:
     """Index what is to be packed, by its parts."""
     split = read_split(root)
-    files = split or {"train": read_folder(root)}
+    files = split or {"train": read_unsplit(root)}
     parts = {
         name: PackedPart(
             os.path.basename(index.root) if split else "",
@@ -382,6 +389,7 @@ def _encoded(images: Images, start: int, workers: int) -> Iterator[tuple[int, "E
         sampler=range(start, len(images)),
         num_workers=workers,
         collate_fn=list,
+        worker_init_fn=outlive_the_first_signal,
     )
     for batch in loader:
         for item in batch:

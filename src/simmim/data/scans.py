@@ -74,7 +74,10 @@ def check_size(width: int, height: int) -> None:
         ValueError: If the header claims more than `MAX_PIXELS`, or nothing.
     """
     if not 0 < width * height <= MAX_PIXELS:
-        raise ValueError(f"its header claims {width} x {height} pixels, at most {MAX_PIXELS:,} go")
+        raise ValueError(
+            f"its header claims {width} x {height} pixels, at most {MAX_PIXELS:,} go: if it is as "
+            "large as that, reduce it or cut it up"
+        )
 
 
 def check_values(count: int) -> None:

@@ -240,6 +240,7 @@ class SegmentationData(LoaderModule):
             intensity=self.intensity,
             on_bad=self.bad_files,
             labelled=False,
+            whole=True,
         )
 
     def _plain(self) -> ImageData:
@@ -265,7 +266,9 @@ class MaskedImages(ImageData):
     """
 
     def __init__(self, pairs: Pairs, legend: Legend, transform: Transform, **kwargs: Any) -> None:
-        super().__init__(pairs.images, transform, pairs.places, labelled=False, **kwargs)
+        super().__init__(
+            pairs.images, transform, pairs.places, labelled=False, whole=True, **kwargs
+        )
         self.masks, self.partners, self.legend = pairs.masks, pairs.partners, legend
 
     def mask_path(self, index: int) -> str:

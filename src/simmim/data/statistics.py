@@ -21,6 +21,7 @@ from simmim.data.decode import UnreadableImage
 from simmim.data.mapped import cache_folder
 from simmim.data.sampler import choose
 from simmim.data.scans import Intensity, Pixels
+from simmim.data.workers import outlive_the_first_signal
 from simmim.durable import write_whole
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel, in 0..1
@@ -137,7 +138,10 @@ class _Values(Dataset[Tensor]):
 
 def _percentiles(data: ImageData, places: list[int], num_workers: int) -> list[float] | None:
     loader: DataLoader[Any] = DataLoader(
-        _Values(data, places), batch_size=None, num_workers=num_workers
+        _Values(data, places),
+        batch_size=None,
+        num_workers=num_workers,
+        worker_init_fn=outlive_the_first_signal,
     )
     bar = Bar(loader, desc="Intensities", leave=False, delay=1.0)
     values = torch.cat(list(bar)).numpy()
@@ -151,7 +155,11 @@ def _percentiles(data: ImageData, places: list[int], num_workers: int) -> list[f
 
 def _measure(data: ImageData, places: list[int], num_workers: int) -> Statistics:
     loader: DataLoader[Any] = DataLoader(
-        Subset(data, places), batch_size=32, num_workers=num_workers, collate_fn=collate
+        Subset(data, places),
+        batch_size=32,
+        num_workers=num_workers,
+        collate_fn=collate,
+        worker_init_fn=outlive_the_first_signal,
     )
     pixels = 0
     total = torch.zeros(data.in_chans, dtype=torch.float64)

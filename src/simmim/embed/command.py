@@ -25,7 +25,7 @@ from simmim.data.layout import Part, read_parts
 from simmim.data.sampler import choose
 from simmim.data.shards import PackedIndex, is_packed, join_packed, read_packed
 from simmim.data.statistics import imagenet_statistics
-from simmim.data.workers import default_workers
+from simmim.data.workers import default_workers, outlive_the_first_signal
 from simmim.durable import written_whole
 from simmim.embed.pictures import (
     Tile,
@@ -334,6 +334,7 @@ class Embedder:
             batch_size=self.data.batch_size,
             num_workers=workers,
             collate_fn=collate,
+            worker_init_fn=outlive_the_first_signal,
             pin_memory=self.fabric.device.type == "cuda",
         )
 

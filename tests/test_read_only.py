@@ -1,0 +1,95 @@
+"""Runs in folders that must not be written to: results go elsewhere, or one sentence says why."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from simmim.cli import main
+from test_cli import TINY
+
+NAMESPACE = ["unshare", "--mount", "sh", "-c"]  # what is mounted there ends with the process
+READ_ONLY = 'mount -o bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
+COMMANDS = (
+    "import json, sys\nfrom simmim.cli import main\n"
+    "print(*[main(line) for line in json.loads(sys.argv[1])])"
+)
+
+
+def where_it_is_read_only(folder: Path, lines: list[list[str]]) -> tuple[list[int], str]:
+    """Call `simmim` on each line in a process that cannot write to a folder.
+
+    Returns:
+        The exit statuses, and all that was said.
+    """
+    command = [sys.executable, "-c", COMMANDS, json.dumps(lines)]
+    if os.geteuid() == 0:  # who may do anything cannot be kept out by rights
+        command = [*NAMESPACE, READ_ONLY, str(folder), *command]
+        if not shutil.which("unshare") or subprocess.run([*NAMESPACE, "true"]).returncode:
+            pytest.skip("nothing can be mounted here")
+    mode = folder.stat().st_mode
+    folder.chmod(0o555)
+    done = subprocess.run(command, capture_output=True, text=True)
+    folder.chmod(mode)
+    assert "Traceback" not in done.stderr
+    statuses = [int(word) for word in done.stdout.splitlines()[-1].split()]
+    return statuses, " ".join((done.stdout + done.stderr).split())
+
+
+@pytest.fixture
+def run(tmp_path: Path, make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The run of somebody else's, seen from one's own working folder."""
+    for name in ("images/a", "images/b", "others"):
+        make_images(tmp_path / name, 5)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    options = ["--run_dir=theirs", "--trainer.max_epochs=1"]
+    assert main(["pretrain", "fit", "-c", "tiny.yaml", *options]) == 0
+    return Path("theirs/tiny/version_0")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="rights are others there")
+def test_what_scores_or_shows_a_run_needs_no_right_to_write_into_it(run: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    score = ["pretrain", "validate", f"--ckpt_path={run}"]
+    show = ["pretrain", "predict", f"--ckpt_path={run}", "--data.root=others"]
+    go_on = ["pretrain", "fit", f"--ckpt_path={run}", "--trainer.max_epochs=2"]
+    statuses, said = where_it_is_read_only(run, [score, show, go_on])
+    assert statuses == [0, 0, 1], said
+    assert f"{run} cannot be written: --run_dir says where results go" in said
+    assert f"simmim: {run} cannot be written, and a run goes on in its own folder: copy it" in said
+    assert len(list(Path("runs/tiny/version_0/predictions").rglob("*.png"))) == 5
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_results_go_where_one_says(run: Path) -> None:
+    assert main(["pretrain", "predict", f"--ckpt_path={run}", "--run_dir=mine"]) == 0
+    assert len(list(Path("mine/tiny/version_0/predictions").rglob("*.png"))) == 10
+    assert main(["pretrain", "validate", f"--ckpt_path={run}", "--run_dir=mine"]) == 0
+    assert Path("mine/tiny/version_1/validate.csv").exists()
+    assert not (run / "predictions").exists()
+    last = ["--ckpt_path=last", "--name=tiny", "--run_dir=theirs"]  # only where it is looked for
+    assert main(["pretrain", "validate", *last]) == 0
+    assert (run / "validate.csv").exists()
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("inside", [".", "..", "checkpoints"])
+def test_a_run_is_known_from_within(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
+) -> None:
+    """By a path that does not say its name."""
+    given = {".": ".", "..": "version_0", "checkpoints": "last.ckpt"}[inside]
+    monkeypatch.chdir(run / inside)
+    options = [f"--data.root={tmp_path / 'images'}", "--trainer.max_epochs=2"]
+    assert main(["pretrain", "fit", f"--ckpt_path={given}", *options]) == 0
+    kept = yaml.safe_load((tmp_path / run / "config.yaml").read_text())
+    assert (kept["name"], kept["trainer"]["max_epochs"]) == ("tiny", 2)
+    assert [path.name for path in tmp_path.rglob("version_*")] == ["version_0"]
