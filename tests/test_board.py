@@ -12,6 +12,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from board_records import config, history, records, summary
+from simmim.callbacks.pictures import cell_origin
 from simmim.cli import main
 from simmim.loggers import lineage
 from test_detect import blocks
@@ -199,6 +200,11 @@ def test_pictures_of_pretraining_have_a_step_for_each_look(runs: dict[str, Path]
         steps = media(board, name)
         assert [len(paths) for paths in steps] == [per_step] * 2  # untrained, and after the last
         assert all(path.stat().st_size for paths in steps for path in paths)
+    for epoch, (panel,) in zip((0, 2), media(board, "reconstructions"), strict=True):
+        drawn = Image.open(runs["pretrain"] / f"reconstructions/epoch_{epoch:04d}.png")
+        assert np.array_equal(Image.open(panel), drawn)
+        # original, masked, reconstruction, pasted and error, of 8 images
+        assert drawn.size == cell_origin(8, 5, (128, 128))
     for name in HISTOGRAMS:
         assert history(board)[f"{name}._type"] == ["histogram"] * 2
     first, last = (
@@ -223,10 +229,21 @@ def test_the_worst_images_are_listed_with_their_pictures(runs: dict[str, Path]) 
     assert Path(listed[0]).is_file()
 
 
-def test_the_summary_has_the_last_and_the_best(runs: dict[str, Path]) -> None:
-    board = board_of(runs["pretrain"])
+@pytest.mark.parametrize(
+    ("task", "names"),
+    [
+        ("pretrain", ("loss", "knn_top1", "probe_top1")),
+        ("classify", ("loss", "top1")),
+        ("segment", ("loss", "miou")),
+        ("detect", ("loss", "map")),
+    ],
+)
+def test_the_summary_has_the_last_and_the_best(
+    runs: dict[str, Path], task: str, names: tuple[str, ...]
+) -> None:
+    board = board_of(runs[task])
     values, said = history(board), summary(board)
-    for name in ("loss", "knn_top1", "probe_top1"):
+    for name in names:
         best = min if name == "loss" else max
         assert said[f"val/{name}"] == values[f"val/{name}"][-1]
         assert said[f"best/{name}"] == values[f"best/{name}"][-1]

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -108,7 +109,64 @@ def test_a_browser_shows_one_picture_of_a_series_and_reports_no_error(page: Path
     assert "CONSOLE" not in errors
 
 
-def browse(page: Path) -> tuple[str, str]:
+def test_pictures_and_diagrams_are_told_to_those_who_cannot_see_them(page: Path) -> None:
+    text = page.read_text()
+    assert '<img alt="Part, after 2 epochs"' in text
+    assert 'role="img" aria-label="loss &lt;1&gt;. a &amp; b: 0 to 1"' in text
+    assert 'aria-label="Part: which picture"' in text
+
+
+def test_a_diagram_names_its_curves_in_their_colours(tmp_path: Path) -> None:
+    curves = [Curve(f"class {i}", [0, 1], [i, i + 1]) for i in range(12)]
+    parts = [Curves([("each", curves), ("one", curves[:1])])]
+    text = write_page(Page("p", "", [("Part", parts)]), tmp_path / REPORT).read_text()
+    keys = re.findall(r'background:(#\w{6})"></i>(class \d+)', text)
+    assert [name for _, name in keys] == [curve.name for curve in curves]
+    assert len({colour for colour, _ in keys}) == 12
+    assert all(f"stroke: {colour}" in text for colour, _ in keys)
+
+
+@needs_browser
+@pytest.mark.parametrize("dark", [False, True])
+def test_it_is_dark_where_the_screen_is(page: Path, dark: bool) -> None:
+    shot = page.with_name("shot.png")
+    browse(page, f"--screenshot={shot}", f"--blink-settings=preferredColorScheme={int(not dark)}")
+    pixels = np.asarray(Image.open(shot).convert("L"))
+    paper, ink = np.median(pixels), (pixels.min() if np.median(pixels) > 127 else pixels.max())
+    assert (paper < 64) == dark
+    assert abs(float(paper) - float(ink)) > 150
+
+
+@needs_browser
+def test_on_a_phone_what_is_wide_scrolls_and_the_page_does_not(tmp_path: Path) -> None:
+    Image.new("RGB", (900, 50)).save(tmp_path / "wide.png")
+    picture = Picture(tmp_path / "wide.png", "w" * 100)
+    parts = [
+        picture,
+        Flow([picture, picture]),
+        Table([f"column {i}" for i in range(12)], [range(12)]),
+        Table(["", ""], [("name", "value " * 50)]),
+        Curves([("loss " * 20, [Curve("x", [0, 1], [0, 1])])]),
+        Text("simmim " * 50, verbatim=True),
+    ]
+    page = write_page(Page("p" * 100, "a lead " * 20, [("Part", parts)]), tmp_path / REPORT)
+    phone = tmp_path / "phone.html"
+    phone.write_text(
+        f'<iframe id="phone" width="360" height="700" srcdoc="{escape(page.read_text())}"></iframe>'
+        """<script>
+        phone.onload = () => {
+          const { scrollWidth, clientWidth } = phone.contentDocument.documentElement;
+          document.body.dataset.widths = `${scrollWidth} of ${clientWidth}`;
+        };
+        </script>"""
+    )
+    dom, _ = browse(phone)
+    widths = re.search(r'data-widths="(\d+) of (\d+)"', dom)
+    assert widths is not None
+    assert widths[1] == widths[2]
+
+
+def browse(page: Path, *options: str) -> tuple[str, str]:
     """The page as a headless browser has it after its script, and what the browser complains of."""
     assert BROWSER is not None
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
@@ -120,7 +178,7 @@ def browse(page: Path) -> tuple[str, str]:
             *flags,
             f"--user-data-dir={profile}",
             "--enable-logging=stderr",
-            "--dump-dom",
+            *(options or ["--dump-dom"]),
             page.as_uri(),
         ],
         capture_output=True,
@@ -200,6 +258,34 @@ def test_commands_name_the_run_and_quote_its_folder(run: Path) -> None:
 def test_a_run_without_metrics_has_a_report_as_well(run: Path) -> None:
     (run / "metrics.csv").unlink()
     assert "Nothing has been logged yet." in report_run(run).read_text()
+
+
+def test_it_says_why_a_run_has_ended(run: Path) -> None:
+    text = report_run(run, "Failed: the loss became < 0.").read_text()
+    assert '<p class="lead">Failed: the loss became &lt; 0.\n' in text
+
+
+def test_what_was_logged_once_is_not_said_to_be_always_the_same(run: Path) -> None:
+    assert "Always the same: val/avg_dist" not in report_run(run).read_text()
+    lines = (run / "metrics.csv").read_text().splitlines()
+    (run / "metrics.csv").write_text("\n".join(lines[:4]) + "\n")  # the first epoch
+    text = report_run(run).read_text()
+    assert "Always the same" not in text
+    assert "2 steps, 1 epoch. At the end: val/loss 0.8" in text
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_fails_says_so_in_its_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny = "{patch_size: 4, embed_dim: 16, depth: 1, num_heads: 1}"
+    options = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=4", "--model.base_lr=1e38"]
+    options += [f"--model.encoder_kwargs={tiny}", "--model.warmup_epochs=0"]
+    options += ["--trainer.logger=false", "--probe.every_n_epochs=0"]
+    assert main(["pretrain", "fit", "-c", "digits", *options]) == 1
+    text = (tmp_path / "runs" / "digits" / "version_0" / REPORT).read_text()
+    assert re.search(r'class="lead">Failed: [^<]* not a number at step \d[^<]*simmim doctor', text)
 
 
 def test_fit_ends_with_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import warnings
 from dataclasses import replace
 from inspect import signature
@@ -14,7 +15,7 @@ from simmim.configuration import Request, default_experiment, read_config, read_
 from simmim.extensions import admit, needs_trust, with_own_data
 from simmim.lightning_cli import TaskCLI
 from simmim.loggers import finish_board
-from simmim.mistakes import one_line
+from simmim.mistakes import explain, one_line
 from simmim.run import (
     CONFIG,
     Start,
@@ -190,7 +191,7 @@ def run_task(task: Task, args: list[str]) -> None:
     finally:
         finish_board(run.loggers, run.failed)
         if request.subcommand == "fit":
-            _report(run)
+            _report(run, _why_it_ended(sys.exception()))
         let_go(run.lock)
         leave_run(run.folder, run.failed)
 
@@ -211,14 +212,23 @@ def _find_start(task: Task, request: Request, run: Begun) -> Start:
     return start
 
 
-def _report(run: Begun) -> None:
+def _why_it_ended(error: BaseException | None) -> str:
+    """A sentence on what has ended a run before its time, or nothing."""
+    if error is None or (isinstance(error, SystemExit) and not error.code):
+        return ""
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        return "Interrupted before its end."
+    return f"Failed: {explain(error) or one_line(f'{type(error).__name__}: {error}')}."
+
+
+def _report(run: Begun, ended: str) -> None:
     """Write the report of a run that has begun, however it ended; it is never why one fails."""
     from simmim.report import report_run
 
     if run.folder is None or not (run.folder / CONFIG).exists() or not is_first_process():
         return
     try:
-        rank_zero_info(f"report: {report_run(run.folder)}")
+        rank_zero_info(f"report: {report_run(run.folder, ended)}")
     except Exception as error:
         rank_zero_warn(f"no report of {run.folder} could be written: {one_line(str(error))}")
 

@@ -39,7 +39,8 @@ def draw_panel(pictures: Mapping[str, Tensor], side: int = 128) -> Image.Image:
     for column, (name, images) in enumerate(columns.items()):
         left, top = cell_origin(0, column, (height, width))
         middle = (left + width // 2, top - CAPTION // 2)
-        draw.text(middle, CAPTIONS.get(name, name), fill=INK, font=font, anchor="mm")
+        caption = fitting(CAPTIONS.get(name, name), font, width)
+        draw.text(middle, caption, fill=INK, font=font, anchor="mm")
         for row, image in enumerate(images):
             corner = cell_origin(row, column, (height, width))
             panel.paste(Image.fromarray(image), corner)

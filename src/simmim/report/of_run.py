@@ -67,11 +67,12 @@ IN_SHORT = ("val/loss", "val/knn_top1", "val/probe_top1", "val/top1", "val/miou"
 Rows = Mapping[str, tuple[list[float], list[float]]]  # metric -> steps, values
 
 
-def report_run(folder: Path) -> Path:
+def report_run(folder: Path, ended: str = "") -> Path:
     """Write `report.html` into a run's folder: curves, pictures, results, config, how to go on.
 
     Args:
         folder: Of a run of any task, finished or not.
+        ended: A sentence on why it ended before its time, if it did.
 
     Returns:
         The file.
@@ -91,10 +92,11 @@ def report_run(folder: Path) -> Path:
             pictures[title].append(table)
     sections += [(title, pictures.pop(title)) for title in FIRST.values() if title in pictures]
     if diagrams := choose_diagrams(metrics):
+        shown = [name for name in metrics if not name.startswith(("best/", "val/", "epoch"))]
         same = [
-            f"{name} {_number(values[0])}"
-            for name, (_, values) in metrics.items()
-            if _is_constant(values) and not name.startswith(("best/", "val/", "epoch"))
+            f"{name} {_number(metrics[name][1][0])}"
+            for name in shown
+            if len(metrics[name][1]) > 1 and _is_constant(metrics[name][1])
         ]
         said = [Text(f"Always the same: {', '.join(same)}.")] if same else []
         sections.append(("Curves", [Curves(diagrams), *said]))
@@ -110,7 +112,8 @@ def report_run(folder: Path) -> Path:
         )
     )
     name = f"{folder.parent.name}/{folder.name}"
-    return write_page(Page(name, _lead(metrics), sections), folder / REPORT)
+    lead = f"{ended}\n{_lead(metrics)}" if ended else _lead(metrics)
+    return write_page(Page(name, lead, sections), folder / REPORT)
 
 
 def read_metrics(path: Path) -> dict[str, tuple[list[float], list[float]]]:

@@ -13,7 +13,7 @@ import numpy as np
 from simmim.durable import write_whole
 
 POINTS = 800  # of a curve; more are averaged in groups
-NAMED = 10  # curves of a diagram up to which a legend names them
+NAMED = 20  # curves of a diagram up to which a legend names them, in as many colours
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under column names; numbers are aligned to the right."""
+    """Rows under column names; numbers are aligned to the right.
+
+    Without names, the first column says what the second is.
+    """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
@@ -100,25 +103,27 @@ def write_page(page: Page, path: Path) -> Path:
         The path.
     """
     body = [f"<h1>{escape(page.title)}</h1>", f'<p class="lead">{escape(page.lead)}</p>']
-    for heading, parts in page.sections:
-        body.append(f"<section><h2>{escape(heading)}</h2>")
-        body += [_html(part) for part in parts]
+    links = [f'<a href="#part-{i}">{escape(h)}</a>' for i, (h, _) in enumerate(page.sections)]
+    body.append(f"<nav>{' '.join(links)}</nav>")
+    for i, (heading, parts) in enumerate(page.sections):
+        body.append(f'<section id="part-{i}"><h2>{escape(heading)}</h2>')
+        body += [_html(part, heading) for part in parts]
         body.append("</section>")
     text = _PAGE.format(title=escape(page.title), style=_STYLE, body="\n".join(body), script=_JS)
     write_whole(path, text)
     return path
 
 
-def _html(part: Part) -> str:
+def _html(part: Part, heading: str) -> str:
     match part:
         case Text():
             return _text(part)
         case Table():
             return _table(part)
         case Picture():
-            return _figure(part)
+            return _figure(part, heading)
         case Flow():
-            return _flow(part)
+            return _flow(part, heading)
         case Curves():
             return _curves(part)
 
@@ -134,22 +139,28 @@ def _text(part: Text) -> str:
 
 
 def _table(part: Table) -> str:
-    first = part.rows[0] if part.rows else [""] * len(part.columns)
-    numbers = [' class="number"' if _is_number(value) else "" for value in first]
-    head = "".join(
-        f"<th{number}>{escape(name)}</th>"
-        for name, number in zip(part.columns, numbers, strict=True)
-    )
-    rows = ["".join(_cell(value) for value in row) for row in part.rows]
+    if not any(part.columns):
+        rows = [f'<th scope="row">{escape(str(row[0]))}</th>{_cells(row[1:])}' for row in part.rows]
+        head = ""
+    else:
+        first = part.rows[0] if part.rows else [""] * len(part.columns)
+        names = "".join(
+            f"<th{_aligned(value)}>{escape(name)}</th>"
+            for name, value in zip(part.columns, first, strict=True)
+        )
+        rows, head = [_cells(row) for row in part.rows], f"<thead><tr>{names}</tr></thead>"
     body = "".join(f"<tr>{row}</tr>" for row in rows)
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="wide">{table}</div>'
+    return f'<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>'
 
 
-def _cell(value: object) -> str:
-    if _is_number(value):
-        return f'<td class="number">{_number(value)}</td>'
-    return f"<td>{escape(str(value))}</td>"
+def _cells(row: Sequence[object]) -> str:
+    return "".join(
+        f"<td{_aligned(v)}>{_number(v) if _is_number(v) else escape(str(v))}</td>" for v in row
+    )
+
+
+def _aligned(value: object) -> str:
+    return ' class="number"' if _is_number(value) else ""
 
 
 def _is_number(value: object) -> TypeGuard[float]:
@@ -160,21 +171,21 @@ def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _figure(part: Picture) -> str:
+def _figure(part: Picture, heading: str) -> str:
     data = b64encode(part.path.read_bytes()).decode()
-    caption = escape(part.caption)
-    return (
-        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
+    caption = f"<figcaption>{escape(part.caption)}</figcaption>" if part.caption else ""
+    said = escape(f"{heading}, {part.caption}" if part.caption else heading)
+    return f'<figure>{caption}<img alt="{said}" src="data:image/png;base64,{data}"></figure>'
 
 
-def _flow(part: Flow) -> str:
+def _flow(part: Flow, heading: str) -> str:
     if len(part.pictures) == 1:
-        return _figure(part.pictures[0])
+        return _figure(part.pictures[0], heading)
     last = len(part.pictures) - 1
-    slider = f'<input type="range" min="0" max="{last}" value="{last}" aria-label="which picture">'
-    return f'<div class="flow">{slider}{"".join(_figure(p) for p in part.pictures)}</div>'
+    label = escape(f"{heading}: which picture")
+    slider = f'<input type="range" min="0" max="{last}" value="{last}" aria-label="{label}">'
+    figures = "".join(_figure(picture, heading) for picture in part.pictures)
+    return f'<div class="flow">{slider}{figures}</div>'
 
 
 def _curves(part: Curves) -> str:
@@ -188,24 +199,33 @@ def _draw(title: str, curves: Sequence[Curve], x_label: str) -> str:
     from matplotlib.figure import Figure
 
     # Letters stay letters: a tenth of the size, and they can be searched.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9}):
-        figure = Figure(figsize=(4.4, 2.7), layout="constrained")
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 10}):
+        colours = matplotlib.colormaps["tab10" if len(curves) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+        named = [
+            (c, matplotlib.colors.to_hex(colours[i % len(colours)])) for i, c in enumerate(curves)
+        ]
+        figure = Figure(figsize=(4, 2.4), layout="constrained")
         axes: Any = figure.subplots()
-        for curve in curves:
+        for curve, colour in named:
             x, y = _thin(np.asarray(curve.x, float), np.asarray(curve.y, float))
-            axes.plot(x, y, label=curve.name, linewidth=1.4, marker="." if len(x) < 30 else None)
-        axes.set_title(title, fontsize=10, loc="left")
+            axes.plot(x, y, color=colour, linewidth=1.4, marker="." if len(x) < 30 else None)
         axes.set_xlabel(x_label)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        if 1 < len(curves) <= NAMED:
-            axes.legend(frameon=False)
         text = StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    svg = text.getvalue()
+    svg = text.getvalue().replace("#000000", "currentColor")  # the page is dark where others are
     said = "; ".join(f"{c.name}: {c.y[0]:.4g} to {c.y[-1]:.4g}" for c in curves)
     label = escape(f"{title}. {said}")
-    return f'<figure role="img" aria-label="{label}">{svg[svg.index("<svg") :]}</figure>'
+    keys = [
+        f'<span><i style="background:{colour}"></i>{escape(curve.name)}</span>'
+        for curve, colour in named
+    ]
+    legend = f'<div class="legend">{" ".join(keys)}</div>' if 1 < len(keys) <= NAMED else ""
+    return (
+        f"<figure><figcaption>{escape(title)}</figcaption>{legend}"
+        f'<div role="img" aria-label="{label}">{svg[svg.index("<svg") :]}</div></figure>'
+    )
 
 
 def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -233,29 +253,41 @@ _PAGE = """<!doctype html>
 """
 
 _STYLE = """
+:root { color-scheme: light dark; --ink: #222; --pale: #5c5c5c; --paper: #fff; --soft: #f4f4f4;
+  --line: #ddd; --link: #0b57a4; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #ddd; --pale: #a0a0a0; --paper: #16181b; --soft: #23262a; --line: #3a3e43;
+    --link: #8ab8f0; }
+}
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
-  color: #222; background: #fff; }
-h1 { margin-bottom: 0; overflow-wrap: anywhere; }
-h2 { border-bottom: 1px solid #ddd; margin-top: 2.5rem; }
-.lead { font-size: 1.15rem; }
+  color: var(--ink); background: var(--paper); }
+h1 { margin-bottom: 0; line-height: 1.2; overflow-wrap: anywhere; }
+h2 { border-bottom: 1px solid var(--line); margin-top: 2.5rem; }
+a { color: var(--link); }
+nav { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; }
+.lead { font-size: 1.15rem; white-space: pre-line; overflow-wrap: anywhere; }
 table { border-collapse: collapse; }
-th, td { padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top;
-  border-bottom: 1px solid #eee; }
+th, td { padding: .25rem 1.2rem .25rem 0; text-align: left; vertical-align: top;
+  border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { white-space: nowrap; }
+th[scope] { font-weight: normal; color: var(--pale); }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
-.wide, pre { overflow-x: auto; }
-pre { background: #f6f6f6; padding: .8rem; border-radius: 4px; font-size: .85rem; }
+.wide, pre, figure { overflow-x: auto; }
+pre { background: var(--soft); padding: .8rem; border-radius: 4px; font-size: .85rem; }
 figure { margin: 1rem 0; }
-figcaption { color: #666; font-size: .9rem; }
-img { max-width: 100%; }
-.diagrams { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr));
-  gap: 1rem; }
-.diagrams figure { margin: 0; }
-.diagrams svg { width: 100%; height: auto; }
-.flow input { width: 100%; }
-.flow figure { display: flex; flex-direction: column; align-items: flex-start; }
+figcaption { color: var(--pale); font-size: .9rem; margin-bottom: .3rem; }
+img { max-width: max(100%, 36rem); border-radius: 4px; }  /* on a phone it is wider, and scrolls */
+.diagrams { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr));
+  gap: 1.5rem 1rem; margin: 1rem 0; }
+.diagrams figure { margin: 0; display: flex; flex-direction: column; }
+.diagrams figcaption { color: var(--ink); margin: 0; }
+.diagrams [role] { margin-top: auto; }
+.diagrams svg { display: block; width: 100%; height: auto; }
+.diagrams text { fill: currentColor; }
+.legend { font-size: .8rem; display: flex; flex-wrap: wrap; gap: 0 .9rem; }
+.legend i { display: inline-block; width: .7em; height: .7em; margin-right: .35em; }
+.flow input { width: 100%; max-width: 40rem; }
 .flow figure[hidden] { display: none; }
-.flow figcaption { order: -1; margin-bottom: .3rem; }
 summary { cursor: pointer; }
 """
 
@@ -264,7 +296,10 @@ _JS = """
 for (const flow of document.querySelectorAll(".flow")) {
   const slider = flow.querySelector("input");
   const pictures = flow.querySelectorAll("figure");
-  const show = () => pictures.forEach((p, i) => { p.hidden = i !== Number(slider.value); });
+  const show = () => {
+    pictures.forEach((p, i) => { p.hidden = i !== Number(slider.value); });
+    slider.ariaValueText = pictures[slider.value].innerText;
+  };
   slider.addEventListener("input", show);
   show();
 }
