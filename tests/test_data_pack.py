@@ -4,12 +4,15 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -220,39 +223,81 @@ def test_the_shards_are_the_same_for_any_number_of_workers(root: Path) -> None:
     assert alone == together
 
 
-def test_killed_it_goes_on_with_the_next_shard(tmp_path: Path) -> None:
-    root, random = tmp_path / "root", np.random.default_rng(0)
-    root.mkdir()
-    for i in range(12):  # of 0.5 MB
+def noise(folder: Path) -> Path:
+    """Twelve images of 0.5 MB, of which one cannot be read."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for i in range(12):
         Image.fromarray(random.integers(0, 255, (400, 420, 3), dtype=np.uint8)).save(
-            root / f"{i:02d}.png", compress_level=1
+            folder / f"{i:02d}.png", compress_level=1
         )
-    (root / "03.png").write_bytes(b"nothing")
-    out, options = tmp_path / "killed", {"format": "raw", "short_side": None, "shard_mb": 1}
+    (folder / "03.png").write_bytes(b"nothing")
+    return folder
+
+
+@contextmanager
+def packing_slowly(root: Path, out: Path, workers: int) -> Iterator[subprocess.Popen[str]]:
+    """A process, in a group of its own as at a terminal, that has written three shards of 1 MB."""
     code = (
-        "import time\nfrom simmim.data import pack\nfrom simmim.data.pack import Images\n"
+        "import sys, time\nfrom simmim.cli import main\nfrom simmim.data.pack import Images\n"
         "read = Images.__getitem__\n"
         "Images.__getitem__ = lambda *args: (time.sleep(0.1), read(*args))[1]\n"
-        f"pack.pack({str(root)!r}, {str(out)!r}, workers=0, **{options!r})"
+        "sys.exit(main(['pack', *sys.argv[1:]]))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    options = ["--root", root, "--out", out, "--workers", workers, "--shard_mb", 1]
+    command = [sys.executable, "-c", code, *options, "--format", "raw", "--short_side", "null"]
+    process = subprocess.Popen(
+        [*map(str, command)], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     deadline = time.time() + 60
-    while not (out / "images-00002.arrow").exists() and process.poll() is None:
-        assert time.time() < deadline
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    try:
+        while not (out / "images-00002.arrow").exists() and process.poll() is None:
+            assert time.time() < deadline
+            time.sleep(0.01)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+SLOWLY = {"format": "raw", "short_side": None, "shard_mb": 1}  # as these options say it
+
+
+def test_killed_it_goes_on_with_the_next_shard(tmp_path: Path) -> None:
+    root, out = noise(tmp_path / "root"), tmp_path / "killed"
+    with packing_slowly(root, out, workers=0) as process:
+        process.kill()
+        process.wait()
     with pytest.raises(ValueError, match="is packed in part only: run simmim pack again"):
         read_folder(str(out))
     first = (out / "images-00000.arrow").stat()
-    said = pack.pack(str(root), str(out), workers=0, **options)
+    said = pack.pack(str(root), str(out), workers=0, **SLOWLY)  # type: ignore[arg-type]
     assert said.startswith("packed 11 images")
     assert said.endswith(
         f"1 of 12 could not be read and were left out: see {out / 'bad_files.txt'}"
     )
     assert (out / "images-00000.arrow").stat().st_ino == first.st_ino
-    assert contents(out) == contents(packed(root, "whole", **options))
+    assert contents(out) == contents(packed(root, "whole", **SLOWLY))
     assert not list(out.glob(".*.unfinished"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no process groups")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_says_how_to_go_on_and_leaves_nothing_half_done(
+    tmp_path: Path, workers: int
+) -> None:
+    root, out = noise(tmp_path / "root"), tmp_path / "stopped"
+    with packing_slowly(root, out, workers) as process:
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers as well
+        said = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == 130
+    assert re.fullmatch(
+        r"simmim: stopped; \d shards are whole: the same command goes on from there", said[-1]
+    )
+    assert not any("Traceback" in line for line in said)
+    assert {path.suffix for path in out.iterdir()} == {".arrow", ".json"}
+    pack.pack(str(root), str(out), workers=0, **SLOWLY)  # type: ignore[arg-type]
+    assert contents(out) == contents(packed(root, "whole", **SLOWLY))
 
 
 def test_what_is_packed_is_not_packed_again(root: Path) -> None:

@@ -110,7 +110,10 @@ def pack(
         _check_disk(folder, files, packed, encode)
         workers = cpu_count() if workers is None else workers
         limit = max_bad_share if bad_files == "skip" else None
-        _write(folder, files, packed, encode, workers, limit)
+        try:
+            _write(folder, files, packed, encode, workers, limit)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_how_to_go_on(packed)) from None
     return _report(out, packed)
 
 
@@ -461,7 +464,7 @@ class ShardWriter:
     def __exit__(self, *error: object) -> None:
         if self._file is not None:
             self._file.close()
-            self._beside.unlink()
+            self._beside.unlink(missing_ok=True)  # Ctrl+C may come when it has its name already
 
     def _reset(self) -> None:
         self._file: BinaryIO | None = None
@@ -518,6 +521,14 @@ def _write_index(folder: Path, part: PackedPart, files: FileIndex) -> None:
     with pa.ipc.new_file(stream, table.schema) as writer:
         writer.write_table(table)
     write_whole(folder / part.index_file, stream.getvalue())
+
+
+def _how_to_go_on(packed: Packed) -> str:
+    whole = sum(len(part.shards) for part in packed.parts.values())
+    if not whole:
+        return "no shard is whole yet: the same command begins again"
+    count = "1 shard is whole" if whole == 1 else f"{whole:,} shards are whole"
+    return f"{count}: the same command goes on from there"
 
 
 def _report(out: str, packed: Packed) -> str:
