@@ -1,6 +1,7 @@
 """The command line as a user meets it: help, mistakes, runs, going on."""
 
 import csv
+import io
 import os
 import re
 import signal
@@ -133,8 +134,9 @@ def test_every_option_is_explained(
 
 
 def test_help_of_the_task_needs_no_torch(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["pretrain", "--help"]) == 0
-    assert "simmim pretrain predict" in capsys.readouterr().out
+    for line in ("pretrain --help", "pretrain help", "help pretrain"):
+        assert main(line.split()) == 0
+        assert "simmim pretrain predict" in capsys.readouterr().out
 
 
 # Mistakes ----------------------------------------------------------------------------------------
@@ -178,6 +180,8 @@ MISTAKES = [
     ("fit -c typo.yaml", 2, "did you mean --model.mask_ratio?"),
     ("fit -c linked.yaml", 2, "data.img_size follows model.img_size"),
     ("fit --name a/b", 2, "'a/b'"),
+    ("fit --name a:b", 2, "'a:b' cannot be a folder"),
+    ("fit --name=", 2, "'' cannot be a folder"),
     ("fit --ckpt_path last", 1, "no run runs/tiny/version_* with a checkpoint"),
     ("fit --ckpt_path none.ckpt", 1, "none.ckpt"),
     ("fit --ckpt_path https://example.org/x.ckpt", 1, "download"),
@@ -208,7 +212,8 @@ def test_a_mistake_is_one_sentence(
 
 def test_an_unknown_command_proposes_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     for line, words in {
-        "pretrian": "did you mean pretrain?",
+        "pretrian": "did you mean simmim pretrain?",
+        "fitt": "did you mean simmim pretrain fit?",
         "fit -c image_folder": "did you mean simmim pretrain fit?",
         "finetune": "did you mean simmim classify fit?",
         "pretrain ftt": "did you mean fit?",
@@ -249,6 +254,33 @@ def test_a_mistake_of_a_plain_command_is_one_sentence(capsys: pytest.CaptureFixt
         assert main(line.split()) == status
         (said,) = capsys.readouterr().err.splitlines()
         assert words in said
+
+
+def test_a_terminal_that_lacks_a_letter_shows_its_number(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for option in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, option, io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert main(["pack", "--root", "images", "--out", "größe", "--workers", "0"]) == 0
+    assert main(["größe"]) == 2
+    said = {sys.stdout: b"into gr\\xf6\\xdfe: 1 shard", sys.stderr: b"'gr\\xf6\\xdfe'"}
+    for stream, words in said.items():
+        stream.flush()
+        assert words in stream.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there the encoding is not chosen by the environment")
+def test_a_config_is_utf_8_wherever_it_is_read(place: Path) -> None:
+    Path("mine.yaml").write_text("data: {root: bücher}  # größer\n", encoding="utf-8")
+    old = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "simmim", "pretrain", "fit", "-c", "mine.yaml"]
+    done = subprocess.run(
+        [*command, "--print_config=skip_default"],
+        env=os.environ | old,
+        capture_output=True,
+        check=True,
+    )
+    assert yaml.safe_load(done.stdout)["data"] == {"root": "bücher"}
 
 
 def test_an_official_release_becomes_a_run_that_can_be_shown(

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -222,39 +223,80 @@ def test_the_shards_are_the_same_for_any_number_of_workers(root: Path) -> None:
     assert alone == together
 
 
-def test_killed_it_goes_on_with_the_next_shard(tmp_path: Path) -> None:
-    root, random = tmp_path / "root", np.random.default_rng(0)
-    root.mkdir()
-    for i in range(12):  # of 0.5 MB
+def noise(folder: Path) -> Path:
+    """Twelve images of 0.5 MB, of which one cannot be read."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for i in range(12):
         Image.fromarray(random.integers(0, 255, (400, 420, 3), dtype=np.uint8)).save(
-            root / f"{i:02d}.png", compress_level=1
+            folder / f"{i:02d}.png", compress_level=1
         )
-    (root / "03.png").write_bytes(b"nothing")
-    out, options = tmp_path / "killed", {"format": "raw", "short_side": None, "shard_mb": 1}
+    (folder / "03.png").write_bytes(b"nothing")
+    return folder
+
+
+@contextmanager
+def packing_slowly(root: Path, out: Path, workers: int) -> Iterator[subprocess.Popen[str]]:
+    """A process, in a group of its own as at a terminal, that has written three shards of 1 MB."""
     code = (
-        "import time\nfrom simmim.data import pack\nfrom simmim.data.pack import Images\n"
+        "import sys, time\nfrom simmim.cli import main\nfrom simmim.data.pack import Images\n"
         "read = Images.__getitem__\n"
         "Images.__getitem__ = lambda *args: (time.sleep(0.1), read(*args))[1]\n"
-        f"pack.pack({str(root)!r}, {str(out)!r}, workers=0, **{options!r})"
+        "sys.exit(main(['pack', *sys.argv[1:]]))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    options = ["--root", root, "--out", out, "--workers", workers, "--shard_mb", 1]
+    command = [sys.executable, "-c", code, *options, "--format", "raw", "--short_side", "null"]
+    process = subprocess.Popen(
+        [*map(str, command)], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     deadline = time.time() + 60
-    while not (out / "images-00002.arrow").exists() and process.poll() is None:
-        assert time.time() < deadline
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    try:
+        while not (out / "images-00002.arrow").exists() and process.poll() is None:
+            assert time.time() < deadline
+            time.sleep(0.01)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+SLOWLY = {"format": "raw", "short_side": None, "shard_mb": 1}  # as these options say it
+
+
+def test_killed_it_goes_on_with_the_next_shard(tmp_path: Path) -> None:
+    root, out = noise(tmp_path / "root"), tmp_path / "killed"
+    with packing_slowly(root, out, workers=0) as process:
+        process.kill()
+        process.wait()
     with pytest.raises(ValueError, match="is packed in part only: run simmim pack again"):
         read_folder(str(out))
     first = (out / "images-00000.arrow").stat()
-    said = pack.pack(str(root), str(out), workers=0, **options)
+    said = pack.pack(str(root), str(out), workers=0, **SLOWLY)  # type: ignore[arg-type]
     assert said.startswith("packed 11 images")
     assert said.endswith(
         f"1 of 12 could not be read and were left out: see {out / 'bad_files.txt'}"
     )
     assert (out / "images-00000.arrow").stat().st_ino == first.st_ino
-    assert contents(out) == contents(packed(root, "whole", **options))
+    assert contents(out) == contents(packed(root, "whole", **SLOWLY))
     assert not list(out.glob(".*.unfinished"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no process groups")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_says_how_to_go_on_and_leaves_nothing_half_done(
+    tmp_path: Path, workers: int
+) -> None:
+    root, out = noise(tmp_path / "root"), tmp_path / "stopped"
+    with packing_slowly(root, out, workers) as process:
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers as well
+        said = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == 130
+    sentence = rf"simmim: stopped; \d+ of 12 images are in {out}: the same command goes on"
+    assert re.fullmatch(sentence, said[-1])
+    assert not any("Traceback" in line for line in said)
+    assert {path.suffix for path in out.iterdir()} == {".arrow", ".json"}
+    pack.pack(str(root), str(out), workers=0, **SLOWLY)  # type: ignore[arg-type]
+    assert contents(out) == contents(packed(root, "whole", **SLOWLY))
 
 
 def test_what_is_packed_is_not_packed_again(root: Path) -> None:
@@ -269,43 +311,6 @@ def test_what_is_packed_is_not_packed_again(root: Path) -> None:
     assert contents(out) == before
     again = packed(out, "again", format="raw")  # a packed folder is a folder
     assert len(read_folder(str(again))) == 16
-
-
-def test_ctrl_c_says_that_it_goes_on(tmp_path: Path) -> None:
-    root, out, random = tmp_path / "root", tmp_path / "packed", np.random.default_rng(0)
-    root.mkdir()
-    for i in range(200):  # of 0.12 MB, a shard is nine of them
-        Image.fromarray(random.integers(0, 255, (200, 200, 3), dtype=np.uint8)).save(
-            root / f"{i:03d}.bmp"
-        )
-    options = ["--format=raw", "--shard_mb=1", "--workers=2"]
-    command = [sys.executable, "-m", "simmim", "pack", f"--root={root}", f"--out={out}", *options]
-    slowly = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os\nread = os.fstat\n"
-        "def slow(n):\n    import time; time.sleep(0.01); return read(n)\nos.fstat = slow\n"
-    )
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=slowly, start_new_session=True
-    )
-    deadline = time.time() + 60
-    while not (out / "images-00001.arrow").exists() and process.poll() is None:
-        assert time.time() < deadline
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers as well
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
-    assert "Traceback" not in said
-    sentence = rf"simmim: stopped; (\d+) of 200 images are in {out}: the same command goes on\n"
-    done = re.search(sentence, said)
-    assert done
-    assert 0 < int(done[1]) < 200
-    assert not list(out.glob(".*.unfinished"))
-    assert not (out / "packing.lock").exists()
-    first = (out / "images-00000.arrow").stat()
-    assert main(["pack", f"--root={root}", f"--out={out}", *options[:2], "--workers=0"]) == 0
-    assert (out / "images-00000.arrow").stat().st_ino == first.st_ino
-    assert len(read_folder(str(out))) == 200
 
 
 def test_a_val_alone_is_refused_before_it_is_packed(

@@ -46,6 +46,30 @@ def checkpoint(
     return path, model.eval()
 
 
+# Size --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("encoder", "kwargs", "size", "said"),
+    [
+        ("vit_tiny_patch16_224", {**VIT, "patch_size": 8}, 33, "33 .* 8 pixels .*: use 32 or 40"),
+        ("vit_tiny_patch16_224", VIT, [32, 47], "47 .* 4 pixels .*: use 44 or 48"),
+        ("swin_tiny_patch4_window7_224", SWIN, 35, "35 .* 4 pixels .*: use 32 or 36"),
+    ],
+)
+def test_a_size_of_which_pixels_would_be_left_out_is_refused(
+    encoder: str, kwargs: dict[str, Any], size: Any, said: str
+) -> None:
+    with pytest.raises(ValueError, match=f"img_size {said}"):
+        open_backbone(None, encoder, size, encoder_kwargs=kwargs)
+
+
+def test_timms_own_padding_takes_any_size() -> None:
+    options = {**VIT, "dynamic_img_size": True, "dynamic_img_pad": True}
+    model = open_backbone(None, "vit_tiny_patch16_224", 33, encoder_kwargs=options).model
+    assert model.forward_features(torch.zeros(1, 3, 33, 33)).shape[1] == 9 * 9 + 1
+
+
 # Channels ----------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from importlib import import_module
 from io import TextIOWrapper
 
@@ -113,7 +114,7 @@ ELSEWHERE = {  # what people try first
 EXAMPLES = {
     "simmim pretrain fit": "a demonstration: handwritten digits, minutes on a CPU",
     "simmim pretrain fit -c image_folder --data.root DIR": "your own images",
-    "simmim pretrain fit --ckpt_path last": "go on with the last run",
+    "simmim pretrain fit --name image_folder --ckpt_path last": "go on with the newest of these",
 }
 
 
@@ -128,8 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         where nobody reads what it prints any more.
     """
     word_warnings()
-    if isinstance(sys.stdout, TextIOWrapper):  # names of files need not be text, nor ASCII
-        sys.stdout.reconfigure(errors="backslashreplace")
+    _print_anything()
     try:
         _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -160,14 +160,14 @@ def _dispatch(args: list[str]) -> None:
         print(simmim.__version__)
         return
     name, rest = args[0], args[1:]
-    if name in ELSEWHERE:
-        hint = f"did you mean simmim {ELSEWHERE[name]}?"
-        raise ArgumentError(None, f"unknown command {name!r}: {hint} See simmim --help")
     if name not in COMMANDS:
-        _refuse(f"unknown command {name!r}", name, COMMANDS)
+        near = get_close_matches(name, [*COMMANDS, *ELSEWHERE], n=1)
+        hint = f"did you mean simmim {ELSEWHERE.get(near[0], near[0])}? " if near else ""
+        names = ", ".join(COMMANDS)
+        raise ArgumentError(None, f"unknown command {name!r}: {hint}choose from {names}")
     command = COMMANDS[name]
     if command.subcommands:
-        if rest and rest[0] in HELP:
+        if rest and rest[0] in (*HELP, "help"):
             print(_overview_of(name, command))
             return
         named = bool(rest) and not rest[0].startswith("-")
@@ -188,6 +188,13 @@ def _page_of(name: str, command: Command, args: list[str]) -> str:
         summary = command.summary if which == "fit" else command.subcommands[which]
         return page_of_task(name, which, summary, args[1:])
     return page_of_function(f"{name} {which}".strip())
+
+
+def _print_anything() -> None:
+    """Escape what the output's character set does not have, such as umlauts in ASCII."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _let_go_of_output() -> None:

@@ -21,6 +21,7 @@ OURS = {
     "--data_class": "data_class",
 }
 LISTS = ("config", "imports")  # they take several words
+NO_FOLDER = '<>:"|?*\\'  # Windows takes none of them in a name, and runs are copied about
 OVERLAY = "overlay"  # the folder of configs that change an experiment but are none
 EXPERIMENTS = {  # of the tasks, where the user names none
     "pretrain": "pretrain/digits",
@@ -84,14 +85,19 @@ class Request:
         run = [f"--name={self.name}", f"--run_dir={self.run_dir}"]
         run += [f"--imports={json.dumps(self.imports)}"] * bool(self.imports)
         run += [f"--data_class={self.data_class}"] * bool(self.data_class)
-        layers = [f"--config={self._suited(config)}" for config in configs]
+        layers = [f"--config={self._text(config)}" for config in configs]
         return [self.subcommand, *layers, *self.options, *run]
 
-    def _suited(self, config: Path | str) -> Path | str:
-        """A config; of a packaged one only what the user's own data module has options for."""
-        if self.data_options is None or config_folder() not in Path(config).parents:
+    def _text(self, config: Path | str) -> str:
+        """What a config says; a packaged one only what the user's own data module has options for.
+
+        (jsonargparse would read a file in the system's encoding, and from within its folder.)
+        """
+        if isinstance(config, str):
             return config
-        said = read_config(Path(config))
+        if self.data_options is None or config_folder() not in config.parents:
+            return config.read_text(encoding="utf-8")
+        said = read_config(config)
         data = {k: v for k, v in (said.get("data") or {}).items() if k in self.data_options}
         return json.dumps({**said, "data": data})
 
@@ -302,7 +308,8 @@ def _check_follows(config: Mapping[str, Any], path: Path, follows: Mapping[str, 
 
 
 def _check_name(name: object) -> None:
-    if not isinstance(name, str) or name != Path(name).name or name.startswith((".", "-")):
+    is_plain = isinstance(name, str) and name == Path(name).name and not set(name) & set(NO_FOLDER)
+    if not (is_plain and name) or name.startswith((".", "-")):
         raise ArgumentError(
             None, f"name {name!r} cannot be a folder: use letters, digits, dots, '-' and '_'"
         )

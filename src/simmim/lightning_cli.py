@@ -164,12 +164,8 @@ class TaskCLI(LightningCLI):
             yaml.safe_load(self.options.dump(config, skip_none=False, skip_default=skip)) or {}
             for skip in (False, True)
         )
-        names = [word.removeprefix("--config=") for word in args if word.startswith("--config=")]
-        said = [
-            yaml.safe_load(n if n.startswith("{") or not Path(n).is_file() else Path(n).read_text())
-            for n in names
-        ]
-        short = restrict(whole, short, *said)
+        texts = [word.removeprefix("--config=") for word in args if word.startswith("--config=")]
+        short = restrict(whole, short, *(yaml.safe_load(text) or {} for text in texts))
         print(yaml.safe_dump(short, sort_keys=False, default_flow_style=None), end="")
         raise SystemExit(0)
 

@@ -191,7 +191,9 @@ def requeued_run(run_dir: Path, job: str | None) -> Path | None:
     """The run, with a checkpoint, that this command began before SLURM started its job again."""
     if job is None or os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
         return None
-    marks = [mark for mark in run_dir.glob(f"*/version_*/{SLURM_JOB}") if mark.read_text() == job]
+    marks = [
+        mark for mark in run_dir.glob(f"*/version_*/{SLURM_JOB}") if mark.read_text("utf-8") == job
+    ]
     runs = [mark for mark in marks if there_is(mark.parent / CHECKPOINTS / LAST)]
     return max(runs, key=lambda mark: mark.stat().st_mtime).parent if runs else None
 

@@ -9,8 +9,10 @@ from typing import Any
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import PatchEmbed
 from torch import nn
 
+from simmim.observe import multiples
 from simmim.weights import find_checkpoint
 from simmim.weights.api import _check_heads, _classes
 from simmim.weights.fit import MODEL, Architecture, Report, Weights, fit
@@ -76,7 +78,8 @@ def open_backbone(
         trust: Whether an encoder of a user's own may be imported.
 
     Raises:
-        ValueError: If the encoder in the file is not complete, or does not fit.
+        ValueError: If the encoder in the file is not complete, does not fit, or would not see all
+            of an image.
     """
     given = dict(encoder_kwargs or {})
     eps = given.pop("norm_eps", None)
@@ -96,6 +99,7 @@ def open_backbone(
         options["global_pool"] = "avg"
     built: dict[str, Any] = {**options, **sizes}
     plan = _plan(described, built)
+    _check_patches(plan, described.encoder, img_size or described.img_size)
     if class_token and not getattr(plan, "num_prefix_tokens", 0):
         raise ValueError(f"{described.encoder} has no class token to pool: use pooling mean")
     if global_pool is not None and getattr(plan, "global_pool", None) not in (None, global_pool):
@@ -166,6 +170,20 @@ def _plan(described: Architecture, options: Mapping[str, Any]) -> nn.Module:
         return build_encoder(described, options)
 
 
+def _check_patches(model: Any, name: str, img_size: Size) -> None:
+    """Refuse a size of which timm's patches would leave out the last rows or columns."""
+    patches = getattr(model, "patch_embed", None)
+    if not isinstance(patches, PatchEmbed) or patches.dynamic_img_pad:
+        return
+    sides = (img_size, img_size) if isinstance(img_size, int) else img_size
+    for side, patch in zip(sides, patches.patch_size, strict=True):
+        if side % patch:
+            raise ValueError(
+                f"img_size {side} is not a multiple of the {patch} pixels of a patch of {name}: "
+                f"use {multiples(side, patch)}"
+            )
+
+
 def _statistics(weights: str, in_chans: int) -> tuple[list[float], list[float]] | None:
     """Mean and standard deviation that the weights were made with, for so many channels."""
     mean: Any = IMAGENET_DEFAULT_MEAN
@@ -175,10 +193,10 @@ def _statistics(weights: str, in_chans: int) -> tuple[list[float], list[float]] 
         config = timm.get_pretrained_cfg(weights.removeprefix(TIMM))
         mean, std = (config.mean, config.std) if config else (mean, std)
     elif (folder / "preprocessor_config.json").is_file():
-        said = json.loads((folder / "preprocessor_config.json").read_text())
+        said = json.loads((folder / "preprocessor_config.json").read_text("utf-8"))
         mean, std = said.get("image_mean", mean), said.get("image_std", std)
     elif (folder / "config.json").is_file():
-        said = json.loads((folder / "config.json").read_text()).get("pretrained_cfg") or {}
+        said = json.loads((folder / "config.json").read_text("utf-8")).get("pretrained_cfg") or {}
         mean, std = said.get("mean", mean), said.get("std", std)
     elif (ours := _our_checkpoint(weights)) is not None:
         state = ours["state_dict"]
@@ -192,7 +210,7 @@ def _class_names(weights: str) -> list[str]:
     """Names of the classes that a classifier was trained for; none where they are not known."""
     config = Path(weights).expanduser() / "config.json"
     if config.is_file():
-        names = json.loads(config.read_text()).get("label_names") or []
+        names = json.loads(config.read_text("utf-8")).get("label_names") or []
         return [str(name) for name in (names.values() if isinstance(names, dict) else names)]
     return list((_our_checkpoint(weights) or {}).get("classes") or [])
 

@@ -197,7 +197,7 @@ def measure_labels(root: Path) -> tuple[float, float]:
     index = read_index(str(root))
     table = root / "labels.csv"
     rows = (f"{name},class {i % 1000}\n" for i, name in enumerate(index.all_names()))
-    with table.open("w") as file:
+    with table.open("w", encoding="utf-8") as file:
         file.write("path,label\n")
         file.writelines(rows)
     os.utime(table, (time.time() - 3600,) * 2)

@@ -469,7 +469,7 @@ class ShardWriter:
     def __exit__(self, *error: object) -> None:
         if self._file is not None:
             self._file.close()
-            self._beside.unlink()
+            self._beside.unlink(missing_ok=True)  # Ctrl+C may come when it has its name already
 
     def _reset(self) -> None:
         self._file: BinaryIO | None = None

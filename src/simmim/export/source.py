@@ -145,11 +145,11 @@ def _crop(weights: str, ours: Mapping[str, Any] | None, model: Any) -> dict[str,
         config: Mapping[str, Any] = model.pretrained_cfg or {}
         folder = Path(weights).expanduser() / "config.json"
         if folder.is_file():
-            config = yaml.safe_load(folder.read_text()).get("pretrained_cfg") or config
+            config = yaml.safe_load(folder.read_text("utf-8")).get("pretrained_cfg") or config
         names = ("crop_pct", "crop_mode", "interpolation")
         return {name: config[name] for name in names if config.get(name) is not None}
     run = find_checkpoint(weights).absolute().parent.parent / "config.yaml"
-    said = (yaml.safe_load(run.read_text()) or {}) if run.is_file() else {}
+    said = (yaml.safe_load(run.read_text("utf-8")) or {}) if run.is_file() else {}
     data = said.get("data") or {}
     return {
         "crop_pct": data.get("val_crop", 1.0),

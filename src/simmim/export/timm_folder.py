@@ -99,7 +99,7 @@ def _model_args(source: Source, options: dict[str, Any]) -> dict[str, Any]:
 
 def _amend(path: Path, source: Source) -> None:
     """Take out what is not true of these weights, and add what timm's config has no place for."""
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text("utf-8"))
     # It stands above them; transformers gives it a second time, which timm would refuse.
     config.get("model_args", {}).pop("num_classes", None)
     made = config["pretrained_cfg"]
@@ -107,7 +107,7 @@ def _amend(path: Path, source: Source) -> None:
     config["simmim"] = {"version": simmim.__version__}
     if source.architecture.norm_eps is not None:
         config["simmim"]["norm_eps"] = source.architecture.norm_eps
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 def _notes(source: Source, built: nn.Module) -> list[str]:
