@@ -47,8 +47,9 @@ class Recipe(Trainable):
         masking: Which cells are hidden: random (the paper's), block (BEiT's block-wise), square
             (one square at a random place), token (random, in cells of the encoder's own patch),
             foreground (never nodata), or your own function of (keys, grid, counts).
-        masking_kwargs: Options of the masking; foreground takes nodata (the raw value that means
-            "no data") or mask_channel (the channel that is 0 there).
+        masking_kwargs: Options of the masking; foreground takes nodata (the value of a pixel
+            without data as a batch has it: 0 to 255, of deeper scans 0 to 1; by default 0) or
+            mask_channel (the channel that is 0 there).
         mask_fill: What stands in a hidden cell's place: token (a learned vector, the paper's),
             zero, mean (of the image's visible pixels, as in A2MIM) or noise (standard normal).
         mask_stage: Stage of a convolutional or hierarchical encoder after which a mask token is

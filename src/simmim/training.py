@@ -1,4 +1,4 @@
-"""What the tasks do alike: normalisation, optimiser, schedule, seeds, checkpoints."""
+"""What all tasks share: normalisation, optimiser, schedule, seeds, checkpoints."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ from simmim.weights.files import load_safely
 
 
 class Trainable(L.LightningModule):
-    """What is alike in every model that is trained here; a constructor sets what it says.
+    """The base of every LightningModule here; a subclass's constructor sets the attributes.
 
     Attributes:
         mean: Of each channel of pixels in 0..1, (1, C, 1, 1).
