@@ -372,6 +372,20 @@ def test_a_checkpoint_opens_safely_and_whole(tmp_path: Path, optimizer: Any) -> 
     assert type(rebuilt) is (optimizer or torch.optim.AdamW)
 
 
+def test_weights_bring_their_pixel_statistics(tmp_path: Path) -> None:
+    model = tiny()
+    model.set_statistics([0.1, 0.2, 0.3], [0.5, 0.6, 0.7])
+    run = trainer(tmp_path)
+    run.fit(model, loader())
+    run.save_checkpoint(path := tmp_path / "x.ckpt")
+    onward = tiny(weights=str(path), head="mlp")
+    assert torch.equal(onward.mean, model.mean)
+    assert torch.equal(onward.std, model.std)
+    (found,) = run.validate(tiny(weights=str(path)), loader(), verbose=False)
+    (expected,) = run.validate(model, loader(), verbose=False)
+    assert found["val/loss"] == pytest.approx(expected["val/loss"], abs=1e-6)
+
+
 def test_going_on_at_an_epochs_end_is_bitwise_the_same(tmp_path: Path) -> None:
     def fit(folder: Path, epochs: int, stop: int, ckpt: str | None = None) -> SimMIM:
         class Stop(L.Callback):
