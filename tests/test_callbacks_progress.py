@@ -147,3 +147,15 @@ def test_images_are_counted_in_any_batch() -> None:
     images = torch.zeros(3, 1, 2, 2)
     assert images_in({"image": images, "index": torch.arange(3)}) == 3
     assert images_in((images, torch.zeros(3))) == images_in(images) == 3
+
+
+def test_the_time_left_is_not_asked_for_before_the_first_step() -> None:
+    class Trainer:
+        global_step = 0
+
+        @property
+        def estimated_stepping_batches(self) -> int:
+            raise AssertionError("Lightning would load the training data, and say so")
+
+    fresh: Any = Trainer()
+    assert ProgressBar()._seconds_left(fresh) is None

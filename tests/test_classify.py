@@ -1,5 +1,6 @@
 """The classifier: its learning rates by hand, frozen means frozen, mixing, metrics, checkpoints."""
 
+import csv
 import math
 import random
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from simmim.augment import Mixer, erase
 from simmim.callbacks.classification import class_rows
+from simmim.callbacks.predictions import BoardPredictions
 from simmim.classify import Classifier
 from simmim.masking import sample_keys
 from simmim.pretrain import SimMIM
@@ -468,6 +470,19 @@ def test_the_average_of_the_weights_is_kept(tmp_path: Path, pretrained: Path) ->
     # The first update copies; then half of the average and half of the weights.
     expected = 0.25 * seen[0] + 0.25 * seen[1] + 0.5 * seen[2]
     torch.testing.assert_close(model.model.head.bias.detach(), expected)
+
+
+def test_pictures_show_the_average_of_the_weights(tmp_path: Path, pretrained: Path) -> None:
+    model = Classifier(weights=str(pretrained), ema_decay=0.5, base_lr=0.5, warmup_epochs=0)
+    data = Data()
+    run = trainer(tmp_path, max_steps=3, callbacks=[BoardPredictions(num_images=4)])
+    run.fit(model, datamodule=data)
+    with (tmp_path / "val_predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    images = torch.stack([data.images[int(row["path"])]["image"] for row in rows])
+    shares = model.eval().predict_step({"image": images}, 0)["probabilities"].amax(1)  # the average
+    found = torch.tensor([float(row["probability"]) for row in rows])
+    torch.testing.assert_close(found, shares.detach(), atol=2e-6, rtol=0)
 
 
 def test_going_on_at_an_epochs_end_is_bitwise_the_same(tmp_path: Path) -> None:

@@ -354,6 +354,10 @@ def test_the_values_of_a_fill() -> None:
     assert fill_pixels(images, mask, "zero")[1].eq(0).all()
     assert fill_pixels(images, mask, 0.5)[1].eq(0.5).all()
     channels = fill_pixels(images, mask, [1.0, 2.0, 3.0])
+    for same in (torch.tensor([1.0, 2.0, 3.0]), np.array([1, 2, 3]), torch.ones(1, 3, 1, 1) * 2):
+        other = fill_pixels(images, mask, same)
+        assert torch.equal(other[:, 1], channels[:, 1])
+    assert torch.equal(fill_pixels(images, mask, torch.tensor(0.5)), fill_pixels(images, mask, 0.5))
     assert channels[1].mean((1, 2)).tolist() == [1, 2, 3]
     mean = fill_pixels(images, mask, "mean")
     expected = images[0, :, :, 2:].mean((1, 2))

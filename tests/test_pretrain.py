@@ -315,6 +315,45 @@ def test_a_new_head_trains_alone_on_loaded_weights_at_first(tmp_path: Path) -> N
     )
 
 
+def test_a_new_head_trains_alone_after_an_interruption_too(tmp_path: Path) -> None:
+    def fit(name: str, stop: int, ckpt: str | None = None, **kwargs: Any) -> SimMIM:
+        torch.manual_seed(0)
+        model = tiny(head="mlp", warmup_epochs=0, **kwargs)
+        run = trainer(tmp_path / name, max_epochs=40, enable_checkpointing=False)
+        stopper = L.pytorch.callbacks.LambdaCallback(
+            on_train_epoch_end=lambda run, _: setattr(
+                run, "should_stop", run.current_epoch + 1 >= stop
+            )
+        )
+        run.callbacks.append(stopper)
+        run.fit(model, loader(), ckpt_path=ckpt)
+        run.save_checkpoint(tmp_path / f"{name}.ckpt")
+        return model
+
+    run = trainer(tmp_path)
+    run.fit(tiny(), loader())
+    run.save_checkpoint(path := tmp_path / "x.ckpt")
+    whole = fit("whole", 3, weights=str(path))  # alone for 4 of 80 steps, of which this makes 6
+    half = fit("half", 1, weights=str(path))
+    rest = fit("rest", 3, str(tmp_path / "half.ckpt"))  # as a run goes on: without the weights
+    begun = tiny(head="mlp", weights=str(path)).encoder.model.state_dict()
+    for name, a in half.encoder.model.state_dict().items():
+        assert torch.equal(a, begun[name]), name
+    for (name, a), b in zip(whole.state_dict().items(), rest.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert not torch.load(tmp_path / "rest.ckpt", weights_only=True)["loaded"]
+
+
+@pytest.mark.parametrize(("ratio", "is_zero"), [(0.0, True), (1.0, False)])
+def test_validation_where_nothing_or_everything_is_hidden(
+    tmp_path: Path, ratio: float, is_zero: bool
+) -> None:
+    run = trainer(tmp_path, enable_checkpointing=False)
+    (found,) = run.validate(tiny(mask_ratio=ratio), loader(), verbose=False)
+    assert math.isfinite(found["val/loss"])
+    assert (found["val/loss"] == 0) == is_zero
+
+
 # Checkpoints -------------------------------------------------------------------------------------
 
 
@@ -331,6 +370,20 @@ def test_a_checkpoint_opens_safely_and_whole(tmp_path: Path, optimizer: Any) -> 
         assert torch.equal(a, b), name
     rebuilt = again.optimizer([torch.nn.Parameter(torch.zeros(1))])
     assert type(rebuilt) is (optimizer or torch.optim.AdamW)
+
+
+def test_weights_bring_their_pixel_statistics(tmp_path: Path) -> None:
+    model = tiny()
+    model.set_statistics([0.1, 0.2, 0.3], [0.5, 0.6, 0.7])
+    run = trainer(tmp_path)
+    run.fit(model, loader())
+    run.save_checkpoint(path := tmp_path / "x.ckpt")
+    onward = tiny(weights=str(path), head="mlp")
+    assert torch.equal(onward.mean, model.mean)
+    assert torch.equal(onward.std, model.std)
+    (found,) = run.validate(tiny(weights=str(path)), loader(), verbose=False)
+    (expected,) = run.validate(model, loader(), verbose=False)
+    assert found["val/loss"] == pytest.approx(expected["val/loss"], abs=1e-6)
 
 
 def test_going_on_at_an_epochs_end_is_bitwise_the_same(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the tasks on an encoder do alike: what they take, and how what is on it is trained."""
+"""What classification, segmentation and detection share: an encoder from weights, and a head."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
@@ -20,18 +20,18 @@ from simmim.transfer import Backbone
 
 
 class Downstream(Trainable):
-    """An encoder with something on it that is trained for a task.
+    """An encoder with a head (a decoder, a detector) on it, trained for a task.
 
     A task's `__init__` keeps its options, sets `frozen`, `seed`, `optimizer` and `trust`, calls
-    `take_encoder`, and builds what comes on the encoder.
+    `take_encoder`, and builds the head.
 
     Attributes:
         UNTRAINED: What is wrong with a model that was never trained, as a sentence begins.
         classes: Names of the classes; [] until they are known.
         origin: Where the encoder's weights are from, for the reader of a log.
         has_statistics: Whether mean and std are those that the weights were made with.
-        head_is_trained: Whether what is on the encoder is no longer random.
-        head_is_inherited: Whether that came with the weights.
+        head_is_trained: Whether the head is no longer random.
+        head_is_inherited: Whether the head came with the weights.
     """
 
     UNTRAINED: ClassVar[str]
@@ -129,7 +129,7 @@ class Downstream(Trainable):
     # Trained or not ----------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        """Remember that what is on the encoder is no longer random."""
+        """Remember that the head is no longer random."""
         self.head_is_trained = True
         if self.frozen:  # Lightning trains in the mode that it finds, and warns of eval before
             self.encoder.eval()

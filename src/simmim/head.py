@@ -1,6 +1,6 @@
 """Feature map of the encoder -> prediction of the target.
 
-Every head gives a feature vector charge of the target elements that it covers, and ends like the
+In every head a feature vector predicts the target elements that it covers, and the end is the
 paper's: a 1x1 convolution to upsample^2 x out_chans channels and a pixel shuffle, in the order
 (channel, row, column). `upsample` is the encoder's stride over the target's, a whole number. Where
 the target is coarser than the features it is 1 over a whole number n: then each head begins with

@@ -13,11 +13,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 Number = float | int
+Numbers = Number | Sequence[Number] | Tensor | np.ndarray
 Masking = Callable[..., Tensor]
 
 # Draws of one key for different purposes must not be the same numbers: each has its own stream.
@@ -29,7 +31,7 @@ def mask_images(
     images: Num[Tensor, "b c H W"],
     mask_ratio: Number | Sequence[Number] = 0.6,
     mask_patch_size: int = 32,
-    fill: Number | Sequence[Number] | str = 0.0,
+    fill: Numbers | str = 0.0,
     generator: torch.Generator | None = None,
 ) -> tuple[Num[Tensor, "b c H W"], Bool[Tensor, "b h w"]]:
     """Hide random cells of images: SimMIM's masking, done in pixel space.
@@ -39,8 +41,8 @@ def mask_images(
         mask_ratio: Share of the cells to hide, from 0 to 1 (0.6: the paper's section 4.1), or
             [low, high] to draw each image's share from.
         mask_patch_size: Side of a cell in pixels (32: the paper's section 4.1).
-        fill: What the hidden pixels become: a number, one for each channel, "zero", "mean" (of the
-            image's visible pixels) or "noise" (standard normal).
+        fill: What the hidden pixels become: a number, one for each channel (a list, tensor or
+            array), "zero", "mean" (of the image's visible pixels) or "noise" (standard normal).
         generator: Where the masks' keys are drawn from; torch's global CPU generator if None.
 
     Returns:
@@ -297,7 +299,7 @@ def upsample_mask(mask: Bool[Tensor, "b h w"], size: tuple[int, int]) -> Bool[Te
 def fill_pixels(
     images: Num[Tensor, "b c H W"],
     mask: Bool[Tensor, "b h w"],
-    fill: Number | Sequence[Number] | str,
+    fill: Numbers | str,
     keys: Int[Tensor, " b"] | None = None,
 ) -> Num[Tensor, "b c H W"]:
     """Put something else in place of the hidden pixels; the input is not changed.
@@ -434,8 +436,10 @@ def _span(
 
 
 def _fill_value(
-    images: Tensor, hidden: Tensor, fill: Number | Sequence[Number] | str, keys: Tensor
+    images: Tensor, hidden: Tensor, fill: Numbers | str, keys: Tensor
 ) -> Tensor | Number:
+    if isinstance(fill, Tensor | np.ndarray | np.generic):
+        return _numbers(images, fill.flatten().tolist())
     if fill == "zero":
         return 0
     if fill == "mean":

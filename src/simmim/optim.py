@@ -8,7 +8,7 @@ of github.com/microsoft/SimMIM (SwinV2: github.com/microsoft/Swin-Transformer) w
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 from timm.models import Beit, SwinTransformer, SwinTransformerV2, VisionTransformer
@@ -27,15 +27,6 @@ POSITIONS_AND_TOKENS = (
     "pos_embed",
     "relative_position_bias_table",
 )
-
-
-class LayerRow(NamedTuple):
-    """One line of `layer_table`."""
-
-    name: str
-    lr_scale: float
-    weight_decay: float
-    parameters: int
 
 
 # Parameter groups ------------------------------------------------------------------------------
@@ -87,25 +78,6 @@ def param_groups(
         )
         group["params"].append(parameter)
     return list(groups.values())
-
-
-def layer_table(
-    model: nn.Module, layer_decay: float | None, weight_decay: float = 0.05
-) -> list[LayerRow]:
-    """Say how each layer is optimised, in the order of the model, for printing.
-
-    Returns:
-        Rows of group name, factor of the learning rate, weight decay and number of parameters.
-    """
-    return [
-        LayerRow(
-            group["name"],
-            group["lr_scale"],
-            group["weight_decay"],
-            sum(parameter.numel() for parameter in group["params"]),
-        )
-        for group in param_groups(model, weight_decay, layer_decay=layer_decay)
-    ]
 
 
 def _spared(model: nn.Module, pretraining: bool, compat: Compat) -> set[str]:

@@ -22,6 +22,7 @@ from simmim.masking import (
 from simmim.recipe import Recipe
 
 VAL_SEED = 2111_09886  # the validation masks' own seed: equal in every epoch and every run
+TINY = 1e-30  # added to a weight: the mean loss of images that hide nothing is 0, and not 0 / 0
 
 
 class SimMIM(Recipe):
@@ -151,7 +152,8 @@ class SimMIM(Recipe):
         count = self.hidden_count if self.hparams["hidden_tokens"] == "skip" else None
         loss, _, error = self._compare(images, mask, keys, count)
         # Weighted, so that the mean is over hidden cells, however they fall into batches.
-        self.val_loss.update(loss, mask.sum() if self.loss_region == "hidden" else len(images))
+        weight = mask.sum().float() if self.loss_region == "hidden" else len(images)
+        self.val_loss.update(loss, weight + TINY)
         self.log(f"{part}/loss", self.val_loss, prog_bar=True)
         if batch_idx == 0:
             distance = average_distance(mask, self.encoder.mask_patch_size).nanmean()

@@ -25,6 +25,7 @@ from simmim.speed import suit_device
 from simmim.strategies import WRAPPER
 from simmim.target import TARGETS
 from simmim.training import Trainable, count_steps, imagenet_statistics, optimizer_and_schedule
+from simmim.transfer import _statistics
 from simmim.weights import Report, load_weights
 
 COUNTED = ("random", "block", "square", "token")  # they hide equally many cells of every image
@@ -47,8 +48,9 @@ class Recipe(Trainable):
         masking: Which cells are hidden: random (the paper's), block (BEiT's block-wise), square
             (one square at a random place), token (random, in cells of the encoder's own patch),
             foreground (never nodata), or your own function of (keys, grid, counts).
-        masking_kwargs: Options of the masking; foreground takes nodata (the raw value that means
-            "no data") or mask_channel (the channel that is 0 there).
+        masking_kwargs: Options of the masking; foreground takes nodata (the value of a pixel
+            without data as a batch has it: 0 to 255, of deeper scans 0 to 1; by default 0) or
+            mask_channel (the channel that is 0 there).
         mask_fill: What stands in a hidden cell's place: token (a learned vector, the paper's),
             zero, mean (of the image's visible pixels, as in A2MIM) or noise (standard normal).
         mask_stage: Stage of a convolutional or hierarchical encoder after which a mask token is
@@ -195,9 +197,15 @@ class Recipe(Trainable):
         if compat == "official":
             init_official_(self.encoder)
         self.report: Report | None = None  # what became of each tensor of the weights
+        self._loaded: set[str] = set()  # parameters that wait for a new head on top of them
         self._steps_head_alone = 0
         if weights is not None:
-            load_weights(self, weights, trust=trust)
+            report = load_weights(self, weights, trust=trust)
+            if report.head_is_new:
+                names = (name for name, _ in self.encoder.named_parameters("encoder"))
+                self._loaded = {name for name in names if name not in report.missing}
+            if (statistics := _statistics(weights, in_chans)) is not None:
+                self.set_statistics(*statistics)  # until data to train on have others
 
     def _check(self, target: str, loss: str) -> None:
         losses = getattr(self.target, "losses", None)
@@ -255,8 +263,6 @@ class Recipe(Trainable):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimiser, with lr scaled by the global batch, and its per-step schedule."""
         hp = self.hparams
-        if self.report is not None and self.report.head_is_new:
-            self._steps_head_alone = round(HEAD_ALONE * count_steps(self.trainer)[1])
         return optimizer_and_schedule(
             self,
             self.optimizer,
@@ -270,16 +276,34 @@ class Recipe(Trainable):
             compat=self.compat,
         )
 
+    # A new head on loaded weights ------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Say for how many steps a new head trains alone."""
+        if self._loaded:
+            self._steps_head_alone = round(HEAD_ALONE * count_steps(self.trainer)[1])
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Let a new head come to terms with loaded weights before they move.
 
         At first its gradients are noise to an encoder that is trained already.
         """
-        if self.report is not None and self.global_step < self._steps_head_alone:
-            loaded = set(self.report.used.values())
-            for name, parameter in self.named_parameters():
-                if name.replace(WRAPPER, "") in loaded:
-                    parameter.grad = None
+        if self.global_step >= self._steps_head_alone:
+            self._loaded = set()
+            return
+        for name, parameter in self.named_parameters():
+            if name.replace(WRAPPER, "") in self._loaded:
+                parameter.grad = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what waits for the head: a run that goes on does not load the weights again."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["loaded"] = sorted(self._loaded)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the optimiser, and with the head alone, where the run did so."""
+        super().on_load_checkpoint(checkpoint)
+        self._loaded = set(checkpoint.get("loaded", ()))
 
 
 def _upsample(encoder_stride: int, target_stride: int) -> int | Fraction:

@@ -1,4 +1,4 @@
-"""What a task on the command line is made of."""
+"""The parts of a task on the command line: classes, callbacks, and options that follow others."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,18 +13,18 @@ from lightning.pytorch.loggers import Logger
 
 @dataclass(frozen=True)
 class Link:
-    """What is said once and used twice, where the class has such an option.
+    """Where an option takes its value from, so that the user gives it once.
 
     Attributes:
-        source: The option that is given; of several, what the target is computed from.
-        compute: Makes the value from those of the sources; None copies it.
+        source: The option that the user gives, or several.
+        compute: Computes the value from those of the sources; None copies it.
     """
 
     source: str | tuple[str, ...]
     compute: Callable[..., Any] | None = None
 
 
-LINKS = {  # by target
+LINKS = {  # by the option that follows; only those that a task's classes have count
     "data.img_size": Link("model.img_size"),
     "data.in_chans": Link("model.in_chans"),
     "model.seed": Link("seed_everything", int),
@@ -35,7 +35,7 @@ LINKS = {  # by target
 
 @dataclass(frozen=True)
 class Task:
-    """What a command trains.
+    """A command that trains.
 
     Attributes:
         name: The command.
@@ -44,7 +44,7 @@ class Task:
         default: The config where none is named.
         callbacks: Callbacks that are always there, by the name of their options.
         writers: Callbacks without options.
-        links: What is said once and used twice, by target, where it differs from pretraining.
+        links: Options that follow others, by their names, beside LINKS.
         monitor: The metric that the best checkpoint is chosen by, or a function of the model that
             names it. The least loss is the best, and the greatest of anything else.
     """
@@ -84,7 +84,7 @@ class Task:
 
 @dataclass
 class Begun:
-    """What a command has begun, for whoever ends it."""
+    """What a command has opened so far, to be closed however it ends."""
 
     job: str | None = None  # SLURM's, and which of its commands this is
     folder: Path | None = None

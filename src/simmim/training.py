@@ -1,7 +1,8 @@
-"""What the tasks do alike: normalisation, optimiser, schedule, seeds, checkpoints."""
+"""What all tasks share: normalisation, optimiser, schedule, seeds, checkpoints."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from inspect import signature
 from typing import Any, Self, cast
@@ -18,14 +19,14 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.optim import Optimizer
 
-from simmim.optim import Compat, LayerRow, Schedule, scaled_lr
+from simmim.optim import Compat, Schedule, scaled_lr
 from simmim.parts import find_part
 from simmim.strategies import shard
 from simmim.weights.files import load_safely
 
 
 class Trainable(L.LightningModule):
-    """What is alike in every model that is trained here; a constructor sets what it says.
+    """The base of every LightningModule here; a subclass's constructor sets the attributes.
 
     Attributes:
         mean: Of each channel of pixels in 0..1, (1, C, 1, 1).
@@ -200,30 +201,22 @@ def optimizer_and_schedule(
     )
     rank_zero_info(
         f"lr {base_lr * scale:.3g} = base_lr {base_lr:g} x global batch {batch} / 512; "
-        f"{total_steps} steps\n" + format_table(table_of(groups), base_lr * scale)
+        f"{total_steps} steps\n" + format_groups(groups, base_lr * scale)
     )
     return {"optimizer": built, "lr_scheduler": {"scheduler": curve, "interval": "step"}}
 
 
-def table_of(groups: list[dict[str, Any]]) -> list[LayerRow]:
-    """Say of each parameter group how it is optimised, as `layer_table` does of a model."""
-    return [
-        LayerRow(g["name"], g["lr_scale"], g["weight_decay"], sum(p.numel() for p in g["params"]))
-        for g in groups
-    ]
-
-
-def format_table(rows: list[LayerRow], lr: float) -> str:
-    """Write the groups below each other: peak learning rate, weight decay, parameters."""
-    width = max(len(row.name) for row in rows)
-    head = f"  {'group':<{width}}  {'lr':>9}  {'weight decay':>12}  {'parameters':>11}"
-    return "\n".join(
-        [head]
-        + [
-            f"  {name:<{width}}  {lr * scale:>9.3g}  {decay:>12g}  {count:>11,}"
-            for name, scale, decay, count in rows
-        ]
-    )
+def format_groups(groups: Sequence[Mapping[str, Any]], lr: float) -> str:
+    """Write parameter groups below each other: peak learning rate, weight decay, parameters."""
+    width = max(len(group["name"]) for group in groups)
+    lines = [f"  {'group':<{width}}  {'lr':>9}  {'weight decay':>12}  {'parameters':>11}"]
+    for group in groups:
+        count = sum(parameter.numel() for parameter in group["params"])
+        lines.append(
+            f"  {group['name']:<{width}}  {lr * group['lr_scale']:>9.3g}  "
+            f"{group['weight_decay']:>12g}  {count:>11,}"
+        )
+    return "\n".join(lines)
 
 
 def optimizer_spec(optimizer: Optimizer) -> dict[str, Any]:
@@ -268,6 +261,15 @@ class MovingAverage(EMAWeightAveraging):
         with warnings.catch_warnings():  # of shards, which were refused above
             warnings.filterwarnings("ignore", ".*overrides the configure_model", UserWarning)
             super().setup(trainer, pl_module, stage)
+
+    @contextmanager
+    def in_place(self, pl_module: L.LightningModule) -> Iterator[None]:
+        """Have the average in the model for a while, as Lightning has it while it validates."""
+        self._swap_models(pl_module)
+        try:
+            yield
+        finally:
+            self._swap_models(pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Wait: the last checkpoint, which comes now, must still hold both models."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from simmim.callbacks.look import Samples, call, fixed_samples, last_step, log_now, undisturbed
+from simmim.callbacks.look import call, fixed_samples, last_step, log_now, undisturbed
 from simmim.callbacks.schedule import EpochPictures
 
 SHOWN = {  # what each histogram is of
@@ -43,27 +43,18 @@ class Inside(EpochPictures):
         num_images: Validation images to look at.
     """
 
-    NAME = "histograms"
+    NAME, AT_START = "histograms", True
 
     def __init__(self, every_n_epochs: int = 10, num_images: int = 8) -> None:
         super().__init__(every_n_epochs, num_images)
-        self._samples: Samples | None = None
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look at the untrained model."""
-        super().on_train_start(trainer, pl_module)
-        self._samples = None
-        if trainer.global_step == 0:
-            self.draw_now(trainer, pl_module, epochs=0)
 
     def draw(self, trainer: L.Trainer, pl_module: L.LightningModule, epochs: int) -> bool:
         """Look inside, and log what is seen."""
         with undisturbed(pl_module):
-            if self._samples is None:
-                self._samples = fixed_samples(trainer, self.num_images)
-            if self._samples is None:
+            samples = fixed_samples(trainer, self.num_images)
+            if samples is None:
                 return False
-            attention, values = call(trainer, lambda *s: inspect(pl_module, *s), *self._samples)
+            attention, values = call(trainer, lambda *s: inspect(pl_module, *s), *samples)
         if not trainer.is_global_zero:
             return True
         values = {k: v[v.isfinite()] for k, v in values.items()}

@@ -28,16 +28,10 @@ class Masks(EpochPictures):
         num_images: Validation images to draw, spread evenly over the data set.
     """
 
-    NAME = "masks"
+    NAME, AT_START = "masks", True
 
     def __init__(self, every_n_epochs: int = 10, num_images: int = 4) -> None:
         super().__init__(every_n_epochs, num_images)
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw before the first step, so that a wrong mask shows before hours are spent."""
-        super().on_train_start(trainer, pl_module)
-        if trainer.global_step == 0:
-            self.draw_now(trainer, pl_module, epochs=0)
 
     def draw(self, trainer: L.Trainer, pl_module: L.LightningModule, epochs: int) -> bool:
         """Draw both masks of each image; no weight is looked at."""

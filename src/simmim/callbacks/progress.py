@@ -201,8 +201,10 @@ class ProgressBar(TQDMProgressBar):
 
     def _seconds_left(self, trainer: L.Trainer) -> float | None:
         done = trainer.global_step - self._first_step
+        if not done:  # before the first step Lightning would load the training data to know
+            return None
         total = trainer.estimated_stepping_batches
-        if not done or total == float("inf"):
+        if total == float("inf"):
             return None
         per_step = (time.monotonic() - self._run_began) / done
         return max(0.0, per_step * (total - trainer.global_step))

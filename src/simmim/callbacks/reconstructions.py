@@ -1,13 +1,14 @@
 """Pictures of what the model makes of masked images: while it trains, and for a folder."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
+from PIL import Image
 from torch import Tensor
 
-from simmim.callbacks.look import Samples, call, datamodule, fixed_samples, undisturbed
+from simmim.callbacks.look import call, datamodule, fixed_samples, undisturbed
 from simmim.callbacks.pictures import PictureNames, draw_panel
 from simmim.callbacks.schedule import EpochPictures, save_png
 
@@ -26,28 +27,19 @@ class Reconstructions(EpochPictures):
             classes.
     """
 
-    NAME, CONTENT = "reconstructions", "what it reconstructs"
+    NAME, CONTENT, AT_START = "reconstructions", "what it reconstructs", True
 
     def __init__(self, every_n_epochs: int = 10, num_images: int = 8) -> None:
         super().__init__(every_n_epochs, num_images)
-        self._samples: Samples | None = None
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the untrained model, so that a wrong image shows before hours are spent."""
-        super().on_train_start(trainer, pl_module)
-        self._samples = None
-        if trainer.global_step == 0:
-            self.draw_now(trainer, pl_module, epochs=0)
 
     def draw(self, trainer: L.Trainer, pl_module: L.LightningModule, epochs: int) -> bool:
         """Draw what it makes of the images."""
         with undisturbed(pl_module):
-            if self._samples is None:
-                self._samples = fixed_samples(trainer, self.num_images)
-            if self._samples is None:
+            samples = fixed_samples(trainer, self.num_images)
+            if samples is None:
                 return False
             module: Any = pl_module
-            pictures: Mapping[str, Tensor] = call(trainer, module.reconstruct, *self._samples)
+            pictures: Mapping[str, Tensor] = call(trainer, module.reconstruct, *samples)
         if trainer.is_global_zero:
             self.keep(trainer, draw_panel(pictures), epochs)
         return True
@@ -61,10 +53,17 @@ class PredictionWriter(L.Callback):
     well: a folder of a million images would not fit into memory.
     """
 
+    CONTENT: ClassVar[str] = "Pictures of what it reconstructs"
+
     def __init__(self) -> None:
         self.folder: Path | None = None
         self._names = PictureNames()
         self._seen = 0  # images of this process
+
+    def draw(self, module: Any, outputs: Any) -> Iterator[Image.Image]:
+        """Draw each image of a batch, from what `predict_step` returns."""
+        for i in range(len(outputs["original"])):
+            yield draw_panel({name: pictures[i : i + 1] for name, pictures in outputs.items()})
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the run's folder, which every process must ask for."""
@@ -87,14 +86,13 @@ class PredictionWriter(L.Callback):
         """Write a picture for each image of the batch."""
         assert self.folder is not None
         paths = batch.get("path") if isinstance(batch, Mapping) else None
-        for i in range(len(outputs["original"])):
+        for i, picture in enumerate(self.draw(pl_module, outputs)):
             place = self._seen * trainer.world_size + trainer.global_rank
-            row = {name: pictures[i : i + 1] for name, pictures in outputs.items()}
             name = self._names(str(paths[i]) if paths else f"{place:06d}")
-            save_png(draw_panel(row), self.folder / name)
+            save_png(picture, self.folder / name)
             self._seen += 1
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say where the pictures are."""
         if trainer.is_global_zero:
-            print(f"Pictures of what it reconstructs: {self.folder}")
+            print(f"{self.CONTENT}: {self.folder}")

@@ -3,6 +3,7 @@
 import csv
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 
 from simmim.callbacks.look import last_step
+from simmim.training import MovingAverage
 
 
 class EpochPictures(L.Callback, ABC):
@@ -28,6 +30,8 @@ class EpochPictures(L.Callback, ABC):
 
     NAME: ClassVar[str]  # of the folder, and of the picture on the boards
     CONTENT: ClassVar[str] = ""  # what a person is told that the pictures show; "": nothing
+    # Whether it draws before the first step, so that a wrong image shows before hours are spent.
+    AT_START: ClassVar[bool] = False
 
     def __init__(self, every_n_epochs: int, num_images: int) -> None:
         check_every_n_epochs(every_n_epochs)
@@ -48,8 +52,10 @@ class EpochPictures(L.Callback, ABC):
         self.folder = Path(trainer.log_dir or trainer.default_root_dir) / self.NAME
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin anew."""
+        """Begin anew, perhaps with the untrained model."""
         self._drawn_at = None
+        if self.AT_START and trainer.global_step == 0:
+            self.draw_now(trainer, pl_module, epochs=0)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw every few epochs."""
@@ -69,8 +75,15 @@ class EpochPictures(L.Callback, ABC):
             print(f"Pictures of {self.CONTENT}: {self.folder}")
 
     def draw_now(self, trainer: L.Trainer, pl_module: L.LightningModule, epochs: int) -> None:
-        """Draw, and remember at which step."""
-        if self.every_n_epochs and self.draw(trainer, pl_module, epochs):
+        """Draw the weights that are kept, a moving average if there is one; and remember when."""
+        if not self.every_n_epochs:
+            return
+        with ExitStack() as stack:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, MovingAverage):
+                    stack.enter_context(callback.in_place(pl_module))
+            drawn = self.draw(trainer, pl_module, epochs)
+        if drawn:
             self._drawn_at = trainer.global_step
 
     def keep(

@@ -1,7 +1,7 @@
 """What a person sees of a segmenter: overlays while it trains, and a mask for each image."""
 
 import colorsys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -22,7 +22,7 @@ from simmim.callbacks.look import (
 )
 from simmim.callbacks.pictures import BACKGROUND, GAP, INK, draw_panel
 from simmim.callbacks.reconstructions import PredictionWriter
-from simmim.callbacks.schedule import EpochPictures, save_png
+from simmim.callbacks.schedule import EpochPictures
 
 Color = tuple[int, int, int]
 
@@ -76,31 +76,14 @@ class MaskWriter(PredictionWriter):
     `predictions/cats/1.jpg.png`.
     """
 
-    def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Write a mask for each image of the batch."""
-        assert self.folder is not None
-        module: Any = pl_module
-        paths = batch.get("path") if isinstance(batch, Mapping) else None
+    CONTENT = "Masks that it predicts"
+
+    def draw(self, module: Any, outputs: Any) -> Iterator[Image.Image]:
+        """Draw the mask of each image of a batch."""
         values = module.values or range(module.num_classes)
         colors = module.colors or distinct_colors(module.num_classes)
-        for i, classes in enumerate(outputs["classes"]):
-            place = self._seen * trainer.world_size + trainer.global_rank
-            name = self._names(str(paths[i]) if paths else f"{place:06d}")
-            save_png(index_picture(classes, values, colors), self.folder / name)
-            self._seen += 1
-
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say where the masks are."""
-        if trainer.is_global_zero:
-            print(f"Masks that it predicts: {self.folder}")
+        for classes in outputs["classes"]:
+            yield index_picture(classes, values, colors)
 
 
 class Segmented(NamedTuple):
