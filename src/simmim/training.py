@@ -70,6 +70,15 @@ class Trainable(L.LightningModule):
         """Seed what is drawn from the step, so that a resumed run draws the same."""
         torch.manual_seed(seed_of(self.seed, self.global_step, batch_idx, self.global_rank))
 
+    def log_lr(self) -> None:
+        """Log the learning rate, of several the last group's: the head's.
+
+        It stays on the host. Lightning copies a plain number to the device, which then has to be
+        waited for at every step.
+        """
+        rate = self.optimizers().param_groups[-1]["lr"]  # type: ignore[union-attr]
+        self.log("lr", torch.tensor(rate, dtype=torch.float32, device="cpu"))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the optimiser's name and options as plain values, so that the file opens safely."""
         optimizer = cast(Optimizer, self.optimizers(use_pl_optimizer=False))
