@@ -6,7 +6,6 @@ copy between it and the host can be told from work that stays where it is.
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -83,13 +82,12 @@ class OnMeta(SingleDeviceStrategy):
 
 
 @pytest.fixture
-def _on_meta(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning's start and end read numbers; AdamW does not expect this device."""
     monkeypatch.setattr(fit_loop, "has_len_all_ranks", lambda *_: True)
     monkeypatch.setattr(L.Trainer, "_teardown", lambda _: None)
     adam = sys.modules["torch.optim.adam"]
     monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda *_, **__: None)
-    yield
 
 
 def crossings(model: SimMIM, *callbacks: L.Callback, **options: Any) -> list[dict[str, int]]:

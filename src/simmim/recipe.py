@@ -239,7 +239,7 @@ class Recipe(Trainable):
         data = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and getattr(data, "mean", None) is not None:
             self.set_statistics(data.mean, data.std)  # type: ignore[union-attr]
-        suit_device(self.encoder, self.trainer)
+        suit_device(self, self.trainer)
         if stage == "fit" and self.hparams["compile"]:
             self.encoder.compile()
             self.head.compile()

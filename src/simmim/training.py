@@ -195,7 +195,7 @@ def optimizer_and_schedule(
     batch = global_batch_size(trainer)
     scale = scaled_lr(1.0, batch)
     built = optimizer(groups)
-    _fuse(built, str(trainer.precision))
+    _fuse(built)
     curve = Schedule(
         built,
         schedule=schedule,
@@ -254,7 +254,7 @@ def optimizer_from(spec: dict[str, Any], *, trust: bool) -> OptimizerCallable:
     path = str(spec["class_path"])
     safe = path.startswith(("torch.optim.", "timm.optim."))
     kind: Any = find_part(path, {}, "optimizer", trust=safe or trust)
-    # Fused is `_fuse`'s to say: from its constructor Lightning would not clip it in bf16-mixed.
+    # Fused is `_fuse`'s to say: what its constructor fuses, Lightning does not clip in fp16 or bf16.
     options = {k: v for k, v in spec["init_args"].items() if not (k == "fused" and v)}
     return partial(kind, **options)
 
@@ -296,9 +296,13 @@ class MovingAverage(EMAWeightAveraging):
             super().on_load_checkpoint(trainer, *args)
 
 
-def _fuse(optimizer: Optimizer, precision: str) -> None:
-    """Use the fused kernel where it exists: one launch instead of hundreds."""
-    if optimizer.defaults.get("fused", False) is None and precision != "16-mixed":
-        optimizer.defaults["fused"] = True  # with 16-mixed Lightning could no longer clip
+def _fuse(optimizer: Optimizer) -> None:
+    """Use the fused kernel where it exists: one launch instead of hundreds.
+
+    Set here and not in the constructor, it leaves the scale of gradients in fp16 to Lightning,
+    which can then clip them.
+    """
+    if optimizer.defaults.get("fused", False) is None:
+        optimizer.defaults["fused"] = True
         for group in optimizer.param_groups:
             group["fused"] = True

@@ -14,7 +14,7 @@ the same in each step, and no mask is read back from the device.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from math import inf, log
+from math import inf
 from typing import Any, cast
 
 import torch
@@ -24,6 +24,8 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from simmim.attention import position_bias, unit_query_key_value
 
 HIERARCHICAL = (SwinTransformer, SwinTransformerV2)
 
@@ -145,13 +147,11 @@ def _find_windows(block: Any, rows: Int[Tensor, "b n"], columns: Int[Tensor, "b 
 def _attend(
     attn: Any, windows: _Windows, tokens: Float[Tensor, "b m k d"]
 ) -> Float[Tensor, "b m k d"]:
-    flat = tokens.flatten(0, 2)
     version = _version_2 if hasattr(attn, "cpb_mlp") else _version_1
-    visible, table, scale = version(attn, flat)
+    visible, bias, scale = version(attn, tokens.flatten(0, 2))
     count, _, size, _ = windows.mask.shape
     slots = visible.new_zeros(count * size, visible.shape[1]).index_copy(0, windows.slot, visible)
     query, key, value = slots.view(count, size, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    bias = table[attn.relative_position_index].permute(2, 0, 1)  # heads, slots, slots
     bias = (bias + windows.mask).to(query.dtype)
     dropout = attn.attn_drop.p if attn.training else 0.0
     out = F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scale)
@@ -160,20 +160,14 @@ def _attend(
 
 
 def _version_1(attn: Any, flat: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Query, key and value (tokens, 3 x channels), biases (positions, heads), and the scale."""
-    return attn.qkv(flat), attn.relative_position_bias_table, attn.scale
+    """Query, key and value (tokens, 3 x channels), bias (heads, slots, slots), and the scale."""
+    return attn.qkv(flat), attn._get_rel_pos_bias()[0], attn.scale
 
 
 def _version_2(attn: Any, flat: Tensor) -> tuple[Tensor, Tensor, float]:
     """As `_version_1`, with SwinV2's cosine attention and continuous positions."""
-    bias = None if attn.q_bias is None else torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-    query, key, value = F.linear(flat, attn.qkv.weight, bias).chunk(3, dim=1)
-    query, key = (
-        F.normalize(part.unflatten(1, (attn.num_heads, -1)), dim=-1) for part in (query, key)
-    )
-    query = query * attn.logit_scale.clamp(max=log(100.0)).exp()[:, 0]
-    table = attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads)
-    return torch.cat([query.flatten(1), key.flatten(1), value], dim=1), 16 * table.sigmoid(), 1.0
+    parts = torch.stack(unit_query_key_value(attn, flat), dim=1)
+    return parts.flatten(1), position_bias(attn), 1.0
 
 
 def _stem_places(
