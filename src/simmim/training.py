@@ -254,7 +254,7 @@ def optimizer_from(spec: dict[str, Any], *, trust: bool) -> OptimizerCallable:
     path = str(spec["class_path"])
     safe = path.startswith(("torch.optim.", "timm.optim."))
     kind: Any = find_part(path, {}, "optimizer", trust=safe or trust)
-    # Fused is `_fuse`'s to say: what its constructor fuses, Lightning does not clip in fp16 or bf16.
+    # Fused is `_fuse`'s to say: Lightning does not clip what was made so, in fp16 or bf16.
     options = {k: v for k, v in spec["init_args"].items() if not (k == "fused" and v)}
     return partial(kind, **options)
 
