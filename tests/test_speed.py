@@ -1,9 +1,10 @@
 """The step is quick for the right reasons: kernels are the quick ones, and compiled once."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import partialmethod
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -17,7 +18,7 @@ from torch.optim import SGD, AdamW
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset
 
-from simmim import SimMIM, speed
+from simmim import ImageFolderData, SimMIM, speed
 from simmim.benchmark.step import _precisions
 from simmim.callbacks import CollapseAlarm
 from simmim.loss import take_hidden
@@ -69,7 +70,12 @@ def make_model(kind: str = "vit", **options: Any) -> SimMIM:
 
 
 def fit(
-    model: SimMIM, *callbacks: L.Callback, images: int = 8, val: int = 0, **options: Any
+    model: SimMIM,
+    *callbacks: L.Callback,
+    images: int = 8,
+    val: int = 0,
+    data: L.LightningDataModule | None = None,
+    **options: Any,
 ) -> Any:
     given = {"max_epochs": 1, "enable_progress_bar": False, "precision": "32-true", **options}
     trainer = L.Trainer(
@@ -82,8 +88,11 @@ def fit(
         **given,
     )
     size = model.encoder.img_size[0]
-    validation = DataLoader(Noise(val, size), batch_size=4) if val else None
-    trainer.fit(model, DataLoader(Noise(images, size), batch_size=4), validation)
+    if data is not None:
+        trainer.fit(model, data)
+    else:
+        validation = DataLoader(Noise(val, size), batch_size=4) if val else None
+        trainer.fit(model, DataLoader(Noise(images, size), batch_size=4), validation)
     return trainer
 
 
@@ -296,13 +305,27 @@ def test_a_shared_bias_is_one_attention_mask_a_step(monkeypatch: pytest.MonkeyPa
     assert all(mask is seen[0] for mask in seen)
 
 
-def test_convolutions_get_channels_last() -> None:
-    model = make_model("convnext")
-    fit(model, images=4)
-    kernels = [p for p in model.encoder.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1]
+@pytest.mark.parametrize("options", [{}, {"mask_fill": "mean", "mask_stage": 3}], ids=str)
+def test_convolutions_have_channels_last(
+    tmp_path: Path, make_images: Callable[..., Path], options: dict[str, Any]
+) -> None:
+    """The first one's weights turn the images round; behind it no layout is changed."""
+    make_images(tmp_path / "images", 8, 64)
+    data = ImageFolderData(str(tmp_path), img_size=64, batch_size=4, num_workers=0)
+    model = make_model("convnext", **options)
+    seen: list[tuple[bool, bool]] = []
+
+    def note(_: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        taken, given = (x.is_contiguous(memory_format=torch.channels_last) for x in (*args, output))
+        seen.append((taken, given))
+
+    layers = [m for m in model.encoder.modules() if isinstance(m, nn.Conv2d)]
+    for layer in layers:
+        layer.register_forward_hook(note)
+    fit(model, data=data, limit_train_batches=1, limit_val_batches=0, num_sanity_val_steps=0)
     assert model.encoder.is_convolutional
-    assert kernels
-    assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+    assert [given for _, given in seen] == [True] * len(layers)
+    assert [taken for taken, _ in seen[1:]] == [True] * (len(layers) - 1)
     assert not make_model("vit").encoder.is_convolutional
 
 

@@ -26,7 +26,7 @@ def suit_device(model: Any, trainer: L.Trainer) -> None:
     half = str(trainer.precision).startswith(HALF)
     choose_attention(model, fused=not (on_cpu and half))
     encoder: Encoder = model.encoder
-    if encoder.is_convolutional:  # as the loader leaves colour, and as convolutions want it
+    if encoder.is_convolutional:  # the first convolution turns the images round, and all go on so
         encoder.to(memory_format=torch.channels_last)
     if on_cpu and half and not multiplies_bf16():
         rank_zero_warn(
