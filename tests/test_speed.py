@@ -383,6 +383,19 @@ def test_bf16_is_measured_where_the_processor_has_it(
     assert _precisions(torch.device("cpu")) == chosen
 
 
+@pytest.mark.parametrize(
+    ("avx512_bf16", "avx2", "able"),
+    [(True, True, True), (False, True, False), (False, False, True)],  # the last is an Arm
+)
+def test_an_older_torch_knows_x86(
+    avx512_bf16: bool, avx2: bool, able: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: avx2)
+    assert speed.multiplies_bf16() is able
+
+
 def test_bf16_on_a_processor_without_it_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "multiplies_bf16", lambda: False)
     with pytest.warns(UserWarning, match="use --trainer.precision 32-true"):

@@ -60,7 +60,7 @@ def multiplies_bf16() -> bool:
 
     x86 has them in AVX512-BF16 and AMX, Arm in its BF16 extension.
     """
-    if not hasattr(torch.cpu, "get_capabilities"):  # torch 2.9: it cannot be known
-        return True
+    if not hasattr(torch.cpu, "get_capabilities"):  # torch 2.9, which knows x86 (AVX2) alone
+        return torch.cpu._is_avx512_bf16_supported() or not torch.cpu._is_avx2_supported()
     found = torch.cpu.get_capabilities()
     return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
