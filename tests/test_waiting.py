@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from simmim import SimMIM
+from simmim import SimMIM, training
 from simmim.callbacks import PRETRAINING, ProgressBar
 from simmim.encoder import MASK_FILLS
 from simmim.head import HEADS
@@ -88,6 +88,7 @@ def _on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(L.Trainer, "_teardown", lambda _: None)
     adam = sys.modules["torch.optim.adam"]
     monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda *_, **__: None)
+    monkeypatch.setattr(training, "_get_fused_kernels_supported_devices", lambda: ["meta"])
 
 
 def crossings(model: SimMIM, *callbacks: L.Callback, **options: Any) -> list[dict[str, int]]:

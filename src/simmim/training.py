@@ -16,7 +16,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, Optimizer
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from simmim.optim import Compat, LayerRow, Schedule, scaled_lr
 from simmim.parts import find_part
@@ -195,7 +196,7 @@ def optimizer_and_schedule(
     batch = global_batch_size(trainer)
     scale = scaled_lr(1.0, batch)
     built = optimizer(groups)
-    _fuse(built)
+    _fuse(built, trainer.strategy.root_device)
     curve = Schedule(
         built,
         schedule=schedule,
@@ -296,13 +297,14 @@ class MovingAverage(EMAWeightAveraging):
             super().on_load_checkpoint(trainer, *args)
 
 
-def _fuse(optimizer: Optimizer) -> None:
+def _fuse(optimizer: Optimizer, device: torch.device) -> None:
     """Use the fused kernel where it exists: one launch instead of hundreds.
 
     Set here and not in the constructor, it leaves the scale of gradients in fp16 to Lightning,
     which can then clip them.
     """
-    if optimizer.defaults.get("fused", False) is None:
+    exists = device.type in _get_fused_kernels_supported_devices()
+    if exists and isinstance(optimizer, Adam | SGD) and optimizer.defaults["fused"] is None:
         optimizer.defaults["fused"] = True
         for group in optimizer.param_groups:
             group["fused"] = True
