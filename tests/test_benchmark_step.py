@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from simmim import SimMIM
-from simmim.benchmark.step import StepReport, _compare, step
+from simmim.benchmark.step import StepReport, StepSpeed, _compare, _skipping, step
 from simmim.benchmark.stopwatch import Bare, Stopwatch, count_flop, dtype_of, peak_bytes
 
 VIT = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -78,6 +78,34 @@ def test_a_line_for_each_combination(config: list[str]) -> None:
     lines = str(report).splitlines()
     assert len(lines) == 3 + 1 + 4
     assert len({len(line) for line in lines[3:]}) == 1
+
+
+def test_skipping_hidden_tokens_is_compared_with_encoding_them(config: list[str]) -> None:
+    """The config's head is linear: skipping gets one that can look at its neighbours."""
+    report = measure(config, hidden_tokens=["encode", "skip"], steps=2, against="timm")
+    encode, skip = report.rows
+    assert (encode.hidden_tokens, skip.hidden_tokens) == ("encode", "skip")
+    assert skip.flop_per_image != encode.flop_per_image
+    assert encode.overhead is not None
+    assert skip.overhead is not None
+    gain = (1 + encode.overhead[1]) / (1 + skip.overhead[1])
+    (written,) = report.as_dict()["skipping"]
+    assert written["speedup"] == pytest.approx(gain)
+    assert str(report).splitlines()[-1] == (
+        "hidden tokens skipped, encoder vit_tiny_patch16_224, pixels 32, cells 16, batch 4, "
+        f"precision 32-true, compiled no: {gain:.2f} x as fast as encoded"
+    )
+
+
+def test_lines_are_compared_that_differ_in_hidden_tokens_alone() -> None:
+    def line(hidden: str, ms: float, **options: Any) -> StepSpeed:
+        given = {"batch_size": 8, "depth": None, "precision": "32-true", "compiled": False}
+        part = {"forward": ms, "backward": 0.0, "optimizer": 0.0, "logging": 0.0}
+        return StepSpeed("a", (32, 32), 4, hidden_tokens=hidden, ms=part, **{**given, **options})
+
+    rows = [line("encode", 6.0), line("skip", 1.0, batch_size=4), line("skip", 2.0)]
+    rows += [line("skip", 3.0, compiled=True), line("encode", 1.0, compiled=True, failed="memory")]
+    assert [(named["batch"], gain) for named, gain in _skipping(rows)] == [("8", 3.0)]
 
 
 def test_a_precision_and_other_cells(config: list[str]) -> None:

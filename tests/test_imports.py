@@ -13,6 +13,7 @@ ENCODER = {
     "observe",
     "visible",
     "windows",
+    "attention",
     "own_encoder",
 }  # encoder, and parts of its own
 METHOD = {"masking", "head", "target", "loss"} | ENCODER
@@ -44,6 +45,7 @@ FREE = {"parts", "durable", "bar"}  # find a part by its name, write a file, sho
 MAY_IMPORT = {
     **{area: {"masking"} for area in METHOD},
     "encoder": {"masking"} | ENCODER,
+    "windows": {"attention"},
     **{area: METHOD | SHARED | {"pretrain"} for area in SHARED},
     **{area: METHOD | SHARED | TASKS for area in TASKS},
     "strategies": {"checkpoints", "weights"},

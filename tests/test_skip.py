@@ -213,10 +213,10 @@ def test_in_windows_a_token_sees_visible_ones_of_its_own_window_alone() -> None:
     rows, columns = _stem_places(place, 48, stages=4)
     visible = ~upsample_mask(mask, (48, 48))[:, 0]
     for block, shift in zip(encoder.model.layers[0].blocks, (0, 3), strict=True):
-        windows = _find_windows(block, rows, columns)
-        assert windows.slot.unique().numel() == visible.sum() == 3 * 14 * 64
-        seen = windows.mask.isfinite().flatten(0, 2)  # by each slot
-        assert windows.mask.shape == (3 * 64, 1, 36, 36)
+        slot, sees = _find_windows(block, rows, columns)
+        assert slot.unique().numel() == visible.sum() == 3 * 14 * 64
+        seen = sees.isfinite().flatten(0, 2)  # by each slot
+        assert sees.shape == (3 * 64, 1, 36, 36)
         # Windows of the image, cut off at its edges: not round it, as Swin's shift goes.
         edges = [0, *range(shift or 6, 48, 6), 48]
         sizes = [
@@ -225,8 +225,8 @@ def test_in_windows_a_token_sees_visible_ones_of_its_own_window_alone() -> None:
             for a, b in pairwise(edges)
             for c, d in pairwise(edges)
         ]
-        assert seen[windows.slot].sum() == sum(int(size) ** 2 for size in sizes)
-        empty = torch.ones(len(seen), dtype=torch.bool).index_fill(0, windows.slot, False)
+        assert seen[slot].sum() == sum(int(size) ** 2 for size in sizes)
+        empty = torch.ones(len(seen), dtype=torch.bool).index_fill(0, slot, False)
         assert seen[empty].any(1).all()  # a softmax over nothing is no number
 
 

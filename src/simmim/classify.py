@@ -230,7 +230,7 @@ class Classifier(Downstream):
         heads = list(self.heads) or [MAIN]
         losses = [self.loss_of(logits[name], targets, self.class_weights) for name in heads]
         self.log("train/loss", losses[-1], sync_dist=self.trainer.world_size > 1)
-        self.log("lr", self.optimizers().param_groups[-1]["lr"])  # type: ignore[union-attr]
+        self.log_lr()
         return torch.stack(losses).sum()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:

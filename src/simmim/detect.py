@@ -247,7 +247,7 @@ class Detector(Downstream):
         self.log("train/loss", loss, sync_dist=spread, batch_size=len(images))
         named = {f"train/{name}": value for name, value in parts.items()}
         self.log_dict(named, sync_dist=spread, batch_size=len(images))
-        self.log("lr", self.optimizers().param_groups[-1]["lr"])  # type: ignore[union-attr]
+        self.log_lr()
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:

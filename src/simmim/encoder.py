@@ -22,6 +22,7 @@ from simmim.windows import HIERARCHICAL, VisibleInWindows
 
 MASK_FILLS = ("token", "zero", "mean", "noise")
 HIDDEN_TOKENS = ("encode", "skip")
+POINTWISE_HEADS = ("linear", "mlp")  # where tokens are skipped, nothing would be left to look at
 
 
 class Encoder(nn.Module):
@@ -306,7 +307,7 @@ def check_skip(
             all of them.
     """
     cells = encoder.mask_grid[0] * encoder.mask_grid[1]
-    if head in ("linear", "mlp"):
+    if head in POINTWISE_HEADS:
         raise ValueError(
             f"head {head!r} looks at one place alone, where hidden_tokens 'skip' leaves the same "
             "mask token everywhere: use head transformer"

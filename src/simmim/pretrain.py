@@ -124,7 +124,7 @@ class SimMIM(Recipe):
         mask, keys = self.draw_mask(raw, index, validation=False)
         loss, _ = self.loss_of(images, mask, keys, self.hidden_count)
         self.log("train/loss", loss, sync_dist=self.trainer.world_size > 1)
-        self.log("lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+        self.log_lr()
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:

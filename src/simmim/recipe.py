@@ -95,7 +95,8 @@ class Recipe(Trainable):
         drop_path_rate: Stochastic depth, growing linearly over the blocks. 0 for Swin, 0.1 for
             ViT in the paper.
         grad_checkpointing: Recompute activations in the backward pass: less memory, more time.
-        compile: Compile encoder and head with torch.compile.
+        compile: Compile encoder and head with torch.compile. On a TPU it changes nothing: there
+            the step is compiled as a whole.
         seed: Seed of masks and dropout. On the command line it is `--seed_everything`.
         trust: Import parts that are named by an import path, which runs their code.
     """
@@ -247,8 +248,11 @@ class Recipe(Trainable):
         data = getattr(self.trainer, "datamodule", None)
         if stage == "fit" and getattr(data, "mean", None) is not None:
             self.set_statistics(data.mean, data.std)  # type: ignore[union-attr]
-        suit_device(self.encoder, self.trainer)
-        if stage == "fit" and self.hparams["compile"]:
+        suit_device(self, self.trainer)
+        on_xla = (
+            self.trainer.strategy.root_device.type == "xla"
+        )  # which compiles whole steps anyway
+        if stage == "fit" and self.hparams["compile"] and not on_xla:
             self.encoder.compile()
             self.head.compile()
 

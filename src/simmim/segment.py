@@ -231,7 +231,7 @@ class Segmenter(Downstream):
         if self.hparams["dice"]:
             loss = loss + self.hparams["dice"] * _dice_loss(logits, masks)
         self.log("train/loss", loss, sync_dist=self.trainer.world_size > 1)
-        self.log("lr", self.optimizers().param_groups[-1]["lr"])  # type: ignore[union-attr]
+        self.log_lr()
         if middle is not None:
             extra = self.loss_of(middle, masks, self.class_weights)
             loss = loss + self.hparams["aux_weight"] * extra

@@ -17,7 +17,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, Optimizer
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from simmim.optim import Compat, Schedule, scaled_lr
 from simmim.parts import find_part
@@ -70,6 +71,15 @@ class Trainable(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed what is drawn from the step, so that a resumed run draws the same."""
         torch.manual_seed(seed_of(self.seed, self.global_step, batch_idx, self.global_rank))
+
+    def log_lr(self) -> None:
+        """Log the learning rate, of several the last group's: the head's.
+
+        It stays on the host. Lightning copies a plain number to the device, which then has to be
+        waited for at every step.
+        """
+        rate = self.optimizers().param_groups[-1]["lr"]  # type: ignore[union-attr]
+        self.log("lr", torch.tensor(rate, dtype=torch.float32, device="cpu"))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the optimiser's name and options as plain values, so that the file opens safely."""
@@ -187,7 +197,7 @@ def optimizer_and_schedule(
     batch = global_batch_size(trainer)
     scale = scaled_lr(1.0, batch)
     built = optimizer(groups)
-    _fuse(built, str(trainer.precision))
+    _fuse(built, trainer.strategy.root_device)
     curve = Schedule(
         built,
         schedule=schedule,
@@ -238,7 +248,7 @@ def optimizer_from(spec: dict[str, Any], *, trust: bool) -> OptimizerCallable:
     path = str(spec["class_path"])
     safe = path.startswith(("torch.optim.", "timm.optim."))
     kind: Any = find_part(path, {}, "optimizer", trust=safe or trust)
-    # Fused is `_fuse`'s to say: from its constructor Lightning would not clip it in bf16-mixed.
+    # Fused is `_fuse`'s to say: Lightning does not clip what was made so, in fp16 or bf16.
     options = {k: v for k, v in spec["init_args"].items() if not (k == "fused" and v)}
     return partial(kind, **options)
 
@@ -289,9 +299,14 @@ class MovingAverage(EMAWeightAveraging):
             super().on_load_checkpoint(trainer, *args)
 
 
-def _fuse(optimizer: Optimizer, precision: str) -> None:
-    """Use the fused kernel where it exists: one launch instead of hundreds."""
-    if optimizer.defaults.get("fused", False) is None and precision != "16-mixed":
-        optimizer.defaults["fused"] = True  # with 16-mixed Lightning could no longer clip
+def _fuse(optimizer: Optimizer, device: torch.device) -> None:
+    """Use the fused kernel where it exists: one launch instead of hundreds.
+
+    Set here and not in the constructor, it leaves the scale of gradients in fp16 to Lightning,
+    which can then clip them.
+    """
+    exists = device.type in _get_fused_kernels_supported_devices()
+    if exists and isinstance(optimizer, Adam | SGD) and optimizer.defaults["fused"] is None:
+        optimizer.defaults["fused"] = True
         for group in optimizer.param_groups:
             group["fused"] = True

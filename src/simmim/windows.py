@@ -11,33 +11,28 @@ hidden tokens are empty and seen by none: a few hundredths of the arithmetic, fo
 the same in each step, and no mask is read back from the device.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
-from math import inf, log
+from math import inf
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from timm.models.swin_transformer import SwinTransformer
-from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from simmim.attention import position_bias, unit_query_key_value
+
 HIERARCHICAL = (SwinTransformer, SwinTransformerV2)
-
-
-@dataclass(frozen=True)
-class _Windows:
-    """Where the visible tokens stand in whole windows, and what may see what."""
-
-    slot: Int[Tensor, " tokens"]  # of each token, counted over all windows of all images
-    mask: Float[Tensor, "windows 1 slots slots"]  # 0 where a slot sees another, else -inf
 
 
 class VisibleInWindows:
     """Runs Swin or SwinV2 of timm on visible tokens alone.
+
+    Its stages and blocks are told where these lie, and are called as timm calls them: their weights
+    may be gathered from shards for the call alone.
 
     Args:
         model: The timm model. Without a call of ours it runs as before.
@@ -49,19 +44,17 @@ class VisibleInWindows:
     """
 
     def __init__(self, model: Any, name: str) -> None:
-        self._places: tuple[Tensor, Tensor] | None = None  # while a stage runs
-        self._windows: _Windows | None = None  # while a block runs
         for stage in model.layers:
-            stage.forward = partial(self._through_stage, stage)
-        for block in _blocks(model):
-            block._attn = partial(self._attend, block)
-            for side, window in zip(block.input_resolution, block.window_size, strict=True):
-                if side % window:
-                    raise ValueError(
-                        f"hidden_tokens 'skip' needs windows that tile the grid, and a window of "
-                        f"{window} tokens does not tile {side} of {name}: choose img_size or "
-                        "encoder_kwargs window_size so that it does"
-                    )
+            stage.forward = partial(_through_stage, stage)
+            for block in stage.blocks:
+                block.forward = partial(_through_block, block)
+                for side, window in zip(block.input_resolution, block.window_size, strict=True):
+                    if side % window:
+                        raise ValueError(
+                            "hidden_tokens 'skip' needs windows that tile the grid, and a window "
+                            f"of {window} tokens does not tile {side} of {name}: choose img_size "
+                            "or encoder_kwargs window_size so that it does"
+                        )
 
     def __call__(
         self, model: Any, images: Float[Tensor, "b c H W"], place: Int[Tensor, "b n"]
@@ -75,51 +68,53 @@ class VisibleInWindows:
             if level:  # four tokens that are merged lie in two rows of two
                 tokens = tokens.reshape(len(tokens), -1, 2, tokens.shape[3])
                 rows, columns = rows[:, ::4] >> 1, columns[:, ::4] >> 1
-            tokens = self._run_stage(stage, tokens, rows, columns)
+            tokens = stage(tokens, rows, columns)
         return cast(Tensor, model.norm(tokens).flatten(1, 2))
 
-    def _run_stage(self, stage: Any, tokens: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Call timm's own stage: its weights may be gathered from shards for the call alone."""
-        self._places = rows, columns
-        try:
-            return cast(Tensor, stage(tokens))
-        finally:
-            self._places = None
 
-    def _through_stage(self, stage: Any, tokens: Tensor) -> Tensor:
-        """What a stage does in place of its own forward."""
-        if self._places is None:
-            return cast(Tensor, type(stage).forward(stage, tokens))
-        rows, columns = self._places
-        tokens = stage.downsample(tokens)
-        kinds: dict[Any, _Windows] = {}
-        for block in stage.blocks:
-            kind = (*block.window_size, *block.shift_size)
-            if kind not in kinds:
-                kinds[kind] = _find_windows(block, rows, columns)
-            if stage.grad_checkpointing:
-                args = self._run_block, block, kinds[kind], tokens
-                tokens = checkpoint(*args, use_reentrant=False)
-            else:
-                tokens = self._run_block(block, kinds[kind], tokens)
-        return tokens
-
-    def _run_block(self, block: Any, windows: _Windows, tokens: Tensor) -> Tensor:
-        self._windows = windows
-        try:
-            return cast(Tensor, block(tokens))
-        finally:
-            self._windows = None
-
-    def _attend(self, block: Any, tokens: Tensor) -> Tensor:
-        """Attention in place of the block's own."""
-        if self._windows is None:
-            return cast(Tensor, type(block)._attn(block, tokens))
-        return _attend(block.attn, self._windows, tokens)
+def _through_stage(
+    stage: Any, tokens: Tensor, rows: Tensor | None = None, columns: Tensor | None = None
+) -> Tensor:
+    """What a stage does in place of its own forward, where it is told its tokens' places."""
+    if rows is None or columns is None:
+        return cast(Tensor, type(stage).forward(stage, tokens))
+    tokens = stage.downsample(tokens)
+    kinds: dict[Any, tuple[Tensor, Tensor]] = {}
+    for block in stage.blocks:
+        kind = (*block.window_size, *block.shift_size)
+        if kind not in kinds:
+            kinds[kind] = _find_windows(block, rows, columns)
+        if stage.grad_checkpointing:
+            tokens = checkpoint(block, tokens, *kinds[kind], use_reentrant=False)
+        else:
+            tokens = block(tokens, *kinds[kind])
+    return tokens
 
 
-def _find_windows(block: Any, rows: Int[Tensor, "b n"], columns: Int[Tensor, "b n"]) -> _Windows:
-    """Find the windows of one kind of block, from where the visible tokens lie."""
+def _through_block(
+    block: Any, tokens: Tensor, slot: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """What a block does in place of its own forward, where it is told its tokens' windows."""
+    if slot is None or mask is None:
+        return cast(Tensor, type(block).forward(block, tokens))
+    if isinstance(block, SwinTransformerV2Block):  # it normalises what a branch gives
+        attended = _attend(block.attn, slot, mask, tokens)
+        tokens = tokens + block.drop_path1(block.norm1(attended))
+        return cast(Tensor, tokens + block.drop_path2(block.norm2(block.mlp(tokens))))
+    attended = _attend(block.attn, slot, mask, block.norm1(tokens))
+    tokens = tokens + block.drop_path1(attended)
+    return cast(Tensor, tokens + block.drop_path2(block.mlp(block.norm2(tokens))))
+
+
+def _find_windows(
+    block: Any, rows: Int[Tensor, "b n"], columns: Int[Tensor, "b n"]
+) -> tuple[Int[Tensor, " tokens"], Float[Tensor, "windows 1 slots slots"]]:
+    """Find the windows of one kind of block, from where the visible tokens lie.
+
+    Returns:
+        The slot of each token, counted over all windows of all images; and what may see what there:
+        0 where a slot sees another, else -inf.
+    """
     (height, width), (window_h, window_w) = block.input_resolution, block.window_size
     shift_h, shift_w = block.shift_size
     y, x = (rows - shift_h) % height, (columns - shift_w) % width
@@ -139,41 +134,36 @@ def _find_windows(block: Any, rows: Int[Tensor, "b n"], columns: Int[Tensor, "b 
     itself = torch.eye(window_h * window_w, dtype=torch.bool, device=rows.device)
     # An empty slot sees itself, as a softmax over nothing is no number.
     seen = (filled & together | itself).flatten(0, 1)
-    return _Windows(slot, torch.where(seen, 0.0, -inf))
+    return slot, torch.where(seen, 0.0, -inf)
 
 
 def _attend(
-    attn: Any, windows: _Windows, tokens: Float[Tensor, "b m k d"]
+    attn: Any,
+    slot: Int[Tensor, " tokens"],
+    mask: Float[Tensor, "windows 1 slots slots"],
+    tokens: Float[Tensor, "b m k d"],
 ) -> Float[Tensor, "b m k d"]:
-    flat = tokens.flatten(0, 2)
     version = _version_2 if hasattr(attn, "cpb_mlp") else _version_1
-    visible, table, scale = version(attn, flat)
-    count, _, size, _ = windows.mask.shape
-    slots = visible.new_zeros(count * size, visible.shape[1]).index_copy(0, windows.slot, visible)
+    visible, bias, scale = version(attn, tokens.flatten(0, 2))
+    count, _, size, _ = mask.shape
+    slots = visible.new_zeros(count * size, visible.shape[1]).index_copy(0, slot, visible)
     query, key, value = slots.view(count, size, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    bias = table[attn.relative_position_index].permute(2, 0, 1)  # heads, slots, slots
-    bias = (bias + windows.mask).to(query.dtype)
+    bias = (bias + mask).to(query.dtype)
     dropout = attn.attn_drop.p if attn.training else 0.0
     out = F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scale)
-    out = out.transpose(1, 2).reshape(count * size, -1).index_select(0, windows.slot)
+    out = out.transpose(1, 2).reshape(count * size, -1).index_select(0, slot)
     return cast(Tensor, attn.proj_drop(attn.proj(out))).view(tokens.shape)
 
 
 def _version_1(attn: Any, flat: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Query, key and value (tokens, 3 x channels), biases (positions, heads), and the scale."""
-    return attn.qkv(flat), attn.relative_position_bias_table, attn.scale
+    """Query, key and value (tokens, 3 x channels), bias (heads, slots, slots), and the scale."""
+    return attn.qkv(flat), attn._get_rel_pos_bias()[0], attn.scale
 
 
 def _version_2(attn: Any, flat: Tensor) -> tuple[Tensor, Tensor, float]:
     """As `_version_1`, with SwinV2's cosine attention and continuous positions."""
-    bias = None if attn.q_bias is None else torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-    query, key, value = F.linear(flat, attn.qkv.weight, bias).chunk(3, dim=1)
-    query, key = (
-        F.normalize(part.unflatten(1, (attn.num_heads, -1)), dim=-1) for part in (query, key)
-    )
-    query = query * attn.logit_scale.clamp(max=log(100.0)).exp()[:, 0]
-    table = attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads)
-    return torch.cat([query.flatten(1), key.flatten(1), value], dim=1), 16 * table.sigmoid(), 1.0
+    parts = torch.stack(unit_query_key_value(attn, flat), dim=1)
+    return parts.flatten(1), position_bias(attn), 1.0
 
 
 def _stem_places(
@@ -194,7 +184,3 @@ def _stem_places(
     rows = (place // last << doublings)[:, :, None] + row
     columns = (place % last << doublings)[:, :, None] + column
     return rows.flatten(1), columns.flatten(1)
-
-
-def _blocks(model: Any) -> Iterator[Any]:
-    return (block for stage in model.layers for block in stage.blocks)

@@ -1,7 +1,7 @@
 """`simmim benchmark step`: images/s of the training step, and where its time goes."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise, product
 from pathlib import Path
@@ -27,6 +27,7 @@ from simmim.benchmark.stopwatch import (
     held,
     run_trainer,
 )
+from simmim.encoder import POINTWISE_HEADS
 from simmim.inner_runs import make, quiet
 from simmim.mistakes import one_line
 from simmim.pretrain import SimMIM
@@ -44,6 +45,7 @@ class StepSpeed:
         img_size: Height and width in pixels.
         cells: Cells of the mask.
         depth: Blocks, where they were asked for.
+        hidden_tokens: What becomes of them: encode or skip.
         batch_size: Images a step.
         precision: Lightning's name of it.
         compiled: Whether encoder and head were compiled.
@@ -61,6 +63,7 @@ class StepSpeed:
     img_size: tuple[int, int]
     cells: int
     depth: int | None
+    hidden_tokens: str
     batch_size: int
     precision: str
     compiled: bool
@@ -95,6 +98,12 @@ class StepSpeed:
         low, middle, high = np.percentile(self.overheads, (25, 50, 75)).tolist()
         return low, middle, high
 
+    def speedup_over(self, other: "StepSpeed") -> float:
+        """How many times as fast as another line it is, by the bare model's steps if it had any."""
+        if self.overhead and other.overhead:
+            return (1 + other.overhead[1]) / (1 + self.overhead[1])
+        return self.images_per_s / other.images_per_s
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -115,7 +124,8 @@ class StepReport:
             derived = ("step_ms", "images_per_s", "utilisation", "overhead")
             more = {} if row.failed else {name: getattr(row, name) for name in derived}
             rows.append({**asdict(row), **more})
-        return {"rows": rows}
+        skipping = [{**named, "speedup": speedup} for named, speedup in _skipping(self.rows)]
+        return {"rows": rows, **({"skipping": skipping} if skipping else {})}
 
     def __str__(self) -> str:
         return "\n".join(["", f"on {describe(self.machine)}", "", *_table(self.rows)])
@@ -130,6 +140,7 @@ def step(
     depth: list[int] | None = None,
     precision: list[str] | None = None,
     compile: list[bool] | None = None,
+    hidden_tokens: list[Literal["encode", "skip"]] | None = None,
     against: Literal["timm"] | None = None,
     steps: int = 10,
     accelerator: str | None = None,
@@ -156,6 +167,9 @@ def step(
         precision: 32-true, bf16-mixed, ... (Lightning's); by default both of these, and on a
             processor without bf16 the first.
         compile: false, true; by default both. Compiling takes minutes.
+        hidden_tokens: encode, skip; the config's by default. Skipping has the head transformer
+            where the config's looks at one place alone. With both, and --against timm, each is
+            measured in turn with the same bare model, and so their ratio.
         against: timm also measures the bare encoder with a linear layer, a loss and fused AdamW,
             step by step in turn with ours: the floor.
         steps: Steps that are measured, of each line; 3 more warm up.
@@ -172,11 +186,12 @@ def step(
         raise ValueError(f"steps {steps} measures nothing: use 10")
     check_out(out)
     options = read_options(config)
-    device = _device(accelerator or options.trainer.accelerator)
+    device, head = _device(accelerator or options.trainer.accelerator), options.model.head
     values: dict[str, Sequence[Any]] = {
         "img_size": img_size or [None],
         "mask_patch_size": mask_patch_size or [None],
         "depth": depth or [None],
+        "hidden_tokens": hidden_tokens or [None],
         "batch_size": batch_size or [options.data.batch_size],
         "compile": [False, True] if compile is None else compile,
         "precision": precision or _precisions(device),
@@ -187,7 +202,8 @@ def step(
     with Bar(total=len(cases) * (WARM_UP + steps + 1), desc="Steps") as bar:
         for case in cases:
             trainer = {"precision": case["precision"], "accelerator": accelerator}
-            options = read_options(config, model=_said(case, encoder), trainer=trainer)
+            said = _said(case, encoder, head)
+            options = read_options(config, model=said, trainer=trainer)
             rows.append(_measure(options, case, device, steps, against, bar))
     report = StepReport(rows)
     write_record(out, report.as_dict())
@@ -210,6 +226,7 @@ def _measure(
         "img_size": encoder.img_size,
         "cells": grid[0] * grid[1],
         "depth": case["depth"],
+        "hidden_tokens": model.hparams["hidden_tokens"],
         "batch_size": case["batch_size"],
         "precision": case["precision"],
         "compiled": case["compile"],
@@ -261,11 +278,14 @@ def _compare(ours: Sequence[float], bare: Sequence[float]) -> dict[str, Any]:
 # What is measured --------------------------------------------------------------------------------
 
 
-def _said(case: Mapping[str, Any], encoder: str | None) -> dict[str, Any]:
-    """The model's options that overrule the config's."""
-    said = {name: case[name] for name in ("img_size", "mask_patch_size", "compile")}
+def _said(case: Mapping[str, Any], encoder: str | None, head: str) -> dict[str, Any]:
+    """The model's options that overrule the config's, whose head is known."""
+    names = ("img_size", "mask_patch_size", "hidden_tokens", "compile")
+    said = {name: case[name] for name in names}
     if encoder is not None:
         said |= {"encoder": encoder, "encoder_kwargs": {}}
+    if case["hidden_tokens"] == "skip" and head in POINTWISE_HEADS:
+        said |= {"head": "transformer", "head_kwargs": {}}
     return {**said, "encoder_kwargs.depth": case["depth"]}
 
 
@@ -294,15 +314,15 @@ def _precisions(device: torch.device) -> list[str]:
 
 def _table(rows: Sequence[StepSpeed]) -> list[str]:
     """One line a measurement, columns of equal width."""
-    head = ["encoder", "pixels", "cells", "batch", "precision", "compiled", "images/s", "step ms"]
-    head += [*PARTS, "memory MB", "GFLOP/image", "of matmul"]
-    with_depth = any(row.depth for row in rows)
+    shown = [row for row in rows if not row.failed]
+    told = ["encoder", "pixels", "cells"]
+    told += ["depth"] if any(row.depth for row in rows) else []
+    told += ["hidden"] if any(row.hidden_tokens == "skip" for row in rows) else []
+    told += ["batch", "precision", "compiled"]
+    head = [*told, "images/s", "step ms", *PARTS, "memory MB", "GFLOP/image", "of matmul"]
     with_floor = any(row.floor_ms for row in rows)
-    if with_depth:
-        head.insert(3, "depth")
-    if with_floor:
-        head += ["timm ms", "over timm"]
-    lines = [head, *(_line(row, with_depth, with_floor) for row in rows if not row.failed)]
+    head += ["timm ms", "over timm"] if with_floor else []
+    lines = [head, *([*_case(row, told), *_numbers(row, with_floor)] for row in shown)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
@@ -312,15 +332,39 @@ def _table(rows: Sequence[StepSpeed]) -> list[str]:
         if row.failed:
             how = f"{row.precision}{', compiled' if row.compiled else ''}"
             text.append(f"{row.encoder}, batch {row.batch_size}, {how}: {row.failed}")
+    for named, speedup in _skipping(rows):
+        what = ", ".join(f"{name} {value}" for name, value in named.items())
+        text.append(f"hidden tokens skipped, {what}: {speedup:.2f} x as fast as encoded")
     return text
 
 
-def _line(row: StepSpeed, with_depth: bool, with_floor: bool) -> list[str]:
+def _case(row: StepSpeed, told: Sequence[str]) -> list[str]:
+    """What was measured, in the columns that are told."""
     height, width = row.img_size
-    line = [row.encoder, f"{height}" if height == width else f"{height}x{width}", f"{row.cells}"]
-    line += [f"{row.depth or ''}"] if with_depth else []
-    line += [f"{row.batch_size}", row.precision, "yes" if row.compiled else "no"]
-    return line + _numbers(row, with_floor)
+    values = {
+        "encoder": row.encoder,
+        "pixels": f"{height}" if height == width else f"{height}x{width}",
+        "cells": f"{row.cells}",
+        "depth": f"{row.depth or ''}",
+        "hidden": row.hidden_tokens,
+        "batch": f"{row.batch_size}",
+        "precision": row.precision,
+        "compiled": "yes" if row.compiled else "no",
+    }
+    return [values[name] for name in told]
+
+
+def _skipping(rows: Sequence[StepSpeed]) -> Iterator[tuple[dict[str, str], float]]:
+    """Each case that was measured with both, and what skipping hidden tokens gains there."""
+    told = ["encoder", "pixels", "cells", "depth", "batch", "precision", "compiled"]
+    cases: dict[tuple[str, ...], dict[str, StepSpeed]] = {}
+    for row in rows:
+        if not row.failed:
+            cases.setdefault((*_case(row, told),), {})[row.hidden_tokens] = row
+    for case, found in cases.items():
+        if len(found) == 2:
+            named = {name: value for name, value in zip(told, case, strict=True) if value}
+            yield named, found["skip"].speedup_over(found["encode"])
 
 
 def _numbers(row: StepSpeed, with_floor: bool) -> list[str]:

@@ -77,7 +77,7 @@ GROUPS = {  # in the order of the page
     },
     "benchmark step": {
         "what is measured": "config encoder img_size batch_size mask_patch_size depth precision "
-        "compile",
+        "compile hidden_tokens",
         "comparison": "against",
         "run": "steps accelerator out",
     },
