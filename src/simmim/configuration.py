@@ -308,8 +308,9 @@ def _check_follows(config: Mapping[str, Any], path: Path, follows: Mapping[str, 
 
 
 def _check_name(name: object) -> None:
-    is_plain = isinstance(name, str) and name == Path(name).name and not set(name) & set(NO_FOLDER)
-    if not (is_plain and name) or name.startswith((".", "-")):
+    text = name if isinstance(name, str) else ""
+    is_plain = text == Path(text).name and not set(text) & set(NO_FOLDER)
+    if not text or not is_plain or text.startswith((".", "-")):
         raise ArgumentError(
             None, f"name {name!r} cannot be a folder: use letters, digits, dots, '-' and '_'"
         )
