@@ -91,8 +91,8 @@ def test_only_the_chosen_images_are_read(tmp_path: Path) -> None:
     data = DigitsData()
     fit = trainer(tmp_path, Reconstructions(num_images=5), max_epochs=1, limit_val_batches=0)
     fit.fit(MiniSimMIM(), datamodule=data)
-    # Nobody validates, so training images are shown: five of them, once more than they are trained.
-    assert len(data.train.read) == 256 + 5
+    # Nobody validates, so training images are shown: five of them, for each of the two pictures.
+    assert len(data.train.read) == 256 + 2 * 5
     assert data.val.read == []
 
 

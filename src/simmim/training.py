@@ -1,8 +1,7 @@
 """What all tasks share: normalisation, optimiser, schedule, seeds, checkpoints."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from inspect import signature
 from typing import Any, Self, cast
@@ -271,15 +270,6 @@ class MovingAverage(EMAWeightAveraging):
         with warnings.catch_warnings():  # of shards, which were refused above
             warnings.filterwarnings("ignore", ".*overrides the configure_model", UserWarning)
             super().setup(trainer, pl_module, stage)
-
-    @contextmanager
-    def in_place(self, pl_module: L.LightningModule) -> Iterator[None]:
-        """Have the average in the model for a while, as Lightning has it while it validates."""
-        self._swap_models(pl_module)
-        try:
-            yield
-        finally:
-            self._swap_models(pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Wait: the last checkpoint, which comes now, must still hold both models."""

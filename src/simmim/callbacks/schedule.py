@@ -2,19 +2,19 @@
 
 import csv
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning as L
 import numpy as np
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 
 from simmim.callbacks.look import last_step
-from simmim.training import MovingAverage
 
 
 class EpochPictures(L.Callback, ABC):
@@ -78,10 +78,7 @@ class EpochPictures(L.Callback, ABC):
         """Draw the weights that are kept, a moving average if there is one; and remember when."""
         if not self.every_n_epochs:
             return
-        with ExitStack() as stack:
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, MovingAverage):
-                    stack.enter_context(callback.in_place(pl_module))
+        with _averaged(trainer, pl_module):
             drawn = self.draw(trainer, pl_module, epochs)
         if drawn:
             self._drawn_at = trainer.global_step
@@ -192,6 +189,21 @@ def save_png(picture: Image.Image, path: Path) -> None:
     """Write a picture, and the folders above it where there are none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path)
+
+
+@contextmanager
+def _averaged(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
+    """Have a moving average in the weights' place, as Lightning has it there while it validates."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    averages = [c for c in callbacks if isinstance(c, WeightAveraging)]
+    averages = [average for average in averages if average._average_model is not None]
+    for average in averages:
+        average._swap_models(pl_module)
+    try:
+        yield
+    finally:
+        for average in reversed(averages):
+            average._swap_models(pl_module)
 
 
 def _markdown(rows: Sequence[Sequence[Any]]) -> str:
