@@ -231,6 +231,12 @@ def test_debugging_shows_where_a_mistake_was_found(
         fit("--data.root", "nowhere")
 
 
+def test_words_that_are_no_text_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """As a folder in another encoding is: no config could hold its name."""
+    assert main(["pretrain", "fit", "--data.root", os.fsdecode(b"caf\xe9")]) == 2
+    assert "'caf\\udce9' is no text in UTF-8: rename it, or give a" in capsys.readouterr().err
+
+
 def test_a_bug_keeps_its_traceback(place: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         fit("--trainer.callbacks+=test_cli.Stop", "--trainer.callbacks.how=bug")

@@ -98,6 +98,18 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
     assert all(Path(index.path(i)).read_bytes() == b"here" for i in range(len(index)))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems allow text only")
+def test_names_of_classes_are_text(tmp_path: Path) -> None:
+    for name in (b"caf\xe9", "écru".encode(), b"new\nline"):
+        folder = os.fsencode(tmp_path) + b"/" + name
+        os.mkdir(folder)
+        Path(os.fsdecode(folder), "1.jpg").write_bytes(b"here")
+    index = scan(str(tmp_path))
+    assert index.classes == ["caf\\xe9", "new\nline", "écru"]
+    assert index.labels is not None
+    assert [Path(index.path(i)).read_bytes() for i in index.labels.tolist()] == [b"here"] * 3
+
+
 def test_parts(tmp_path: Path) -> None:
     touch(tmp_path, ["Train/1.png", "validation/1.png"])
     assert find_parts(str(tmp_path)) == {

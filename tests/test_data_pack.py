@@ -425,6 +425,34 @@ def test_a_damaged_shard_is_named(root: Path) -> None:
         read_folder(str(out))
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"version": 2, "sizes": []}, "json is of version 2, not 1: pack the images anew"),
+        ({"parts": {}}, "json is damaged, or not of simmim pack: it has no part that trains"),
+        ({"parts": {"train": None}}, "json is damaged, or not of simmim pack: "),
+        ({"parts": {"train": {"classes": [1, 2]}}}, "its classes or endings are no words"),
+        ({"parts": {"train": {"suffixes": None}}}, "json is damaged, or not of simmim pack: "),
+        ({"parts": {"train": {"bad": []}}}, "json is damaged, or not of simmim pack: "),
+        (None, "holds shards, but no packed.json, which says what is in them: copy that as well"),
+    ],
+)
+def test_a_packed_folder_that_is_not_as_it_was(
+    root: Path, change: dict[str, Any] | None, sentence: str
+) -> None:
+    file = packed(root) / "packed.json"
+    if change is None:
+        file.unlink()
+    else:
+        table = json.loads(file.read_text())
+        train = change.get("parts", {}).get("train")
+        if train:
+            change = {"parts": {"train": {**table["parts"]["train"], **train}}}
+        file.write_text(json.dumps({**table, **change}))
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        read_parts(str(file.parent), 0.1)
+
+
 def test_damaged_bytes_in_a_shard_are_a_bad_file(root: Path) -> None:
     out = packed(root)
     shard, files = out / "images-00000.arrow", read_folder(str(out))
@@ -441,7 +469,7 @@ def test_a_small_disk_is_noticed_before(root: Path, monkeypatch: pytest.MonkeyPa
     usage = namedtuple("usage", "free")(1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(
-        ValueError, match=r"has 0\.0 GB free, about 0\.0 GB are needed: use another"
+        ValueError, match=r"has 1e-06 GB free, about 1\.\d+e-05 GB are needed: use another"
     ):
         packed(root)
 

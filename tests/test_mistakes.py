@@ -48,6 +48,7 @@ def test_the_memory_of_the_cpu_is_memory_too() -> None:
         (OSError(errno.EROFS, os.strerror(errno.EROFS), "a.png"), "a.png cannot be written"),
         (OSError(errno.EACCES, os.strerror(errno.EACCES), "new"), "new cannot be written: choose"),
         (OSError(errno.EACCES, os.strerror(errno.EACCES), __file__), ".py: permission denied"),
+        (OSError(errno.EFBIG, os.strerror(errno.EFBIG), "a"), "a limit (ulimit -f), allows: a;"),
         (Exception("Error while serializing: No space left on device"), "the disk is full; free"),
         (MisconfigurationException("No supported gpu backend found!"), "--trainer.accelerator cpu"),
     ],

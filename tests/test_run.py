@@ -248,15 +248,16 @@ def test_a_checkpoint_needs_no_temporary_folder(
     assert torch.load(tmp_path / "last.ckpt") == {"i": 1}
 
 
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EFBIG])
 def test_a_full_disk_leaves_the_earlier_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     io, path = DurableCheckpointIO(), tmp_path / "last.ckpt"
     io.save_checkpoint({"i": 0}, path)
 
     def full(checkpoint: object, file: object) -> None:
         file.write(b"half")  # type: ignore[attr-defined]
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="no room for a checkpoint"):

@@ -151,6 +151,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dispatch(args: list[str]) -> None:
+    _check_text(args)
     if args[:1] == ["help"] and args[1:]:  # simmim help pretrain fit
         args = [*args[1:], "--help"]
     if not args or args[0] in (*HELP, "help"):
@@ -180,6 +181,17 @@ def _dispatch(args: list[str]) -> None:
         print(_page_of(name, command, rest))
         return
     command.load()(rest)
+
+
+def _check_text(args: Iterable[str]) -> None:
+    """Refuse what neither a config nor a table can hold; names in a folder may be any bytes."""
+    for word in args:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise ArgumentError(
+                None, f"{word!r} is no text in UTF-8: rename it, or give a link to it (ln -s)"
+            ) from None
 
 
 def _page_of(name: str, command: Command, args: list[str]) -> str:

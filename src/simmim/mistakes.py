@@ -45,7 +45,11 @@ ELSEWHERE = {  # what other tools call our options
     "output_dir": "run_dir",
 }
 ROOTS = ("--root", "--data.root")
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "your quota of the disk is used up",
+    errno.EFBIG: "a file would be larger than the disk, or a limit (ulimit -f), allows",
+}
 NO_MEMORY = (  # as torch says it of CUDA and MPS, of the CPU, and of cuBLAS
     r"out of memory|DefaultCPUAllocator|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED"
 )
@@ -198,10 +202,10 @@ def _subtypes(message: str) -> str:
 
 def _what_the_machine_lacks(error: BaseException) -> str | None:
     """Room on the disk, memory, open files, or the right to write."""
-    if _lacks_space(error):
+    if full := _lacks_space(error):
         filename = getattr(error, "filename", None)
         where = f": {filename}" if filename else ""
-        return f"the disk is full{where}; free some space (a run goes on with --ckpt_path last)"
+        return f"{full}{where}; free some space (a run goes on with --ckpt_path last)"
     if isinstance(error, OSError) and error.errno == errno.EMFILE:
         return (
             "too many files are open: allow more (ulimit -n 65536), or use fewer processes that "
@@ -243,10 +247,11 @@ def _lacks_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and re.search(NO_MEMORY, str(error)) is not None
 
 
-def _lacks_space(error: BaseException) -> bool:
-    """Whether the disk is full; safetensors says it in an error of its own."""
-    full = isinstance(error, OSError) and error.errno in FULL
-    return full or os.strerror(errno.ENOSPC) in str(error)
+def _lacks_space(error: BaseException) -> str | None:
+    """Say in which way the disk is full, if it is; safetensors says it in an error of its own."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return FULL[error.errno]
+    return next((said for code, said in FULL.items() if os.strerror(code) in str(error)), None)
 
 
 def _cannot_be_written(error: OSError) -> bool:

@@ -37,8 +37,9 @@ class FileIndex:
         names: All relative paths one behind the other, uint8; separated by "/" on every system.
         starts: Where each begins in `names`, and where the last one ends, int64, (n + 1,).
         labels: The class of each file, int64, (n,); None where there are no classes.
-        classes: Names of the classes: folders right below the root that hold images. Empty where
-            there are none, or where images also lie loose in the root.
+        classes: Names of the classes: folders right below the root that hold images, what is no
+            text in them as escapes. Empty where there are none, or where images also lie loose in
+            the root.
         suffixes: Endings that occur, in lower case.
         digest: Hash of the names, where it is known already; "" otherwise.
     """
@@ -219,6 +220,8 @@ def join_folders(root: str, visited: Sequence[Folder]) -> FileIndex:
     names, lengths, labels = bytearray(), array("q", [0]), array("q")
     classes = [] if any(not f.relative for f in folders) else _classes(folders)
     number = {name: i for i, name in enumerate(classes)}
+    # Names of files may be any bytes; those of classes go into tables, pictures and checkpoints.
+    classes = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in classes]
     for folder in folders:
         names += folder.names
         lengths.extend(folder.lengths)
@@ -226,6 +229,11 @@ def join_folders(root: str, visited: Sequence[Folder]) -> FileIndex:
             label = number[folder.relative.split("/")[0]]
             labels.extend(array("q", [label]) * len(folder.lengths))
     if len(lengths) == 1:
+        if any(name.endswith(".arrow") for name in os.listdir(root)):
+            raise ValueError(
+                f"{root!r} holds shards, but no packed.json, which says what is in them: copy that "
+                "as well, or pack the images anew"
+            )
         raise ValueError(
             f"{root!r} holds no images: give a folder with files that end in {', '.join(SUFFIXES)}"
         )

@@ -315,7 +315,7 @@ def _check_disk(folder: Path, files: dict[str, FileIndex], packed: Packed, encod
         needed += len(places) * sum(sizes) / max(len(sizes), 1)
     if needed > free:
         raise ValueError(
-            f"{folder} has {free / 1e9:,.1f} GB free, about {needed / 1e9:,.1f} GB are needed: "
+            f"{folder} has {free / 1e9:,.3g} GB free, about {needed / 1e9:,.3g} GB are needed: "
             "use another disk, a smaller --short_side, or --format jpeg"
         )
 

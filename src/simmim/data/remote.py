@@ -125,7 +125,7 @@ def _copy_all(url: str, store: Any, path: str, text: bytes, copy: Path) -> None:
     missing = sum(shards[name].size for name in wanted)
     if missing > (free := shutil.disk_usage(copy).free):
         raise ValueError(
-            f"{copy} has {free / 1e9:,.1f} GB free, {missing / 1e9:,.1f} GB are needed for "
+            f"{copy} has {free / 1e9:,.3g} GB free, {missing / 1e9:,.3g} GB are needed for "
             f"{shown(url)}: use another data.data_dir"
         )
     wanted |= {part.index_file: "" for part in packed.parts.values()}

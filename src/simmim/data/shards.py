@@ -130,14 +130,22 @@ class Packed:
         """
         try:
             table = json.loads(text)
-            version = table.pop("version")
+            if (version := table.pop("version")) != VERSION:
+                raise _OtherVersion(
+                    f"{path} is of version {version}, not {VERSION}: pack the images anew"
+                )
             parts = {name: _part(part) for name, part in table.pop("parts").items()}
-            packed = cls(parts=parts, **table)
+            if "train" not in parts:
+                raise ValueError("it has no part that trains")
+            return cls(parts=parts, **table)
+        except _OtherVersion:
+            raise
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"{path} is damaged, or not of simmim pack: {error}") from error
-        if version != VERSION:
-            raise ValueError(f"{path} is of version {version}, not {VERSION}: pack the images anew")
-        return packed
+
+
+class _OtherVersion(ValueError):
+    """Of a packed folder that another simmim has written."""
 
 
 def _part(table: dict[str, Any]) -> PackedPart:
@@ -149,6 +157,8 @@ def _part(table: dict[str, Any]) -> PackedPart:
             raise ValueError(f"it names {name!r}, which is not in the folder")
     if not all(isinstance(n, int) and n >= 0 for s in shards for n in (s.rows, s.size)):
         raise ValueError("it has shards of no size")
+    if not all(isinstance(word, str) for word in (*part.classes, *part.suffixes)):
+        raise ValueError("its classes or endings are no words")
     return part
 
 

@@ -1,5 +1,6 @@
 """One image file -> what is worth knowing of it, as training would read it."""
 
+import math
 import os
 import struct
 import time
@@ -25,6 +26,8 @@ from simmim.data.transforms import RandomCrop
 
 PERCENTILES = (0, 0.5, 50, 99.5, 100)  # that are noted of a scan's own numbers
 SMALL = 16  # px: side of the gray miniature that near duplicates are told by
+MIDDLE = 144  # px: a multiple of 16, 8 and 9; what is larger is reduced to it first
+CHUNK = 2**16  # pixels that are counted at a time
 HASH = 8  # rows and columns of the difference hash, in either direction
 BITS = {"1": 1, "I;16": 16, "I;16B": 16, "I;16L": 16, "I": 32, "F": 32}  # of Pillow's modes; else 8
 
@@ -184,33 +187,49 @@ class _Watched(Intensity):
 
 def look(image: Tensor, range: tuple[float, ...] = ()) -> Content:
     """Measure an image, uint8 or float in 0..1, (C, H, W)."""
-    pixels = _unit(image)
-    flat = pixels.flatten(1).double()
-    mean, square = flat.mean(1), flat.square().mean(1)
-    spread = (square.mean() - mean.mean().square()).clamp_min(0).sqrt()
-    miniature = _reduce(pixels, SMALL, SMALL)
+    values = image.permute(1, 2, 0).numpy()  # CHW -> HWC, as it lies in memory
+    white = 255 if values.dtype == np.uint8 else 1
+    mean, square = _moments(values.reshape(-1, len(image)))
+    spread = math.sqrt(max(square.mean() - mean.mean() ** 2, 0))  # 0 where all values are equal
+    gray = _small_gray(image)
+    miniature = _reduce(gray, SMALL, SMALL)
     return Content(
         height=image.shape[1],
         width=image.shape[2],
         deep=image.is_floating_point(),
-        gray=len(image) > 1 and bool((image == image[:1]).all()),
-        mean=tuple(mean.tolist()),
-        square=tuple(square.tolist()),
-        spread=float(spread),
+        gray=len(image) > 1 and all(_is_gray(some) for some in (values[::8, ::8], values)),
+        mean=tuple((mean / white).tolist()),
+        square=tuple((square / white**2).tolist()),
+        spread=spread / white,
         range=range,
         miniature=miniature.tobytes(),
-        likeness=difference_hash(pixels),
+        likeness=difference_hash(gray),
     )
 
 
-def difference_hash(pixels: Tensor) -> bytes:
-    """Tell where an image, (C, H, W), becomes brighter to the right and downwards: 2 x 64 bits.
+def _moments(values: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Mean of each column of (n, C), and of its squares: of whole numbers exactly."""
+    total = np.zeros(values.shape[1])
+    squares = np.zeros(values.shape[1])
+    for first in range(0, len(values), CHUNK):
+        some = values[first : first + CHUNK].astype(np.float64)
+        total += np.ones(len(some)) @ some
+        squares += (some.T @ some).diagonal()
+    return total / len(values), squares / len(values)
+
+
+def _is_gray(values: npt.NDArray[Any]) -> bool:
+    return bool((values[..., 1:] == values[..., :1]).all())
+
+
+def difference_hash(gray: Tensor) -> bytes:
+    """Tell where an image, gray (H, W), becomes brighter to the right and downwards: 2 x 64 bits.
 
     The hash of N. Krawetz (hackerfactor.com, "Kind of Like That"), in both directions. It hardly
     changes with size, compression and brightness.
     """
-    across = _reduce(pixels, HASH, HASH + 1).astype(np.int16)
-    down = _reduce(pixels, HASH + 1, HASH).astype(np.int16)
+    across = _reduce(gray, HASH, HASH + 1).astype(np.int16)
+    down = _reduce(gray, HASH + 1, HASH).astype(np.int16)
     bits = np.concatenate([(np.diff(across) > 0).ravel(), (np.diff(down, axis=0) > 0).ravel()])
     return np.packbits(bits).tobytes()
 
@@ -284,10 +303,16 @@ def _unit(image: Tensor) -> Tensor:
     return image.float() / 255 if image.dtype == torch.uint8 else image
 
 
-def _reduce(pixels: Tensor, height: int, width: int) -> npt.NDArray[np.uint8]:
-    """Reduce (C, H, W) in 0..1 to gray (height, width), a byte each."""
-    gray = pixels.mean(0)[None, None]
-    small = F.interpolate(gray, (height, width), mode="bilinear", antialias=True)[0, 0]
+def _small_gray(image: Tensor) -> Tensor:
+    """Turn an image, (C, H, W), gray, in 0..1 and small, in one pass over its pixels."""
+    size = [min(side, MIDDLE) for side in image.shape[1:]]
+    small = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+    return _unit(small).mean(0)
+
+
+def _reduce(gray: Tensor, height: int, width: int) -> npt.NDArray[np.uint8]:
+    """Reduce (H, W) in 0..1 to (height, width), a byte each."""
+    small = F.interpolate(gray[None, None], (height, width), mode="bilinear", antialias=True)[0, 0]
     return small.mul(255).round().clamp(0, 255).byte().numpy()
 
 

@@ -110,7 +110,7 @@ def write_page(page: Page, path: Path) -> Path:
         body += [_html(part, heading) for part in parts]
         body.append("</section>")
     text = _PAGE.format(title=escape(page.title), style=_STYLE, body="\n".join(body), script=_JS)
-    write_whole(path, text)
+    write_whole(path, text.encode("utf-8", "backslashreplace"))  # names of files may be no text
     return path
 
 
