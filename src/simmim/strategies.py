@@ -118,11 +118,22 @@ def wake_xla(accelerator: str, devices: int | str | list[int]) -> None:
     """
     if accelerator not in ("auto", "tpu") or not XLAAccelerator.is_available():
         return
-    there = XLAAccelerator.auto_device_count() if devices == "auto" else devices
+    there: Any = XLAAccelerator.auto_device_count() if devices == "auto" else devices
     if len(XLAAccelerator.get_parallel_devices(there)) == 1:
         import torch_xla
 
         torch_xla.device()
+
+
+def run_xla(device: torch.device) -> None:
+    """Let XLA compute what was asked of it, so that many batches do not become one large graph.
+
+    Lightning does so at each optimiser step alone.
+    """
+    if device.type == "xla":
+        import torch_xla
+
+        torch_xla.sync()
 
 
 class _Checkpoints(ParallelStrategy):

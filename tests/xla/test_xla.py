@@ -146,13 +146,18 @@ from simmim.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
+SMALL = [  # a TPU's compiler is quicker
+    *("--model.encoder_kwargs.depth", "1", "--model.encoder_kwargs.embed_dim", "32"),
+    *("--probe.layer", "1", "--inside.every_n_epochs", "0", "--masks.every_n_epochs", "0"),
+]
+
 
 @pytest.mark.parametrize("more", [[], ["--model.compile", "true"]], ids=["eager", "compile"])
 def test_a_run_passes_through_lightnings_strategy(tmp_path, more) -> None:
     """The overlay with XLA's CPU device in a TPU's place, as a process of its own."""
     words = ["pretrain", "fit", "-c", "digits", "-c", "tpu", "--trainer.max_epochs", "2", *more]
     words += ["--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "1"]
-    words += ["--data.batch_size", "16", "--trainer.logger", "false"]
+    words += ["--data.batch_size", "16", "--trainer.logger", "false", *SMALL]
     done = subprocess.run(
         [sys.executable, "-c", FIT, *words], cwd=tmp_path, capture_output=True, text=True
     )
