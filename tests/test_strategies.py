@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.fabric.accelerators.xla import XLAAccelerator
 from PIL import Image
 
 from simmim import load_encoder
@@ -23,7 +25,7 @@ from simmim.cli import main
 from simmim.durable import UNFINISHED
 from simmim.pretrain import SimMIM
 from simmim.run import clean_up
-from simmim.strategies import FullyShard
+from simmim.strategies import FullyShard, wake_xla
 from simmim.weights.files import read_checkpoint
 from simmim.weights.shards import META
 from test_exact import TINY
@@ -339,3 +341,26 @@ def test_two_processes_segment_what_one_segments(tmp_path: Path, strategy: str) 
     for one, two in zip(*masks, strict=True):
         assert one.relative_to(tmp_path / "1") == two.relative_to(tmp_path / "2")
         assert np.array_equal(np.asarray(Image.open(one)), np.asarray(Image.open(two)))
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "devices", "there", "woken"),
+    [
+        ("tpu", "auto", 1, True),
+        ("auto", 1, 8, True),
+        ("tpu", [3], 8, True),
+        ("tpu", "auto", 8, False),  # eight processes, each of which makes its own
+        ("cpu", 1, 8, False),
+        ("auto", "auto", 0, False),
+    ],
+)
+def test_a_single_xla_device_is_there_before_the_model(
+    accelerator: str, devices: Any, there: int, woken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[bool] = []
+    fake = SimpleNamespace(device=lambda: calls.append(True))
+    monkeypatch.setitem(sys.modules, "torch_xla", fake)
+    monkeypatch.setattr(XLAAccelerator, "auto_device_count", lambda: there)
+    monkeypatch.setattr(XLAAccelerator, "is_available", lambda: there > 0)
+    wake_xla(accelerator, devices)
+    assert calls == [True] * woken

@@ -40,6 +40,7 @@ from simmim.run import (
     is_first_process,
     new_run,
 )
+from simmim.strategies import wake_xla
 from simmim.task import Begun, Task
 from simmim.training import check_length
 
@@ -237,6 +238,11 @@ class TaskCLI(LightningCLI):
         return found
 
     # Objects -------------------------------------------------------------------------------------
+
+    def before_instantiate_classes(self) -> None:
+        """Make the device that must be there before the model."""
+        options = self.config[self.request.subcommand].trainer
+        wake_xla(options.accelerator, options.devices)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the run's folder, and the trainer that writes there."""

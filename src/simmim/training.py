@@ -21,7 +21,7 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from simmim.optim import Compat, Schedule, scaled_lr
 from simmim.parts import find_part
-from simmim.strategies import shard
+from simmim.strategies import run_xla, shard
 from simmim.weights.files import load_safely
 
 
@@ -70,6 +70,10 @@ class Trainable(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed what is drawn from the step, so that a resumed run draws the same."""
         torch.manual_seed(seed_of(self.seed, self.global_step, batch_idx, self.global_rank))
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        """Compute each batch by itself."""
+        run_xla(self.device)
 
     def log_lr(self) -> None:
         """Log the learning rate, of several the last group's: the head's.

@@ -5,6 +5,8 @@ compiles and runs the same graphs as a TPU's would be.
 """
 
 import os
+import subprocess
+import sys
 
 os.environ.setdefault("PJRT_DEVICE", "CPU")
 
@@ -133,3 +135,37 @@ def test_the_overlay_reaches_for_the_hardware(tmp_path, monkeypatch, capfd) -> N
     said = capfd.readouterr().err
     assert "XLAAccelerator" in said
     assert "Traceback" not in said
+
+
+FIT = """
+import sys
+from lightning.fabric.accelerators.xla import XLAAccelerator
+XLAAccelerator.is_available = staticmethod(lambda: True)
+XLAAccelerator.auto_device_count = staticmethod(lambda: 1)
+from simmim.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+SMALL = [  # a TPU's compiler is quicker
+    *("--model.encoder_kwargs.depth", "1", "--model.encoder_kwargs.embed_dim", "32"),
+    *("--probe.layer", "1", "--inside.every_n_epochs", "0", "--masks.every_n_epochs", "0"),
+]
+
+
+@pytest.mark.parametrize("more", [[], ["--model.compile", "true"]], ids=["eager", "compile"])
+def test_a_run_passes_through_lightnings_strategy(tmp_path, more) -> None:
+    """The overlay with XLA's CPU device in a TPU's place, as a process of its own."""
+    words = ["pretrain", "fit", "-c", "digits", "-c", "tpu", "--trainer.max_epochs", "2", *more]
+    words += ["--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "1"]
+    words += ["--data.batch_size", "16", "--trainer.logger", "false", *SMALL]
+    done = subprocess.run(
+        [sys.executable, "-c", FIT, *words], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "TPU available: True, using: 1" in done.stderr
+    content = torch.load(
+        tmp_path / "runs/digits/version_0/checkpoints/last.ckpt", weights_only=True
+    )
+    assert content["global_step"] == 6
+    weights = content["state_dict"].values()
+    assert all(w.device.type == "cpu" and w.isfinite().all() for w in weights)

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.utils.data import DataLoader
 
+from simmim.strategies import run_xla
+
 T = TypeVar("T")
 
 
@@ -39,7 +41,9 @@ def call(trainer: L.Trainer, function: Callable[..., T], *args: Tensor) -> T:
     args = precision.convert_input(args)
     with precision.forward_context(), torch.compiler.set_stance("force_eager"):
         if not isinstance(model, FullyShardedDataParallel | FSDPModule):
-            return function(*args)  # every process holds all weights
+            found = function(*args)  # every process holds all weights
+            run_xla(module.device)
+            return found
 
         def redirected(*args: Tensor) -> T:
             del module.forward
