@@ -89,12 +89,13 @@ class Request:
     def _text(self, config: Path | str) -> str:
         """What a config says; a packaged one only what the user's own data module has options for.
 
-        (jsonargparse would read a file in the system's encoding, and from within its folder.)
+        jsonargparse would read the file in the system's encoding; this is ASCII, which any can say.
         """
         if isinstance(config, str):
             return config
         if self.data_options is None or config_folder() not in config.parents:
-            return config.read_text(encoding="utf-8")
+            node = yaml.compose(config.read_text(encoding="utf-8"), yaml.SafeLoader)
+            return yaml.serialize(node) if node else "{}"
         said = read_config(config)
         data = {k: v for k, v in (said.get("data") or {}).items() if k in self.data_options}
         return json.dumps({**said, "data": data})
