@@ -306,8 +306,8 @@ def _check_follows(config: Mapping[str, Any], path: Path, follows: Mapping[str, 
 
 
 def _check_name(name: object) -> None:
-    is_plain = isinstance(name, str) and name == Path(name).name and not set(name) & set(NO_FOLDER)
-    if not (is_plain and name) or name.startswith((".", "-")):
+    is_one = isinstance(name, str) and bool(name) and name == Path(name).name
+    if not is_one or str(name).startswith((".", "-")) or set(str(name)) & set(NO_FOLDER):
         raise ArgumentError(
             None, f"name {name!r} cannot be a folder: use letters, digits, dots, '-' and '_'"
         )
