@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+BASE := $(VENV)/.simmim
 STAMP := $(VENV)/.installed
 WORKERS ?= auto
 
@@ -13,16 +14,18 @@ help: ## List every target
 
 install: $(STAMP) ## Make .venv with simmim and what developing it needs
 
-$(STAMP): pyproject.toml constraints.txt
+$(BASE): pyproject.toml constraints.txt
+	@echo "Installing into $(VENV), once: minutes, and gigabytes (PyTorch)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	@touch $(STAMP)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable . && touch $(BASE)
 
-demo: $(STAMP) ## Pretrain on handwritten digits (5 minutes on two CPU cores) and show what it learned
-	$(BIN)/simmim pretrain fit
+$(STAMP): $(BASE)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]" && touch $(STAMP)
 
-notebooks: $(STAMP) ## Open the notebooks in JupyterLab, which it installs
+demo: $(BASE) ## Pretrain on handwritten digits (5 minutes on two CPU cores) and show what it learned
+	@$(BIN)/simmim pretrain fit && echo "Now your own images: . $(BIN)/activate; simmim"
+
+notebooks: $(BASE) ## Open the notebooks in JupyterLab, which it installs
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[notebooks]"
 	$(BIN)/jupyter lab notebooks
 

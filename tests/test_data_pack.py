@@ -239,7 +239,9 @@ def noise(folder: Path) -> Path:
 def packing_slowly(root: Path, out: Path, workers: int) -> Iterator[subprocess.Popen[str]]:
     """A process, in a group of its own as at a terminal, that has written three shards of 1 MB."""
     code = (
-        "import sys, time\nfrom simmim.cli import main\nfrom simmim.data.pack import Images\n"
+        "import signal, sys, time\nfrom simmim.cli import main\n"
+        "from simmim.data.pack import Images\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job may have it ignored
         "read = Images.__getitem__\n"
         "Images.__getitem__ = lambda *args: (time.sleep(0.1), read(*args))[1]\n"
         "sys.exit(main(['pack', *sys.argv[1:]]))"

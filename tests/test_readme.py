@@ -142,7 +142,8 @@ def test_every_command_that_goes_on_from_a_run() -> None:
     assert {words[0] for words in commands} >= set(SHORT)
     for words in commands:
         task = "fit" in words or "predict" in words
-        extra = SHORT[words[0]].split() + (["--trainer.accelerator", "cpu"] if task else [])
+        extra = (SHORT | LOOK)[words[0]].split()
+        extra += ["--trainer.accelerator", "cpu"] if task else []
         if "predict" in words:  # its model is what the checkpoint says
             extra = [word for word in extra if word not in ("--trainer.max_epochs", "1")]
         assert main([*words, *extra]) == 0, words

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import wandb
@@ -399,6 +400,23 @@ def test_a_board_that_cannot_be_reached_is_an_offline_run(
     finish_board([logger], failed=False)
     assert modes == [None, "offline"]
     assert list(nobody.glob("runs/a/version_0/wandb/offline-run-*"))
+
+
+def test_the_board_needs_no_home(nobody: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is full or not to be written; what is to be sent lies with the run in any case."""
+    (nobody / "file").write_text("")
+    monkeypatch.setenv("HOME", str(nobody / "file"))
+    for name in ("XDG_CACHE_HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    folder = new_run(nobody / "runs", "a")
+    logger = board(folder)
+    assert logger is not None
+    picture = wandb.Image(np.zeros((4, 4, 3), np.uint8))
+    logger.log_table("worst", columns=["image"], data=[[picture]])
+    finish_board([logger], failed=False)
+    assert list((folder / "wandb" / "artifacts" / "staging").iterdir())
+    assert (nobody / "file").read_text() == ""
+    assert not {"WANDB_DATA_DIR", "WANDB_CACHE_DIR"} & set(os.environ)  # the next run has its own
 
 
 def test_an_offline_run_keeps_its_name_and_says_how_to_sync(

@@ -44,7 +44,6 @@ class Request:
         name: The run's name.
         named: Whether the user said it, or an experiment that it follows from.
         run_dir: The folder of all runs.
-        placed: Whether the command line says it.
         ckpt_path: "last", a checkpoint, a run's folder, or None.
         options: The other arguments, as they came.
         imports: Modules of the user's own that register parts.
@@ -59,7 +58,6 @@ class Request:
     name: str
     named: bool
     run_dir: Path
-    placed: bool
     ckpt_path: str | None
     options: tuple[str, ...]
     imports: tuple[str, ...] = ()
@@ -91,12 +89,13 @@ class Request:
     def _text(self, config: Path | str) -> str:
         """What a config says; a packaged one only what the user's own data module has options for.
 
-        (jsonargparse would read a file in the system's encoding, and from within its folder.)
+        jsonargparse would read the file in the system's encoding; this is ASCII, which any can say.
         """
         if isinstance(config, str):
             return config
         if self.data_options is None or config_folder() not in config.parents:
-            return config.read_text(encoding="utf-8")
+            node = yaml.compose(config.read_text(encoding="utf-8"), yaml.SafeLoader)
+            return yaml.serialize(node) if node else "{}"
         said = read_config(config)
         data = {k: v for k, v in (said.get("data") or {}).items() if k in self.data_options}
         return json.dumps({**said, "data": data})
@@ -137,7 +136,6 @@ def read_request(
         name=said["name"],
         named=bool(experiments) or "name" in given,
         run_dir=Path(said["run_dir"]),
-        placed="run_dir" in given,
         ckpt_path=said.get("ckpt_path") or None,
         options=tuple(options),
         imports=tuple(listed(said.get("imports"))),
@@ -308,9 +306,8 @@ def _check_follows(config: Mapping[str, Any], path: Path, follows: Mapping[str, 
 
 
 def _check_name(name: object) -> None:
-    text = name if isinstance(name, str) else ""
-    is_plain = text == Path(text).name and not set(text) & set(NO_FOLDER)
-    if not text or not is_plain or text.startswith((".", "-")):
+    is_one = isinstance(name, str) and bool(name) and name == Path(name).name
+    if not is_one or str(name).startswith((".", "-")) or set(str(name)) & set(NO_FOLDER):
         raise ArgumentError(
             None, f"name {name!r} cannot be a folder: use letters, digits, dots, '-' and '_'"
         )

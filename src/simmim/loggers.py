@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 from urllib.parse import urlsplit
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
+from platformdirs import user_cache_path
 from torch import Tensor
 
 from simmim.durable import written_whole
@@ -290,6 +292,7 @@ class _Board(WandbLogger):
         self._wandb_init.setdefault("settings", {"init_timeout": 30})
         self._wandb_init.pop("anonymous", None)  # W&B warns of it, whatever it says
         self.offline, self.source = offline, source
+        self.places: dict[str, str] = {}  # of the environment, while the run goes on
 
     @property
     @rank_zero_experiment
@@ -301,6 +304,7 @@ class _Board(WandbLogger):
 
         if self.offline:
             self._go_offline()
+        self._leave_home_alone()
         try:
             run = super().experiment
         except wandb.errors.Error as error:  # no network, a key that is none, ...
@@ -319,6 +323,16 @@ class _Board(WandbLogger):
             self._use(run)
         return run
 
+    def _leave_home_alone(self) -> None:
+        """Stage files in the run's folder, where an offline run keeps all else that is to be sent.
+
+        W&B's cache and log go there too, where there is no home that can be written.
+        """
+        folder = Path(str(self.save_dir), "wandb")
+        names = ["WANDB_DATA_DIR", *(["WANDB_CACHE_DIR"] if not _has_home() else [])]
+        self.places = {name: str(folder) for name in names if name not in os.environ}
+        os.environ.update(self.places)
+
     def _use(self, run: Any) -> None:
         """Note where the weights come from; online the artifact, too, if the board has it."""
         run.config.update({"lineage": dict(self.source)}, allow_val_change=True)
@@ -336,12 +350,25 @@ class _Board(WandbLogger):
         self._wandb_init.update(mode="offline", settings=wandb.Settings(silent=True))
 
 
+def _has_home() -> bool:
+    """Whether files can be written into the user's cache folder, as W&B looks for it."""
+    if "HOME" not in os.environ and os.name != "nt":
+        return False
+    try:
+        with TemporaryFile(dir=user_cache_path("wandb", ensure_exists=True)) as file:
+            return file.write(b"0" * 4096) > 0
+    except OSError:  # a home that is full as well
+        return False
+
+
 def finish_board(loggers: list[Logger], failed: bool) -> None:
     """End the W&B runs, so that the next one in this process begins its own."""
     for logger in loggers:
         if isinstance(logger, _Board) and logger._experiment is not None:
             logger._experiment.finish(exit_code=int(failed))
             logger._experiment = None
+            for name in logger.places:
+                os.environ.pop(name, None)
 
 
 def _short(path: Path) -> str:

@@ -420,8 +420,8 @@ def _on_cpu(accelerator: str, precision: str | None) -> bool:
             )
     except (ValueError, MisconfigurationException) as error:
         raise ValueError(
-            f"accelerator {accelerator} with precision {precision or '32-true'} cannot be used "
-            f"here: {error}"
+            f"--accelerator {accelerator} with --precision {precision or '32-true'} cannot be used "
+            f"here, leave them out: {error}"
         ) from error
     return isinstance(trainer.accelerator, CPUAccelerator)
 
