@@ -49,6 +49,15 @@ def test_the_split_is_that_of_pretraining(folder: Path) -> None:
     assert made.class_counts == [27, 18, 9]
 
 
+def test_classes_that_nobody_teaches_are_told(tmp_path: Path, make_images: Make) -> None:
+    for name in ("train/cat", "train/dog", "val/cat", "val/emu"):
+        make_images(tmp_path / name, 4)
+    with pytest.warns(UserWarning, match="1 of 3 classes have no training image, such as 'emu'"):
+        assert data(tmp_path).class_counts == [4, 4, 0]
+    scored = ClassificationData(root=str(tmp_path), img_size=32, num_workers=0)
+    scored.setup("validate")
+
+
 def test_few_labels_are_the_same_for_the_same_seed(folder: Path) -> None:
     few = data(folder, labels_per_class=3, seed=5)
     assert few.class_counts == [3, 3, 3]

@@ -116,6 +116,13 @@ class ClassificationData(ImageFolderData):
             self.sets["training"] = self._make(part, self.train_transform)
             self.sets["probe"] = self._make(part, self.val_transform)
             rank_zero_info(f"labels of {len(chosen)} of {len(whole)} training images are used")
+        counts = zip(self.classes, self.class_counts, strict=True)
+        untaught = [name for name, count in counts if not count]
+        if untaught and self._trains():
+            rank_zero_warn(
+                f"{len(untaught)} of {len(self.classes)} classes have no training image, such as "
+                f"{untaught[0]!r}: nothing will be recognised as one of them"
+            )
 
     def _label(self, name: str, table: LabelTable, rows: Tensor) -> None:
         """Give a part the labels of the table; images that are not in it are left out."""
