@@ -203,8 +203,8 @@ def test_pictures_of_pretraining_have_a_step_for_each_look(runs: dict[str, Path]
     for epoch, (panel,) in zip((0, 2), media(board, "reconstructions"), strict=True):
         drawn = Image.open(runs["pretrain"] / f"reconstructions/epoch_{epoch:04d}.png")
         assert np.array_equal(Image.open(panel), drawn)
-        # original, masked, reconstruction, pasted and error, of 8 images
-        assert drawn.size == cell_origin(8, 5, (128, 128))
+        # original, masked, reconstruction, pasted and error, of 4 images
+        assert drawn.size == cell_origin(4, 5, (128, 128))
     for name in HISTOGRAMS:
         assert history(board)[f"{name}._type"] == ["histogram"] * 2
     first, last = (

@@ -254,13 +254,17 @@ def _draw_names(
     picture: Image.Image, names: Sequence[str], margin: int, cell: int, font: Any
 ) -> None:
     draw = ImageDraw.Draw(picture)
-    for i, name in enumerate(names):
+    lengths = [int(font.getlength(name)) for name in names]
+    upright = max(lengths) > cell - 4  # a name of each column would run into the next
+    for i, (name, length) in enumerate(zip(names, lengths, strict=True)):
         if not name:
             continue
         middle = margin + int((i + 0.5) * cell)
         draw.text((margin - 4, middle), name, fill=INK, font=font, anchor="rm")
-        length = int(font.getlength(name))
-        _draw_upright(picture, name, (middle, margin - 4 - length // 2), font)
+        if upright:
+            _draw_upright(picture, name, (middle, margin - 4 - length // 2), font)
+        else:
+            draw.text((middle, margin - 4), name, fill=INK, font=font, anchor="mb")
 
 
 def _draw_upright(picture: Image.Image, text: str, middle: tuple[int, int], font: Any) -> None:

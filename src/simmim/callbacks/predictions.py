@@ -77,7 +77,7 @@ def draw_predictions(pictures: Sequence[Image.Image], rows: Sequence[Sequence[An
         size = max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)
         panel.paste(picture.resize(size, smooth), (left, top))
         right = said == label
-        texts = [f"{probability:.2f} {said}"] + ([] if right else [f"is {label}"])
+        texts = [f"{probability:.0%} {said}"] + ([] if right else [f"is {label}"])
         for line, text in enumerate(texts):
             place = left, top + size[1] + line * LINE
             draw.text(place, fitting(text, font, SIDE), fill=INK if right else WRONG, font=font)

@@ -37,7 +37,7 @@ def page(diagnosis: Diagnosis, sheet: Path, move: str) -> Page:
     rows = [_finding_row(finding) for finding in diagnosis.findings]
     findings = Table(["", "what", "files", "what to do"], rows) if rows else Text(NOTHING)
     worst = sum(finding.level == "bad" for finding in diagnosis.findings)
-    bad = "1 thing is bad" if worst == 1 else f"{worst} things are bad"
+    bad = {0: "nothing is bad", 1: "1 thing is bad"}.get(worst, f"{worst} things are bad")
     images = sum(diagnosis.summary.images.values())
     return Page(
         diagnosis.root,

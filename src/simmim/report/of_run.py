@@ -139,10 +139,12 @@ def best_and_last(metrics: Rows) -> list[tuple[str, float, float, int, float]]:
     for name, (steps, values) in metrics.items():
         if not name.startswith("val/") or name == "val/avg_dist":
             continue
+        if name.count("/") > 1:  # of a class: there may be thousands, and they have a diagram
+            continue
         choose = min if less_is_better(name) else max
         best = choose(range(len(values)), key=values.__getitem__)
         rows.append((name, values[0], values[best], int(steps[best]), values[-1]))
-    return rows
+    return sorted(rows, key=lambda row: row[0] not in IN_SHORT)
 
 
 def choose_diagrams(metrics: Rows) -> list[tuple[str, list[Curve]]]:

@@ -210,6 +210,7 @@ def _draw(title: str, curves: Sequence[Curve], x_label: str) -> str:
             x, y = _thin(np.asarray(curve.x, float), np.asarray(curve.y, float))
             axes.plot(x, y, color=colour, linewidth=1.4, marker="." if len(x) < 30 else None)
         axes.set_xlabel(x_label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         text = StringIO()
