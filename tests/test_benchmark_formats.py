@@ -1,5 +1,6 @@
 """The benchmark of formats: each gives back what was written, from a disk and from a store."""
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -19,6 +20,7 @@ from simmim.data.layout import read_folder
 
 MODULE = import_module("simmim.benchmark.formats")  # the package has the function by that name
 IMAGES, SHARD = 60, 30_000
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # of webdataset, for one
 INSTALLED = [
     pytest.param(name, marks=pytest.mark.skipif(not find_spec(kind.module), reason="not installed"))
     for name, kind in FORMATS.items()
@@ -26,9 +28,11 @@ INSTALLED = [
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, value in MODULE.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
+    yield
+    gc.collect()  # what a library leaves open is closed while warnings of it are ignored
 
 
 @pytest.fixture

@@ -38,8 +38,8 @@ ENVIRONMENT = {
     "AWS_DEFAULT_REGION": "us-east-1",
     "AWS_ALLOW_HTTP": "true",
 }
-QUICK = "forkserver" in get_all_start_methods()
-CONTEXT: Any = get_context("forkserver" if QUICK else "spawn")  # a fork would copy threads' locks
+FORKS = "forkserver" in get_all_start_methods()  # a fork of this process would copy threads' locks
+CONTEXT: Any = get_context("forkserver" if FORKS else "spawn")
 
 
 def formats(
@@ -77,6 +77,8 @@ def formats(
     ):  # fmt: skip
         if number < least:
             raise ValueError(f"--{option} {number} is too small: use {least} or more")
+    if FORKS:
+        CONTEXT.set_forkserver_preload([__name__])  # torch is imported once, not in each process
     installed = [name for name, kind in FORMATS.items() if find_spec(kind.module)]
     near, far, rest = [], [], []
     with (
