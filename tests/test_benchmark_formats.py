@@ -28,22 +28,21 @@ INSTALLED = [
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in MODULE.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    yield
-    gc.collect()  # what a library leaves open is closed while warnings of it are ignored
 
 
 @pytest.fixture
-def source(tmp_path: Path, make_images: Callable[..., Path]) -> FileIndex:
+def source(tmp_path: Path, make_images: Callable[..., Path]) -> Iterator[FileIndex]:
     make_images(tmp_path / "root", 7, size=(300, 400))
     size = MODULE.write_source(str(tmp_path / "root"), tmp_path / "source", IMAGES)
     files = read_folder(str(tmp_path / "source"))
     assert len(files) == IMAGES
     assert sum(len(files.read(i)) for i in range(IMAGES)) == size
     assert files.read(3) == files.read(10) != files.read(4)
-    return files
+    yield files
+    gc.collect()  # what a library leaves open is closed while warnings of it are ignored
 
 
 @pytest.fixture

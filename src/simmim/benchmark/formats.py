@@ -36,7 +36,6 @@ ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "none",  # the store here asks nobody, but its clients want to sign
     "AWS_SECRET_ACCESS_KEY": "none",
     "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_ALLOW_HTTP": "true",
 }
 FORKS = "forkserver" in get_all_start_methods()  # a fork of this process would copy threads' locks
 CONTEXT: Any = get_context("forkserver" if FORKS else "spawn")
@@ -44,10 +43,10 @@ CONTEXT: Any = get_context("forkserver" if FORKS else "spawn")
 
 def formats(
     root: str,
-    images: int = 20_000,
+    images: int = 10_000,
     workers: int = 4,
     nodes: int = 4,
-    shard_mb: int = 8,
+    shard_mb: int = 4,
     latency_ms: float = 20.0,
 ) -> str:
     """Measure the format of `simmim pack` beside others that images are kept in.
