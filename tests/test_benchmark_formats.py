@@ -128,17 +128,17 @@ def test_tables(
     said = formats(str(tmp_path / "root"), images=60, workers=2, nodes=2, shard_mb=1, latency_ms=1)
     lines = said.splitlines()
     assert lines[0].startswith("60 JPEGs, 0.")
-    assert [line.split()[0] for line in lines[2:4]] == ["files", "arrow"]
-    for line in lines[2:4]:
+    assert [line.split()[0] for line in lines[3:5]] == ["files", "arrow"]
+    for line in lines[3:5]:
         words = line.replace("MB", "").replace("ms", "").replace(" s", "").split()[1:]
         assert len(words) == 9
         if sys.platform == "linux":
             assert all(float(word) >= 0 for word in words)
-    assert [line.split()[:2] for line in lines[7:9]] == [["arrow,", "one"], ["arrow,", "copied"]]
-    _, copied = (line.split() for line in lines[7:9])
+    assert [line.split()[:2] for line in lines[8:10]] == [["arrow,", "one"], ["arrow,", "copied"]]
+    _, copied = (line.split() for line in lines[8:10])
     assert copied[-3:-1] == ["0.0", "MB"]  # the second epoch asks for its packed.json alone
-    assert lines[10].startswith("broken failed: KeyError('broken')")
-    assert lines[11] == "not installed: absent-format"
+    assert lines[11].startswith("broken failed: KeyError('broken')")
+    assert lines[12] == "not installed: absent-format"
 
 
 @pytest.mark.parametrize(

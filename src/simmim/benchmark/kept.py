@@ -166,7 +166,10 @@ class _LitData(Files):
         # The store here has no TLS, which litdata gives no option for.
         getattr(downloader, "_OBSTORE_CLIENT_OPTIONS", {})["allow_http"] = "true"
         place = f"s3://{BUCKET}/{share.kept.name}"
-        items = StreamingDataset(place, str(share.copy), shuffle=True, seed=share.epoch)
+        part = 1 / share.nodes  # its chunks alone: a node does not read ahead in another's
+        items = StreamingDataset(
+            place, str(share.copy), shuffle=True, seed=share.epoch, subsample=part
+        )
         return (item["place"] for item in items)
 
 
@@ -201,6 +204,7 @@ class _MDS(Files):
             shuffle_block_size=BUFFER,
             num_canonical_nodes=1,
             batch_size=256,
+            predownload=256,  # it knows of no other node, and would read on behind its share
         )
         return (item["place"] for item in items)
 
