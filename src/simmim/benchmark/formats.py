@@ -62,7 +62,7 @@ def formats(
         nodes: Machines that share an epoch. One is measured, which reads its share from a store
             on this machine that gives 90 MB/s to each request.
         shard_mb: Size of a shard in megabytes, small so that few images make many shards.
-        latency_ms: Milliseconds to the first byte of a request; S3's are 100 to 200, AWS says.
+        latency_ms: Milliseconds to the first byte of a request; S3 takes tens of them, AWS says.
 
     Returns:
         A table of files on a disk, one of a store, and what is not installed.
