@@ -30,6 +30,7 @@ MEASURES = {
     "step": "the training step: images/s, and where the time goes",
     "startup": "the opening of folders of up to millions of files, and the memory of workers",
     "store": "an object store: image by image, or shards that are copied",
+    "formats": "simmim pack's format beside litdata, webdataset and MosaicML's, where installed",
 }
 
 

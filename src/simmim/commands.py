@@ -57,7 +57,7 @@ def pack(args: list[str]) -> None:
 
 
 def benchmark(args: list[str]) -> None:
-    """`simmim benchmark [{data,step,startup,store}] [-c CONFIG ...]`."""
+    """`simmim benchmark [{data,step,startup,store,formats}] [-c CONFIG ...]`."""
     from simmim.benchmark import MEASURES
 
     which = args[0] if args and args[0] in MEASURES else ""

@@ -44,6 +44,7 @@ class Request:
         name: The run's name.
         named: Whether the user said it, or an experiment that it follows from.
         run_dir: The folder of all runs.
+        placed: Whether the command line says it.
         ckpt_path: "last", a checkpoint, a run's folder, or None.
         options: The other arguments, as they came.
         imports: Modules of the user's own that register parts.
@@ -58,6 +59,7 @@ class Request:
     name: str
     named: bool
     run_dir: Path
+    placed: bool
     ckpt_path: str | None
     options: tuple[str, ...]
     imports: tuple[str, ...] = ()
@@ -136,6 +138,7 @@ def read_request(
         name=said["name"],
         named=bool(experiments) or "name" in given,
         run_dir=Path(said["run_dir"]),
+        placed="run_dir" in given,
         ckpt_path=said.get("ckpt_path") or None,
         options=tuple(options),
         imports=tuple(listed(said.get("imports"))),

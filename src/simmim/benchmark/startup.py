@@ -54,10 +54,14 @@ class Times:
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory in MB: resident, and with shared pages divided among those that share them (PSS)."""
+    """Memory in MB: resident; with shared pages divided among those that share them (PSS).
+
+    Of the latter, `mapped` are pages of files.
+    """
 
     resident: float
     shared_out: float
+    mapped: float
 
 
 def startup(
@@ -220,7 +224,7 @@ def memory_of(process: int | None) -> Memory:
     """Read the memory of a process (Linux)."""
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
     table = {line.split(":")[0]: int(line.split()[1]) * 1024 / 1e6 for line in lines}
-    return Memory(table["Rss"], table["Pss"])
+    return Memory(table["Rss"], table["Pss"], table["Pss_File"])
 
 
 def _sampler(data: ImageData) -> EpochSampler:
@@ -245,10 +249,11 @@ def _own_cache() -> Iterator[Path]:
 
 
 def _new_process() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, get_context("spawn"), _be_quiet)
+    return ProcessPoolExecutor(1, get_context("spawn"), be_quiet)
 
 
-def _be_quiet() -> None:
+def be_quiet() -> None:
+    """Keep a new process from warning of what is meant."""
     filterwarnings("ignore", "This DataLoader will create")  # more workers than cores are meant
     getLogger("lightning.pytorch").setLevel(ERROR)
 

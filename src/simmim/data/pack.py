@@ -369,7 +369,7 @@ def _write(
                         writer.finish()
                         part.taken = place + 1
                         packed.save(folder)
-            _write_index(folder, part, index)
+            write_index(folder, part, index)
     lines = [
         f"{escape(index.path(place))}\t{escape(reason)}\n"
         for name, index in files.items()
@@ -509,7 +509,7 @@ def _describe(classes: list[str], format: str) -> dict[str, str]:
     }
 
 
-def _write_index(folder: Path, part: PackedPart, files: FileIndex) -> None:
+def write_index(folder: Path, part: PackedPart, files: FileIndex) -> None:
     """Write the table of the paths and labels of all images of a part."""
     import pyarrow as pa
 

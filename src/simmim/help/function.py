@@ -27,6 +27,7 @@ SOURCES = {  # the functions whose arguments are a command's options
     "benchmark step": ("benchmark/step.py", "step"),
     "benchmark startup": ("benchmark/startup.py", "startup"),
     "benchmark store": ("benchmark/store.py", "store"),
+    "benchmark formats": ("benchmark/formats.py", "formats"),
 }
 SPLIT = "val_fraction split_seed group_pattern"
 GROUPS = {  # in the order of the page
@@ -86,6 +87,10 @@ GROUPS = {  # in the order of the page
     },
     "benchmark store": {
         "what is measured": "root seconds streams latency_ms",
+    },
+    "benchmark formats": {
+        "what is measured": "root images workers shard_mb",
+        "from a store": "nodes latency_ms",
     },
 }
 VALUES = {  # what stands for a value, where its type does not say it
