@@ -55,13 +55,26 @@ class Runs:
 
     def __call__(self, processes: int, **options: Any) -> dict[str, Any]:
         """What a run gave, and the `file` of its last checkpoint."""
-        words = [f"{key}={value}" for key, value in options.items()]
-        key = (processes, *words)
-        if key not in self.made:
-            out, file = (self.folder / f"{len(self.made)}.{end}" for end in ("pt", "ckpt"))
-            _start("ddp_step.py", str(processes), str(out), *words, f"save={file}")
+        return self.together(processes, options)[0]
+
+    def together(self, processes: int, *options: dict[str, Any]) -> list[dict[str, Any]]:
+        """What several runs gave, one after the other in the same processes."""
+        keys = [(processes, *(f"{k}={value}" for k, value in run.items())) for run in options]
+        new = [key for key in keys if key not in self.made]
+        files = [
+            [self.folder / f"{len(self.made) + i}.{end}" for end in ("pt", "ckpt")]
+            for i in range(len(new))
+        ]
+        words = [
+            word
+            for key, (out, file) in zip(new, files, strict=True)
+            for word in ("--", str(out), *key[1:], f"save={file}")
+        ]
+        if new:
+            _start("ddp_step.py", str(processes), *words[1:])
+        for key, (out, file) in zip(new, files, strict=True):
             self.made[key] = {**torch.load(out, weights_only=True), "file": file}
-        return self.made[key]
+        return [self.made[key] for key in keys]
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +126,41 @@ def test_clipping_and_accumulation_mean_the_same(runs: Runs, strategy: str) -> N
     assert_same_training(one, many, WHOLE.get(strategy, True))
     free = runs(1, batches=2)
     assert max(abs(a - b) for a, b in zip(one["losses"], free["losses"], strict=True)) > 1e-4
+
+
+@pytest.mark.slow
+def test_clipping_by_value_means_the_same(runs: Runs) -> None:
+    """Gradients are averaged over processes before each value is cut off, in shards too."""
+    options: dict[str, Any] = {"clip": 1e-3, "clip_by": "value", "batches": 2}
+    one, free = runs.together(1, options, {"batches": 2})
+    assert max(abs(a - b) for a, b in zip(one["losses"], free["losses"], strict=True)) > 1e-4
+    ways = ("ddp", "fully_shard", "fsdp")
+    of_two = runs.together(2, *({**options, "strategy": way} for way in ways))
+    for way, many in zip(ways, of_two, strict=True):
+        assert_same_training(one, many, WHOLE.get(way, True))
+    assert_same_training(one, runs(4, **options, strategy="fully_shard"))
+
+
+@pytest.mark.slow
+def test_copies_of_fsdp_clip_as_shards_do(runs: Runs) -> None:
+    """Without shards every process has the whole gradient: its norm is not to be added up."""
+    options = {"clip": 0.05, "batches": 2}
+    many = runs(2, **options, strategy="fsdp_no_shard")
+    assert_same_training(runs(1, **options), many, optimizer=False)
+
+
+@pytest.mark.slow
+def test_layer_decay_and_frozen_parameters_mean_the_same(runs: Runs) -> None:
+    models = ("finetune", "probe")
+    ways = ("ddp", "fully_shard", "fsdp")
+    singles = runs.together(1, *({"model": model, "clip": 0.05} for model in models))
+    cases = [(model, way) for model in models for way in ways]
+    of_two = runs.together(2, *({"model": m, "clip": 0.05, "strategy": w} for m, w in cases))
+    for (model, way), many in zip(cases, of_two, strict=True):
+        one = singles[models.index(model)]
+        assert_same_training(one, many, WHOLE.get(way, True))
+    groups = read_checkpoint(singles[0]["file"])["optimizer_states"][0]["param_groups"]
+    assert {group["lr_scale"] for group in groups} == {0.125, 0.5, 1.0}  # 0.25: the frozen block
 
 
 def test_shards_learn_what_one_process_learns(runs: Runs) -> None:
