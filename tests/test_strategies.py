@@ -105,7 +105,7 @@ def assert_same_training(one: dict[str, Any], many: dict[str, Any], optimizer: b
 
 SHARDED = ("fully_shard", "fully_shard_sharded", "fsdp", "fsdp_sharded")
 # Where there is no GPU to copy from, torch's FSDP gives the moments of all names one buffer.
-WHOLE = {"fsdp": False}
+WHOLE = {"fsdp": False, "fsdp_no_shard": False}
 
 
 def test_two_processes_learn_what_one_learns(runs: Runs) -> None:
@@ -118,14 +118,15 @@ def test_four_processes_learn_what_one_learns(runs: Runs) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", *SHARDED])
-def test_clipping_and_accumulation_mean_the_same(runs: Runs, strategy: str) -> None:
+def test_clipping_and_accumulation_mean_the_same(runs: Runs) -> None:
     """What is clipped is the norm of the whole gradient: otherwise the weights would differ."""
     options = {"clip": 0.05, "batches": 2}
-    one, many = runs(1, **options), runs(2, strategy=strategy, **options)
-    assert_same_training(one, many, WHOLE.get(strategy, True))
-    free = runs(1, batches=2)
+    one, free = runs.together(1, options, {"batches": 2})
     assert max(abs(a - b) for a, b in zip(one["losses"], free["losses"], strict=True)) > 1e-4
+    ways = ("ddp", *SHARDED, "fsdp_no_shard")  # the last has the whole norm in every process
+    of_two = runs.together(2, *({"strategy": way, **options} for way in ways))
+    for way, many in zip(ways, of_two, strict=True):
+        assert_same_training(one, many, WHOLE.get(way, True))
 
 
 @pytest.mark.slow
@@ -139,14 +140,6 @@ def test_clipping_by_value_means_the_same(runs: Runs) -> None:
     for way, many in zip(ways, of_two, strict=True):
         assert_same_training(one, many, WHOLE.get(way, True))
     assert_same_training(one, runs(4, **options, strategy="fully_shard"))
-
-
-@pytest.mark.slow
-def test_copies_of_fsdp_clip_as_shards_do(runs: Runs) -> None:
-    """Without shards every process has the whole gradient: its norm is not to be added up."""
-    options = {"clip": 0.05, "batches": 2}
-    many = runs(2, **options, strategy="fsdp_no_shard")
-    assert_same_training(runs(1, **options), many, optimizer=False)
 
 
 @pytest.mark.slow
