@@ -1,9 +1,9 @@
 """Run by test_strategies: train on images with some processes, then write what came of it.
 
-Usage: python ddp_step.py PROCESSES OUT [KEY=VALUE ...]
+Usage: python ddp_step.py PROCESSES OUT [KEY=VALUE ...] [-- OUT [KEY=VALUE ...] ...]
 
 Keys: strategy, batches (to accumulate), clip, clip_by (norm or value), epochs, save (a checkpoint),
-load (one to go on from), precision, model (one of MODELS).
+load (one to go on from), precision, model (one of MODELS or CLASSIFIERS).
 """
 
 import sys
@@ -12,19 +12,21 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 from simmim.checkpoints import DurableCheckpointIO
+from simmim.classify import Classifier
 from simmim.strategies import FSDP, FullyShard, gradient_norm
-from test_pretrain import ByIndex, tiny
+from test_pretrain import TINY, ByIndex, tiny
 
 STRATEGIES: dict[str, Any] = {
     "auto": lambda: "auto",
     "ddp": lambda: "ddp",
     "fsdp": lambda: FSDP(),
     "fsdp_sharded": lambda: FSDP(state_dict_type="sharded"),
+    "fsdp_no_shard": lambda: FSDP(sharding_strategy="NO_SHARD"),
     "fully_shard": lambda: FullyShard(),
     "fully_shard_sharded": lambda: FullyShard(save_distributed_checkpoint=True),
 }
@@ -45,6 +47,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "swin_skip": {**SWIN, **SKIP},
     "swin_skip_checkpointing": {**SWIN, **SKIP, "grad_checkpointing": True},
 }
+CLASSIFIERS: dict[str, dict[str, Any]] = {
+    "finetune": {"layer_decay": 0.5},  # and its first block is frozen
+    "probe": {"frozen": True},
+}
+
+
+class Labelled(ByIndex):
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {**super().__getitem__(i), "label": torch.tensor(i % 3)}
 
 
 class Data(L.LightningDataModule):
@@ -52,7 +63,7 @@ class Data(L.LightningDataModule):
 
     def __init__(self, batch_size: int) -> None:
         super().__init__()
-        self.images, self.batch_size = ByIndex(n=16), batch_size
+        self.images, self.batch_size = Labelled(n=16), batch_size
         self.images.images[::2, :, :16] = 0  # half is nodata: uneven numbers are hidden
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -87,6 +98,18 @@ class Stop(L.Callback):
         run.should_stop = run.current_epoch + 1 >= self.epochs
 
 
+def build(name: str) -> L.LightningModule:
+    """A model by its name here."""
+    options: dict[str, Any] = {"warmup_epochs": 1, "base_lr": 0.1}
+    if name not in CLASSIFIERS:
+        options |= {"masking": "foreground", "masking_kwargs": {"nodata": 0}}
+        return tiny(**{**options, **MODELS[name]})
+    shape = {k: v for k, v in TINY.items() if k != "mask_patch_size"}
+    model = Classifier(**shape, **options, **CLASSIFIERS[name], num_classes=3)
+    model.model.blocks[0].requires_grad_(False)
+    return model
+
+
 def fsdp_on_cpu() -> None:
     """Name FSDP the device: without one it looks for a GPU, though gloo does all that it needs."""
     init = FullyShardedDataParallel.__init__
@@ -98,12 +121,8 @@ def fsdp_on_cpu() -> None:
 
 
 def main(processes: int, out: Path, given: dict[str, str]) -> None:
-    torch.set_num_threads(1)
-    fsdp_on_cpu()
     torch.manual_seed(0)
-    options = {"warmup_epochs": 1, "base_lr": 0.1}
-    options |= {"masking": "foreground", "masking_kwargs": {"nodata": 0}}
-    model = tiny(**{**options, **MODELS[given.get("model", "plain")]})
+    model = build(given.get("model", "plain"))
     assert not [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p]
     strategy = given.get("strategy", "ddp" if processes > 1 else "auto")
     batches, keep = int(given.get("batches", 1)), Keep()
@@ -130,13 +149,15 @@ def main(processes: int, out: Path, given: dict[str, str]) -> None:
         run.save_checkpoint(given["save"])
     state = run.strategy.lightning_module_state_dict()
     if run.is_global_zero:
-        whole = {
-            k: v for k, v in state.items() if strategy in ("auto", "ddp", "fsdp", "fully_shard")
-        }
+        whole = {k: v for k, v in state.items() if not strategy.endswith("_sharded")}
         torch.save(
             {"losses": keep.losses, "norms": keep.norms, "rates": keep.rates, "state": whole}, out
         )
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), dict(a.split("=", 1) for a in sys.argv[3:]))
+    torch.set_num_threads(1)
+    fsdp_on_cpu()
+    for words in " ".join(sys.argv[2:]).split(" -- "):
+        out, *pairs = words.split()
+        main(int(sys.argv[1]), Path(out), dict(pair.split("=", 1) for pair in pairs))

@@ -214,21 +214,36 @@ def test_a_resumed_run_still_knows_the_untrained_numbers(tmp_path: Path) -> None
     assert second.pretrained != first.pretrained
 
 
-@pytest.mark.parametrize("processes", ["2", pytest.param("4", marks=pytest.mark.slow)])
-def test_processes_read_what_one_reads(tmp_path: Path, processes: str) -> None:
-    """Of 95 images, which no number of processes shares evenly: to the digit, for equal weights."""
+@pytest.mark.parametrize(
+    ("processes", "strategy"),
+    [
+        ("2", "ddp"),
+        pytest.param("4", "ddp", marks=pytest.mark.slow),
+        pytest.param("2", "fully_shard", marks=pytest.mark.slow),
+        pytest.param("2", "fsdp", marks=pytest.mark.slow),
+    ],
+)
+def test_processes_read_what_one_reads(tmp_path: Path, processes: str, strategy: str) -> None:
+    """Of 95 images, which no number of processes shares evenly: to the digit, for equal weights.
+
+    And all of them stop where one meets a loss, or holds weights, that are no numbers.
+    """
     script = Path(__file__).with_name("ddp_callbacks.py")
     done = subprocess.run(
-        [sys.executable, script, tmp_path / "2", processes],
+        [sys.executable, script, tmp_path / "2", processes, strategy],
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    ddp_callbacks.main(str(tmp_path / "1"), 1)
+    ddp_callbacks.main(str(tmp_path / "1"), 1, "auto")
     one, two = (torch.load(tmp_path / n / "result.pt") for n in ("1", "2"))
     assert two["untrained"] == one["untrained"]
     # Sums over processes round otherwise: one image of the 95 may fall to the other side.
     assert two["pretrained"] == pytest.approx(one["pretrained"], abs=1.5 / 95)
-    assert (one["stopped"], two["stopped"]) == ("", "NonFiniteLoss")  # though only one met it
+    assert one["collapse"].keys() > {"collapse/alarm", "collapse/encoder_grad_norm"}
+    assert two["collapse"] == pytest.approx(one["collapse"], rel=1e-3)
+    assert (one["stopped"], one["ruined"]) == ("", "")
+    assert two["stopped"].startswith("train/loss became infinite")
+    assert two["ruined"].startswith("the weights are infinite")
     assert len(list((tmp_path / "2" / "reconstructions").iterdir())) == 2

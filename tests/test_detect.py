@@ -344,6 +344,18 @@ def test_it_learns_to_find_squares(root: Path, tmp_path: Path) -> None:
     assert scores["val/loss"] < 1.0
 
 
+def test_the_validation_loss_depends_on_the_images_alone(root: Path, tmp_path: Path) -> None:
+    """Not on the batches that they come in, and so not on the number of processes."""
+    model = Detector(**VIT, num_classes=2)
+    model.head_is_trained = True
+    losses = []
+    for batch_size in (1, 3, 4):
+        run = trainer(tmp_path)
+        run.validate(model, datamodule=data(root, batch_size=batch_size), verbose=False)
+        losses.append(float(run.callback_metrics["val/loss"]))
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
 def test_masks_are_trained_where_the_data_have_them(masked_root: Path, tmp_path: Path) -> None:
     model = Detector(**VIT)
     run = trainer(tmp_path)

@@ -164,6 +164,7 @@ def test_two_processes_score_what_one_scores(folder: Path) -> None:
     for name in [name for name in one if "map" in name or "mar" in name]:
         assert one[name] == other[name], name
     assert float(one["val/mar_100"]) > 0
+    # The part that is about masks is a mean over the boxes of a batch, which has other images.
     assert float(one["val/loss"]) == pytest.approx(float(other["val/loss"]), rel=0.1)
 
 

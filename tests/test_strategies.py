@@ -57,13 +57,26 @@ class Runs:
 
     def __call__(self, processes: int, **options: Any) -> dict[str, Any]:
         """What a run gave, and the `file` of its last checkpoint."""
-        words = [f"{key}={value}" for key, value in options.items()]
-        key = (processes, *words)
-        if key not in self.made:
-            out, file = (self.folder / f"{len(self.made)}.{end}" for end in ("pt", "ckpt"))
-            _start("ddp_step.py", str(processes), str(out), *words, f"save={file}")
+        return self.together(processes, options)[0]
+
+    def together(self, processes: int, *options: dict[str, Any]) -> list[dict[str, Any]]:
+        """What several runs gave, one after the other in the same processes."""
+        keys = [(processes, *(f"{k}={value}" for k, value in run.items())) for run in options]
+        new = [key for key in keys if key not in self.made]
+        files = [
+            [self.folder / f"{len(self.made) + i}.{end}" for end in ("pt", "ckpt")]
+            for i in range(len(new))
+        ]
+        words = [
+            word
+            for key, (out, file) in zip(new, files, strict=True)
+            for word in ("--", str(out), *key[1:], f"save={file}")
+        ]
+        if new:
+            _start("ddp_step.py", str(processes), *words[1:])
+        for key, (out, file) in zip(new, files, strict=True):
             self.made[key] = {**torch.load(out, weights_only=True), "file": file}
-        return self.made[key]
+        return [self.made[key] for key in keys]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +107,7 @@ def assert_same_training(one: dict[str, Any], many: dict[str, Any], optimizer: b
 
 SHARDED = ("fully_shard", "fully_shard_sharded", "fsdp", "fsdp_sharded")
 # Where there is no GPU to copy from, torch's FSDP gives the moments of all names one buffer.
-WHOLE = {"fsdp": False}
+WHOLE = {"fsdp": False, "fsdp_no_shard": False}
 
 
 def test_two_processes_learn_what_one_learns(runs: Runs) -> None:
@@ -107,14 +120,42 @@ def test_four_processes_learn_what_one_learns(runs: Runs) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", *SHARDED])
-def test_clipping_and_accumulation_mean_the_same(runs: Runs, strategy: str) -> None:
+def test_clipping_and_accumulation_mean_the_same(runs: Runs) -> None:
     """What is clipped is the norm of the whole gradient: otherwise the weights would differ."""
     options = {"clip": 0.05, "batches": 2}
-    one, many = runs(1, **options), runs(2, strategy=strategy, **options)
-    assert_same_training(one, many, WHOLE.get(strategy, True))
-    free = runs(1, batches=2)
+    one, free = runs.together(1, options, {"batches": 2})
     assert max(abs(a - b) for a, b in zip(one["losses"], free["losses"], strict=True)) > 1e-4
+    ways = ("ddp", *SHARDED, "fsdp_no_shard")  # the last has the whole norm in every process
+    of_two = runs.together(2, *({"strategy": way, **options} for way in ways))
+    for way, many in zip(ways, of_two, strict=True):
+        assert_same_training(one, many, WHOLE.get(way, True))
+
+
+@pytest.mark.slow
+def test_clipping_by_value_means_the_same(runs: Runs) -> None:
+    """Gradients are averaged over processes before each value is cut off, in shards too."""
+    options: dict[str, Any] = {"clip": 1e-3, "clip_by": "value", "batches": 2}
+    one, free = runs.together(1, options, {"batches": 2})
+    assert max(abs(a - b) for a, b in zip(one["losses"], free["losses"], strict=True)) > 1e-4
+    ways = ("ddp", "fully_shard", "fsdp")
+    of_two = runs.together(2, *({**options, "strategy": way} for way in ways))
+    for way, many in zip(ways, of_two, strict=True):
+        assert_same_training(one, many, WHOLE.get(way, True))
+    assert_same_training(one, runs(4, **options, strategy="fully_shard"))
+
+
+@pytest.mark.slow
+def test_layer_decay_and_frozen_parameters_mean_the_same(runs: Runs) -> None:
+    models = ("finetune", "probe")
+    ways = ("ddp", "fully_shard", "fsdp")
+    singles = runs.together(1, *({"model": model, "clip": 0.05} for model in models))
+    cases = [(model, way) for model in models for way in ways]
+    of_two = runs.together(2, *({"model": m, "clip": 0.05, "strategy": w} for m, w in cases))
+    for (model, way), many in zip(cases, of_two, strict=True):
+        one = singles[models.index(model)]
+        assert_same_training(one, many, WHOLE.get(way, True))
+    groups = read_checkpoint(singles[0]["file"])["optimizer_states"][0]["param_groups"]
+    assert {group["lr_scale"] for group in groups} == {0.125, 0.5, 1.0}  # 0.25: the frozen block
 
 
 def test_shards_learn_what_one_process_learns(runs: Runs) -> None:

@@ -173,13 +173,17 @@ class Detector(Downstream):
         sizes: Sizes,
         images: Tensor,
         targets: list[dict[str, Tensor]],
+        seeds: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
-        """The parts of the loss, each a mean over the boxes that are drawn for it, in float32."""
+        """The parts of the loss, each a mean over the boxes that are drawn for it, in float32.
+
+        With seeds, one an image, what is drawn of an image does not depend on the others.
+        """
         wanted = [
             {**target, "boxes": target["boxes"].float(), "labels": target["labels"] + 1}
             for target in targets
         ]
-        with self._heads(training=True):
+        with self._heads(training=True, seeds=seeds):
             shown = image_list(images, sizes)
             proposals, of_proposals = self.rpn(shown, features, wanted)
             _, of_boxes = self.roi_heads(features, proposals, sizes, wanted)
@@ -225,16 +229,21 @@ class Detector(Downstream):
         return images * (rows[:, None, :, None] & columns[:, None, None, :])
 
     @contextmanager
-    def _heads(self, *, training: bool) -> Iterator[None]:
+    def _heads(self, *, training: bool, seeds: Sequence[int] | None = None) -> Iterator[None]:
         """Let torchvision's heads give losses, or else boxes, whatever the mode."""
         if self.rpn is None:
             raise ValueError("num_classes is not known: give it, or data with annotations")
         modes = self.rpn.training, self.roi_heads.training
+        samplers = self.rpn.fg_bg_sampler, self.roi_heads.fg_bg_sampler
         self.rpn.training = self.roi_heads.training = training
+        for sampler in samplers:
+            sampler.seeds = seeds
         try:
             yield
         finally:
             self.rpn.training, self.roi_heads.training = modes
+            for sampler in samplers:
+                sampler.seeds = None
 
     # Lightning's steps -------------------------------------------------------------------------
 
@@ -252,11 +261,11 @@ class Detector(Downstream):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Loss and scores on the validation images."""
-        self._evaluate("val", batch, batch_idx)
+        self._evaluate("val", batch)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Loss and scores on the test images."""
-        self._evaluate("test", batch, batch_idx)
+        self._evaluate("test", batch)
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[Found]:
         """What is found in each image, in the pixels of its file."""
@@ -270,13 +279,14 @@ class Detector(Downstream):
         """Score all images at once."""
         self._score("test")
 
-    def _evaluate(self, part: str, batch: Any, batch_idx: int) -> None:
+    def _evaluate(self, part: str, batch: Any) -> None:
         assert self.scores is not None
         images, sizes = self.inputs(batch), _sizes(batch["size"])
         features = self.features(images)
-        with isolate_rng(include_cuda=images.is_cuda):  # losses draw boxes: the same ones always
-            torch.manual_seed(seed_of(EVALUATION, batch_idx, self.global_rank))
-            parts = self.losses(features, sizes, images, batch["target"])
+        # Losses draw boxes: of an image the same ones always, whatever batch it is in.
+        seeds = [seed_of(EVALUATION, index) for index in batch["index"].tolist()]
+        with isolate_rng(include_cuda=images.is_cuda):
+            parts = self.losses(features, sizes, images, batch["target"], seeds)
         found = self.detect(features, sizes, images)
         places = zip(found, batch["size"], batch["original"], strict=True)
         self.scores.update([_to_original(*one) for one in places], batch["truth"])

@@ -10,6 +10,7 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
@@ -79,6 +80,29 @@ class Anchors(AnchorGenerator):
         self.set_cell_anchors(torch.float32, device)
         anchors = torch.cat(self.grid_anchors(grids, strides))
         return [anchors] * len(image_list.image_sizes)
+
+
+class BoxSampler(BalancedPositiveNegativeSampler):
+    """torchvision's choice of the boxes that a loss is taken over.
+
+    Attributes:
+        seeds: Of what is drawn for each image; None: the common random state.
+    """
+
+    seeds: Sequence[int] | None = None
+
+    def __call__(self, matched_idxs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Choose positive and negative boxes, masks over those of each image."""
+        if self.seeds is None:
+            return super().__call__(matched_idxs)
+        positive: list[Tensor] = []
+        negative: list[Tensor] = []
+        for seed, labels in zip(self.seeds, matched_idxs, strict=True):
+            torch.manual_seed(seed)
+            (chosen,), (others,) = super().__call__([labels])
+            positive.append(chosen)
+            negative.append(others)
+        return positive, negative
 
 
 class Heads(NamedTuple):
@@ -153,6 +177,9 @@ def build_heads(
     whole.roi_heads.box_predictor.register_forward_hook(_to_float)
     if masks:
         whole.roi_heads.mask_predictor.register_forward_hook(_to_float)
+    for part in (whole.rpn, whole.roi_heads):
+        old = part.fg_bg_sampler
+        part.fg_bg_sampler = BoxSampler(old.batch_size_per_image, old.positive_fraction)
     return Heads(whole.rpn, whole.roi_heads)
 
 

@@ -1,7 +1,8 @@
 """Weights in shards: Lightning's strategies for models that are too large for one device.
 
 Both clip by the norm of all gradients, give each parameter the group that it has on one device,
-and write one file, or a folder of shards that a kill in the middle of writing leaves whole.
+have one BatchNorm for all processes, and write one file, or a folder of shards that a kill in the
+middle of writing leaves whole.
 """
 
 import shutil
@@ -12,6 +13,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.accelerators import XLAAccelerator
 from lightning.pytorch.core.optimizer import LightningOptimizer, _init_optimizers_and_lr_schedulers
 from lightning.pytorch.strategies import (
@@ -32,12 +34,14 @@ from torch.distributed.fsdp import (
     FullOptimStateDictConfig,
     FullStateDictConfig,
     FullyShardedDataParallel,
+    ShardingStrategy,
     StateDictType,
     fully_shard,
     register_fsdp_forward_method,
 )
 from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from simmim.checkpoints import put_in_place
@@ -97,11 +101,14 @@ def gradient_norm(trainer: L.Trainer, module: nn.Module) -> Tensor:
     )
     if isinstance(norm, DTensor):  # of fully_shard
         return norm.full_tensor()
-    if isinstance(trainer.strategy, FSDPStrategy):  # of this process's shards
-        total: Tensor = trainer.strategy.reduce(
-            norm.to(trainer.strategy.root_device) ** 2, reduce_op="sum"
-        )
-        return total.sqrt()
+    model = trainer.strategy.model
+    if (
+        isinstance(model, FullyShardedDataParallel)
+        and model.sharding_strategy != ShardingStrategy.NO_SHARD
+    ):  # of this process's shards
+        squared = norm.to(trainer.strategy.root_device) ** 2
+        dist.all_reduce(squared, group=model.process_group)  # that share one copy
+        return squared.sqrt()
     return norm
 
 
@@ -136,8 +143,32 @@ def run_xla(device: torch.device) -> None:
         torch_xla.sync()
 
 
-class _Checkpoints(ParallelStrategy):
-    """What both do alike with checkpoints; it stands before Lightning's class."""
+def share_running_statistics(module: nn.Module) -> None:
+    """Give all processes the first one's BatchNorm averages, as DDP does before each step.
+
+    Each has seen other images. What is validated and kept is then one model.
+    """
+    for part in module.modules():
+        if isinstance(part, _NormBase):
+            for buffer in part.buffers():
+                dist.broadcast(buffer, 0)
+
+
+class _Sharded(ParallelStrategy):
+    """What both do alike, with BatchNorm and checkpoints; it stands before Lightning's class."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Begin the step with the same BatchNorm everywhere."""
+        share_running_statistics(cast(nn.Module, self.model))
+
+    def on_validation_start(self) -> None:
+        """Score one model."""
+        share_running_statistics(cast(nn.Module, self.model))
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Keep one model: of what all processes have, any of them writes its own."""
+        share_running_statistics(cast(nn.Module, self.model))
+        return super().lightning_module_state_dict()
 
     @abstractmethod
     def in_shards(self) -> bool:
@@ -166,7 +197,7 @@ class _Checkpoints(ParallelStrategy):
         return checkpoint
 
 
-class FullyShard(_Checkpoints, ModelParallelStrategy):
+class FullyShard(_Sharded, ModelParallelStrategy):
     """Lightning's ModelParallelStrategy, with every process on its own share of the images.
 
     It is torch's newer way (`fully_shard`), and runs on CPUs as well.
@@ -190,7 +221,16 @@ class FullyShard(_Checkpoints, ModelParallelStrategy):
         )
 
     def setup_environment(self) -> None:
-        """Let all processes share one copy."""
+        """Let all processes share one copy.
+
+        Raises:
+            ValueError: With trainer.sync_batchnorm.
+        """
+        if self._layer_sync is not None:  # Lightning's strategy would leave it out
+            raise ValueError(
+                "trainer.sync_batchnorm does nothing with fully_shard: leave it out, or use "
+                "--trainer.strategy ddp or fsdp"
+            )
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
@@ -216,7 +256,7 @@ class FullyShard(_Checkpoints, ModelParallelStrategy):
             set_optimizer_state_dict(self.model, optimizer, named, options=options)
 
 
-class FSDP(_Checkpoints, FSDPStrategy):
+class FSDP(_Sharded, FSDPStrategy):
     """Lightning's FSDPStrategy, which clips by the norm and keeps the parameter groups.
 
     Args:

@@ -16,6 +16,7 @@ from simmim.observe import multiples
 from simmim.weights import find_checkpoint
 from simmim.weights.api import _check_heads, _classes
 from simmim.weights.fit import MODEL, Architecture, Report, Weights, fit
+from simmim.weights.shards import is_sharded, read_sharded
 from simmim.weights.sources import TIMM, build_encoder, open_weights
 
 ENCODER = "vit_base_patch16_224"  # where neither a name nor weights are given
@@ -216,11 +217,13 @@ def _class_names(weights: str) -> list[str]:
 
 
 def _our_checkpoint(weights: str) -> dict[str, Any] | None:
-    """A checkpoint of ours, its tensors left on the disk; None if it is anything else."""
+    """A checkpoint of ours, one file's tensors left on the disk; None if it is anything else."""
     if weights.startswith(TIMM) or (Path(weights).expanduser() / "config.json").is_file():
         return None
     try:
         path = find_checkpoint(weights)
+        if is_sharded(path):
+            return read_sharded(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except ValueError:
         raise

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from simmim.callbacks.look import is_logging_step
 from simmim.scores import less_is_better
-from simmim.strategies import gradient_norm, is_sharding
+from simmim.strategies import gradient_norm
 
 GIB = 2**30
 
@@ -19,13 +19,13 @@ GIB = 2**30
 class Vitals(L.Callback):
     """Log what tells a healthy run from a sick one.
 
-    At logging steps `train/grad_norm` (before clipping; not where the weights are sharded) and
-    `memory/max_gib` (the most that this run has held so far: of the GPU, or of the process on a
-    CPU). At the end of an epoch with a validation `gap/loss`: val/loss less the mean of train/loss
-    over the epoch, which says something where both are the same loss (mixup, label smoothing and
-    crops make the training one larger). And `best/NAME` of each val/NAME, the least loss or error
-    and the greatest of anything else, over the whole run, also where it was interrupted: a board's
-    summary shows the last value of each curve, and so the last score and the best.
+    At logging steps `train/grad_norm` (of the whole gradient, before clipping) and `memory/max_gib`
+    (the most that this run has held so far: of the GPU, or of the process on a CPU). At the end of
+    an epoch with a validation `gap/loss`: val/loss less the mean of train/loss over the epoch,
+    which says something where both are the same loss (mixup, label smoothing and crops make the
+    training one larger). And `best/NAME` of each val/NAME, the least loss or error and the greatest
+    of anything else, over the whole run, also where it was interrupted: a board's summary shows the
+    last value of each curve, and so the last score and the best.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class Vitals(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
     ) -> None:
         """Measure the gradients at logging steps, without waiting for the device."""
-        if is_logging_step(trainer, ahead=1) and not is_sharding(trainer):
+        if is_logging_step(trainer, ahead=1):
             pl_module.log("train/grad_norm", gradient_norm(trainer, pl_module))
 
     def on_train_batch_end(

@@ -222,6 +222,11 @@ class LoaderModule(L.LightningDataModule):
 
     def _in_order(self, data: ImageData) -> Loader[Batch]:
         replicas, rank = self._process()
+        if len(data) < replicas:  # one image would be for several, and count as often
+            raise ValueError(
+                f"{len(data)} images to evaluate are fewer than the {replicas} processes: use "
+                f"--trainer.devices {len(data)}, or more images"
+            )
         batch_size = even_batch_size(len(data), self.batch_size, replicas)
         return self._loader(data, EvenSampler(data, replicas, rank), batch_size)
 

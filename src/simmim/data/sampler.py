@@ -68,13 +68,13 @@ class EpochSampler(DistributedSampler[Any]):
 class EvenSampler(DistributedSampler[Any]):
     """Every sample once, in order: process r of n takes the samples r, r + n, r + 2n, ...
 
-    Nothing is repeated to make the shares equal, unless there are fewer samples than processes.
+    Nothing is repeated to make the shares equal: there are no fewer samples than processes.
     """
 
     def __init__(self, dataset: Dataset[Any], replicas: int = 1, rank: int = 0) -> None:
         super().__init__(dataset, replicas, rank, shuffle=False)
         n = len(dataset)  # type: ignore[arg-type]
-        self.indices = range(rank % n, n, replicas)
+        self.indices = range(rank, n, replicas)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.indices)
@@ -89,7 +89,7 @@ def even_batch_size(n: int, batch_size: int, replicas: int) -> int:
     DDP and FSDP talk in every forward pass: a process with a batch more would wait for ever. It is
     only where a single sample would make up a process's last batch that the size changes.
     """
-    least, most = max(n // replicas, 1), max(math.ceil(n / replicas), 1)
+    least, most = n // replicas, math.ceil(n / replicas)
     sizes = (*range(batch_size, 0, -1), *range(batch_size, most + 1))
     return next(size for size in sizes if math.ceil(least / size) == math.ceil(most / size))
 

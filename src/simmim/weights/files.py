@@ -86,11 +86,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def load_safely(load: Callable[..., T], source: Any, *args: Any, **kwargs: Any) -> T:
     """Call Lightning's `load_from_checkpoint` such that no code in the file is run.
 
-    By itself it would run that of a file at a URL.
+    By itself it would run that of a file at a URL. A checkpoint in shards is put together first.
 
     Args:
         load: The method.
-        source: A path, a URL or an open file.
+        source: A path, of a file or of a folder of shards, a URL, or an open file.
         args: As it takes them.
         kwargs: As it takes them; weights_only=False trusts the file.
 
@@ -103,6 +103,9 @@ def load_safely(load: Callable[..., T], source: Any, *args: Any, **kwargs: Any) 
 
         with fsspec.open(str(source), "rb") as stream:
             opened = BytesIO(stream.read())
+    elif isinstance(source, str | Path) and is_sharded(source):
+        opened = BytesIO()
+        torch.save(read_sharded(Path(source)), opened)
     if isinstance(opened, BytesIO):
         check_archive(source, opened)
         opened.seek(0)
