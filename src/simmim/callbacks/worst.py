@@ -50,7 +50,8 @@ class WorstImages(EpochPictures):
         training = trainer.state.fn == "fit" and not trainer.sanity_checking
         if not (training and self.every_n_epochs and dataloader_idx == 0):
             return
-        losses = image_losses(outputs["error"], outputs["mask"]).nan_to_num(torch.inf)
+        losses = image_losses(outputs["error"], outputs["mask"])
+        losses = torch.where(losses.isnan(), torch.inf, losses)  # XLA's nan_to_num takes no inf
         places = outputs["index"]
         if self._worst is not None:
             losses, places = (torch.cat(p) for p in zip(self._worst, (losses, places), strict=True))
