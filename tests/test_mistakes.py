@@ -47,7 +47,7 @@ def test_the_memory_of_the_cpu_is_memory_too() -> None:
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a.png"), "the disk is full: a.png"),
         (OSError(errno.EROFS, os.strerror(errno.EROFS), "a.png"), "a.png cannot be written"),
         (Exception("Error while serializing: No space left on device"), "the disk is full; free"),
-        (MisconfigurationException("No supported gpu backend found!"), "--trainer.accelerator cpu"),
+        (MisconfigurationException("No supported gpu backend found!"), "(or --accelerator cpu)"),
     ],
 )
 def test_what_the_machine_lacks_is_one_sentence(error: Exception, words: str) -> None:
