@@ -50,7 +50,7 @@ def test_the_memory_of_the_cpu_is_memory_too() -> None:
         (OSError(errno.EACCES, os.strerror(errno.EACCES), __file__), ".py: permission denied"),
         (OSError(errno.EFBIG, os.strerror(errno.EFBIG), "a"), "a limit (ulimit -f), allows: a;"),
         (Exception("Error while serializing: No space left on device"), "the disk is full; free"),
-        (MisconfigurationException("No supported gpu backend found!"), "--trainer.accelerator cpu"),
+        (MisconfigurationException("No supported gpu backend found!"), "(or --accelerator cpu)"),
     ],
 )
 def test_what_the_machine_lacks_is_one_sentence(error: Exception, words: str) -> None:

@@ -234,7 +234,10 @@ def _what_the_machine_lacks(error: BaseException) -> str | None:
 def _remedy(message: str) -> str:
     """What to do where Lightning says only what is wrong."""
     if re.search(r"No supported gpu backend|CUDAAccelerator.*can not run", message):
-        return " torch finds no GPU here: use --trainer.accelerator cpu, or another build of torch"
+        return (
+            " torch finds no GPU here: use --trainer.accelerator cpu (or --accelerator cpu), or "
+            "another build of torch"
+        )
     if "restored a checkpoint with current_epoch" in message:
         return " A larger --trainer.max_epochs goes on"
     return ""
