@@ -325,6 +325,17 @@ def test_a_sample_is_said_to_be_one(tmp_path: Path) -> None:
     assert "looked at" in found["text"]
 
 
+def test_classes_are_counted_whole_where_a_sample_is_looked_at(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        _photos(tmp_path / "root" / name, 30, first=50 * (name == "dog"))
+    whole = _diagnose(tmp_path / "root", tmp_path)
+    found = _diagnose(tmp_path / "root", tmp_path, sample=2)
+    assert found["summary"]["classes"] == whole["summary"]["classes"]
+    assert found["summary"]["classes"]["cat"] == {"train": 27, "val": 3}
+    assert found["summary"]["images"] == {"train": 54, "val": 6}
+    assert not any(finding["kind"] == "few" for finding in found["findings"])
+
+
 # Workers ------------------------------------------------------------------------------------------
 
 

@@ -3,12 +3,14 @@
 import json
 import os
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from simmim.bar import Bar, status
 from simmim.configuration import find_config, read_config
@@ -25,7 +27,7 @@ from simmim.doctor.diagnosis import Diagnosis, summarise
 from simmim.doctor.estimate import estimate as estimate_cost
 from simmim.doctor.findings import Finding, Read, count_left_out, find_all, in_order
 from simmim.doctor.pictures import draw_sheet
-from simmim.doctor.record import File, Inspector, Record, below
+from simmim.doctor.record import Counts, File, Inspector, Record, below
 from simmim.doctor.report import page, render
 from simmim.doctor.sheet import contact_rows
 from simmim.doctor.targets import target_findings
@@ -101,7 +103,7 @@ def doctor(
     }
     data = open_data(root, groups, {k: v for k, v in given.items() if v is not None})
     table = None if labels is None else read_labels(labels, several=False)
-    inspector, files, classes, images = find_files(data, sample, table)
+    inspector, files, classes, counts = find_files(data, sample, table)
     folders = inspector.indices["train"].classes
     folder = make_folder(out)
     failed = True
@@ -110,9 +112,9 @@ def doctor(
         packed = is_packed(data.root)
         left_out = {} if packed else count_left_out(data.root, SUFFIXES)
         with status("Comparing the images"):
-            found = find_all(read, classes, data.group_pattern, left_out)
+            found = find_all(read, classes, counts, data.group_pattern, left_out)
         found += [] if packed else target_findings(data, folders, left_out)
-        summary = summarise(images, read, classes)
+        summary = summarise(counts, read, classes)
         diagnosis = Diagnosis(
             root=data.root,
             config=config,
@@ -156,35 +158,45 @@ def open_data(
 
 def find_files(
     data: ImageFolderData, sample: int | None, table: NamedTable | None = None
-) -> tuple[Inspector, list[File], list[str], dict[str, int]]:
+) -> tuple[Inspector, list[File], list[str], Counts]:
     """List the images of each part.
 
     Returns:
-        What looks at them, the files, the names of the classes, and how many images each part has.
+        What looks at them, the files to look at, the names of the classes, and how many images
+        there are.
     """
     parts = read_parts(data.root, data.val_fraction, data.split_seed, data.group_pattern)
     files: list[File] = []
-    images: dict[str, int] = {}
+    counts: dict[str, Counter[int]] = {}
     classes = parts["train"].files.classes if table is None else table.table.classes
     for name, part in parts.items():
         places = _places(part)
-        images[name] = len(places)
         labels = _labels(part.files, data.root, table)
+        counts[name] = _count(len(places), None if labels is None else labels[places])
         for place in places[choose(len(places), sample)].tolist():
             label = -1 if labels is None else int(labels[place])
             files.append(File(name, place, below(data.root, part.files, place), label))
     if "images" in classes and set(classes) <= {"images", "masks"}:
         # Of segmentation or detection: these are no classes, and masks are no images.
         kept = [file for file in files if classes[file.label] == "images"]
-        images = {name: sum(file.part == name for file in kept) for name in images}
+        number = classes.index("images")
+        counts = {name: Counter({-1: labelled[number]}) for name, labelled in counts.items()}
         files, classes = [replace(file, label=-1) for file in kept], []
     crop = data.train_transform
     assert isinstance(crop, RandomCrop)
     indices = {name: part.files for name, part in parts.items()}
-    return Inspector(indices, data.in_chans, data.intensity, crop), files, classes, images
+    return Inspector(indices, data.in_chans, data.intensity, crop), files, classes, counts
 
 
-def _labels(files: FileIndex, root: str, table: NamedTable | None) -> Any:
+def _count(images: int, labels: Tensor | None) -> Counter[int]:
+    """Count a part's images by label; -1 is none."""
+    if labels is None:
+        return Counter({-1: images})
+    numbers, counts = labels.unique(return_counts=True)
+    return Counter(dict(zip(numbers.tolist(), counts.tolist(), strict=True)))
+
+
+def _labels(files: FileIndex, root: str, table: NamedTable | None) -> Tensor | None:
     """The class of each file of an index; -1 where a table does not name it."""
     if table is None:
         return files.labels

@@ -9,7 +9,7 @@ import numpy as np
 
 from simmim.doctor.estimate import Cost, Sizes
 from simmim.doctor.findings import Finding
-from simmim.doctor.record import Content, File, Header, Record
+from simmim.doctor.record import Content, Counts, File, Header, Record
 
 MODES = {  # Pillow's words
     "1": "black-and-white",
@@ -111,18 +111,18 @@ class Diagnosis:
 
 
 def summarise(
-    images: dict[str, int], read: Sequence[tuple[File, Record]], classes: Sequence[str]
+    counts: Counts, read: Sequence[tuple[File, Record]], classes: Sequence[str]
 ) -> Summary:
     """Count and measure."""
     good = [(file, record, record.content) for file, record in read if record.content]
     mean, std = _statistics(c for file, _, c in good if file.part == "train")
     seconds = sum(record.seconds for _, record, _ in good)
     return Summary(
-        images=images,
+        images={part: labelled.total() for part, labelled in counts.items()},
         read=len(read),
         readable=len(good),
         megabytes=round(sum(record.size for _, record in read) / 1e6, 3),
-        classes=_classes(read, classes),
+        classes=_classes(counts, classes),
         formats=_counts(record.header.format for _, record in read),
         kinds=_counts(_kind(r.header) for _, r, _ in good),
         width=Spread.of([c.width for _, _, c in good]) if good else None,
@@ -138,13 +138,10 @@ def _kind(header: Header) -> str:
     return f"{MODES.get(header.mode, header.mode)} {header.bits}-bit"
 
 
-def _classes(
-    read: Sequence[tuple[File, Record]], classes: Sequence[str]
-) -> dict[str, dict[str, int]]:
-    counts = Counter((file.label, file.part) for file, _ in read)
-    parts = sorted({file.part for file, _ in read})
+def _classes(counts: Counts, classes: Sequence[str]) -> dict[str, dict[str, int]]:
+    parts = sorted(part for part, labelled in counts.items() if labelled)
     return {
-        name: {part: counts[label, part] for part in parts} for label, name in enumerate(classes)
+        name: {part: counts[part][label] for part in parts} for label, name in enumerate(classes)
     }
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from simmim.data.split import group_of
 from simmim.doctor.likeness import clusters
-from simmim.doctor.record import Content, File, Header, Record
+from simmim.doctor.record import Content, Counts, File, Header, Record
 
 Level = Literal["bad", "look", "note"]
 Read = Sequence[tuple[File, Record]]
@@ -61,13 +61,18 @@ class Finding:
 
 
 def find_all(
-    read: Read, classes: Sequence[str], group_pattern: str | None, left_out: Mapping[str, int]
+    read: Read,
+    classes: Sequence[str],
+    counts: Counts,
+    group_pattern: str | None,
+    left_out: Mapping[str, int],
 ) -> list[Finding]:
     """Find what there is to say.
 
     Args:
         read: The files and their records.
         classes: Names of the classes.
+        counts: How many images there are, read or not.
         group_pattern: Names the patient or scene of a file, by its first group.
         left_out: Files below the root that training does not see, counted by kind.
     """
@@ -80,7 +85,7 @@ def find_all(
         *suspicious(good),
         *unlike_the_others(good),
         *peculiar(good),
-        *class_findings([file for file, _ in read], classes),
+        *class_findings(counts, classes),
         *unseen(left_out),
     ]
 
@@ -325,15 +330,12 @@ def peculiar(good: Good) -> list[Finding]:
 # Classes ------------------------------------------------------------------------------------------
 
 
-def class_findings(files: Iterable[File], classes: Sequence[str]) -> list[Finding]:
+def class_findings(counts: Counts, classes: Sequence[str]) -> list[Finding]:
     """How the classes are filled."""
-    counts: dict[str, Counter[int]] = defaultdict(Counter)
-    for file in files:
-        counts[file.part][file.label] += 1
     if not classes:
         return []
     found = []
-    train, val = counts["train"], counts["val"]
+    train, val = (counts.get(part, Counter[int]()) for part in ("train", "val"))
     sizes = {name: train[label] for label, name in enumerate(classes)}
     few = [f"{name} ({n})" for name, n in sizes.items() if n < FEW]
     if few:

@@ -5,6 +5,7 @@ import os
 import struct
 import time
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -29,6 +30,7 @@ SMALL = 16  # px: side of the gray miniature that near duplicates are told by
 MIDDLE = 144  # px: a multiple of 16, 8 and 9; what is larger is reduced to it first
 CHUNK = 2**16  # pixels that are counted at a time
 HASH = 8  # rows and columns of the difference hash, in either direction
+Counts = Mapping[str, Counter[int]]  # how many images of a part have a label; -1: none
 BITS = {"1": 1, "I;16": 16, "I;16B": 16, "I;16L": 16, "I": 32, "F": 32}  # of Pillow's modes; else 8
 
 

@@ -82,9 +82,11 @@ def _findings(findings: list[Finding]) -> Iterator[str]:
 def _images(summary: Summary) -> Iterator[Row]:
     parts = ", ".join(f"{n:,} {part}" for part, n in summary.images.items())
     total = sum(summary.images.values())
-    yield ("images", f"{total:,} ({parts}), {summary.megabytes:,.1f} MB")
-    if summary.read < total:
-        yield ("looked at", f"{summary.read:,} of them, chosen at random (--sample)")
+    size = f", {summary.megabytes:,.1f} MB"
+    is_sample = summary.read < total
+    yield ("images", f"{total:,} ({parts}){'' if is_sample else size}")
+    if is_sample:
+        yield ("looked at", f"{summary.read:,} of them, chosen at random (--sample){size}")
     yield ("can be read", f"{summary.readable:,} of {summary.read:,}")
     yield ("formats", _counts(summary.formats))
     yield ("depth", _counts(summary.kinds))
