@@ -249,9 +249,7 @@ class Recipe(Trainable):
         if stage == "fit" and getattr(data, "mean", None) is not None:
             self.set_statistics(data.mean, data.std)  # type: ignore[union-attr]
         suit_device(self, self.trainer)
-        on_xla = (
-            self.trainer.strategy.root_device.type == "xla"
-        )  # which compiles whole steps anyway
+        on_xla = self.trainer.strategy.root_device.type == "xla"  # which compiles whole steps
         if stage == "fit" and self.hparams["compile"] and not on_xla:
             self.encoder.compile()
             self.head.compile()
