@@ -35,6 +35,7 @@ SHARED = {
     "rcnn",
     "average_precision",
     "strategies",
+    "xla",
     "recipe",
     "own",
 }

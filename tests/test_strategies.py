@@ -25,9 +25,10 @@ from simmim.cli import main
 from simmim.durable import UNFINISHED
 from simmim.pretrain import SimMIM
 from simmim.run import clean_up
-from simmim.strategies import FullyShard, wake_xla
+from simmim.strategies import FullyShard
 from simmim.weights.files import read_checkpoint
 from simmim.weights.shards import META
+from simmim.xla import wake_xla
 from test_exact import TINY
 
 

@@ -40,9 +40,9 @@ from simmim.run import (
     is_first_process,
     new_run,
 )
-from simmim.strategies import wake_xla
 from simmim.task import Begun, Task
 from simmim.training import check_length
+from simmim.xla import wake_xla
 
 PRINT_SHORT = "--print_config=skip_default"
 NOT_IN_A_CONFIG = ("trust", "ckpt_path", "weights_only", "verbose", "return_predictions")

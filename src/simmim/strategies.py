@@ -14,7 +14,6 @@ from typing import Any, cast
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.accelerators import XLAAccelerator
 from lightning.pytorch.core.optimizer import LightningOptimizer, _init_optimizers_and_lr_schedulers
 from lightning.pytorch.strategies import (
     FSDPStrategy,
@@ -110,37 +109,6 @@ def gradient_norm(trainer: L.Trainer, module: nn.Module) -> Tensor:
         dist.all_reduce(squared, group=model.process_group)  # that share one copy
         return squared.sqrt()
     return norm
-
-
-def wake_xla(accelerator: str, devices: int | str | list[int]) -> None:
-    """Make an XLA device before any model, where the process is to have one alone.
-
-    Autograd counts the devices once, at its first backward pass, which is an encoder's trial run on
-    the CPU; one that is not there by then is unknown to it. Of several devices each belongs to a
-    process of its own, which makes it, and counts anew.
-
-    Args:
-        accelerator: As the Trainer takes it.
-        devices: Likewise.
-    """
-    if accelerator not in ("auto", "tpu") or not XLAAccelerator.is_available():
-        return
-    there: Any = XLAAccelerator.auto_device_count() if devices == "auto" else devices
-    if len(XLAAccelerator.get_parallel_devices(there)) == 1:
-        import torch_xla
-
-        torch_xla.device()
-
-
-def run_xla(device: torch.device) -> None:
-    """Let XLA compute what was asked of it, so that many batches do not become one large graph.
-
-    Lightning does so at each optimiser step alone.
-    """
-    if device.type == "xla":
-        import torch_xla
-
-        torch_xla.sync()
 
 
 def share_running_statistics(module: nn.Module) -> None:

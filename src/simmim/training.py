@@ -21,8 +21,9 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from simmim.optim import Compat, Schedule, scaled_lr
 from simmim.parts import find_part
-from simmim.strategies import run_xla, shard
+from simmim.strategies import shard
 from simmim.weights.files import load_safely
+from simmim.xla import run_xla
 
 
 class Trainable(L.LightningModule):

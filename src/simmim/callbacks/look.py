@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.utils.data import DataLoader
 
-from simmim.strategies import run_xla
+from simmim.xla import run_xla
 
 T = TypeVar("T")
 
