@@ -25,7 +25,7 @@ from simmim.speed import suit_device
 from simmim.strategies import WRAPPER
 from simmim.target import TARGETS
 from simmim.training import Trainable, count_steps, imagenet_statistics, optimizer_and_schedule
-from simmim.transfer import _statistics
+from simmim.transfer import statistics_of
 from simmim.weights import Report, load_weights
 
 COUNTED = ("random", "block", "square", "token")  # they hide equally many cells of every image
@@ -205,7 +205,7 @@ class Recipe(Trainable):
             if report.head_is_new:
                 names = (name for name, _ in self.encoder.named_parameters("encoder"))
                 self._loaded = {name for name in names if name not in report.missing}
-            if (statistics := _statistics(weights, in_chans)) is not None:
+            if (statistics := statistics_of(weights, in_chans)) is not None:
                 self.set_statistics(*statistics)  # until data to train on have others
 
     def _check(self, target: str, loss: str) -> None:

@@ -125,7 +125,7 @@ def open_backbone(
         places = {f"{MODEL}{name}": tensor for name, tensor in model.state_dict().items()}
         backbone.report = fit(found, places, model)
         eps = found.architecture.norm_eps if eps is None else eps
-        backbone.statistics = _statistics(str(weights), backbone.in_chans)
+        backbone.statistics = statistics_of(str(weights), backbone.in_chans)
         backbone.classes = _class_names(str(weights))
     if eps is not None:  # not an option of timm's
         for module in model.modules():
@@ -185,7 +185,7 @@ def _check_patches(model: Any, name: str, img_size: Size) -> None:
             )
 
 
-def _statistics(weights: str, in_chans: int) -> tuple[list[float], list[float]] | None:
+def statistics_of(weights: str, in_chans: int) -> tuple[list[float], list[float]] | None:
     """Mean and standard deviation that the weights were made with, for so many channels."""
     mean: Any = IMAGENET_DEFAULT_MEAN
     std: Any = IMAGENET_DEFAULT_STD

@@ -10,7 +10,7 @@ import yaml
 from torch import Tensor, nn
 
 from simmim.readout import Probe, choose_layers, read_tokens
-from simmim.transfer import _class_names, _our_checkpoint, _statistics
+from simmim.transfer import _class_names, _our_checkpoint, statistics_of
 from simmim.weights import Report, find_checkpoint
 from simmim.weights.api import encoder_of
 from simmim.weights.fit import Architecture
@@ -93,7 +93,7 @@ def open_source(weights: str, *, trust: bool = False) -> Source:
     opened.architecture.options.pop("num_classes", None)
     ours = _our_checkpoint(weights)
     hparams = (ours or {}).get("hyper_parameters", {})
-    statistics = _statistics(weights, opened.architecture.in_chans)
+    statistics = statistics_of(weights, opened.architecture.in_chans)
     if statistics is None:
         raise ValueError(
             f"{weights} does not say the mean and standard deviation of the "
