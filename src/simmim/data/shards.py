@@ -130,22 +130,15 @@ class Packed:
         """
         try:
             table = json.loads(text)
-            if (version := table.pop("version")) != VERSION:
-                raise _OtherVersion(
-                    f"{path} is of version {version}, not {VERSION}: pack the images anew"
-                )
-            parts = {name: _part(part) for name, part in table.pop("parts").items()}
-            if "train" not in parts:
-                raise ValueError("it has no part that trains")
-            return cls(parts=parts, **table)
-        except _OtherVersion:
-            raise
+            version = table.pop("version")
+            if version == VERSION:  # others may have other fields
+                parts = {name: _part(part) for name, part in table.pop("parts").items()}
+                if "train" not in parts:
+                    raise ValueError("it has no part that trains")
+                return cls(parts=parts, **table)
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"{path} is damaged, or not of simmim pack: {error}") from error
-
-
-class _OtherVersion(ValueError):
-    """Of a packed folder that another simmim has written."""
+        raise ValueError(f"{path} is of version {version}, not {VERSION}: pack the images anew")
 
 
 def _part(table: dict[str, Any]) -> PackedPart:
