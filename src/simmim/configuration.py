@@ -309,8 +309,9 @@ def _check_follows(config: Mapping[str, Any], path: Path, follows: Mapping[str, 
 
 
 def _check_name(name: object) -> None:
-    is_one = isinstance(name, str) and bool(name) and name == Path(name).name
-    if not is_one or str(name).startswith((".", "-")) or set(str(name)) & set(NO_FOLDER):
+    text = name if isinstance(name, str) else ""
+    is_one = bool(text) and text == Path(text).name and not set(text) & set(NO_FOLDER)
+    if not is_one or text.startswith((".", "-")):
         raise ArgumentError(
             None, f"name {name!r} cannot be a folder: use letters, digits, dots, '-' and '_'"
         )
