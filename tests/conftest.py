@@ -27,6 +27,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("SIMMIM_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
+@pytest.fixture
+def for_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What processes that a test starts inherit: no board, one thread, no seed of another test."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+
+
 @pytest.fixture(scope="session")
 def make_images() -> Callable[..., Path]:
     """Write small smooth pictures: `make_images(folder, n, size=32)` -> the folder."""

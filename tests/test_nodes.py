@@ -96,11 +96,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(whole: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(whole: Path, monkeypatch: pytest.MonkeyPatch, for_commands: None) -> Path:
     monkeypatch.chdir(whole)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     return whole
 
 

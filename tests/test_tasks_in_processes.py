@@ -61,12 +61,9 @@ def command(task: str) -> str:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, for_commands: None) -> Path:
     """A working folder with images/ of three classes, masks/, boxes/; new/ and few/ to predict."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     rng = np.random.default_rng(0)
 
     def save(path: str, size: tuple[int, int], shade: int = 0) -> None:
