@@ -52,7 +52,7 @@ def test_the_split_is_that_of_pretraining(folder: Path) -> None:
 def test_classes_that_nobody_teaches_are_told(tmp_path: Path, make_images: Make) -> None:
     for name in ("train/cat", "train/dog", "val/cat", "val/emu"):
         make_images(tmp_path / name, 4)
-    with pytest.warns(UserWarning, match="1 of 3 classes have no training image, such as 'emu'"):
+    with pytest.warns(UserWarning, match="1 of 3 classes have no images in train, such as 'emu'"):
         assert data(tmp_path).class_counts == [4, 4, 0]
 
 

@@ -20,6 +20,7 @@ from simmim.data.dataset import ImageData, Key
 from simmim.data.image_folder import ImageFolderData
 from simmim.data.labels import LabelTable, label_files
 from simmim.data.layout import Part
+from simmim.data.summary import DataSummary, SplitSummary
 from simmim.data.transforms import Box, CenterCrop, RandomCrop, Size, center_box, random_box
 
 Places = npt.NDArray[np.int64]
@@ -89,6 +90,16 @@ class ClassificationData(ImageFolderData):
             return data.label_counts
         return super().class_counts
 
+    def summary(self) -> DataSummary:
+        """Count images and labels of each split; without labels there is nothing to learn."""
+        return replace(super().summary(), needs_labels=True)
+
+    def _count(self, data: ImageData) -> SplitSummary:
+        if isinstance(data, LabelledImages):
+            labelled = {"with labels": len(data)}
+            return SplitSummary(len(data), labelled, data.label_counts)
+        return super()._count(data)
+
     def _setup_parts(self) -> None:
         """Split as pretraining does, whatever the labels; then label, and choose."""
         super()._setup_parts()
@@ -116,13 +127,6 @@ class ClassificationData(ImageFolderData):
             self.sets["training"] = self._make(part, self.train_transform)
             self.sets["probe"] = self._make(part, self.val_transform)
             rank_zero_info(f"labels of {len(chosen)} of {len(whole)} training images are used")
-        counts = zip(self.classes, self.class_counts, strict=True)
-        untaught = [name for name, count in counts if not count]
-        if untaught and self._trains():
-            rank_zero_warn(
-                f"{len(untaught)} of {len(self.classes)} classes have no training image, such as "
-                f"{untaught[0]!r}: nothing will be recognised as one of them"
-            )
 
     def _label(self, name: str, table: LabelTable, rows: Tensor) -> None:
         """Give a part the labels of the table; images that are not in it are left out."""

@@ -158,6 +158,7 @@ class DetectionData(LoaderModule):
             if not self._parts:
                 self._setup_parts()
             self._check_evaluated(stage)
+            self._check_summary(stage)
         if stage in ("fit", None):
             self._resumed_step = 0
             self.mean, self.std = self._statistics()

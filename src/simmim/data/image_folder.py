@@ -2,6 +2,7 @@
 
 import os
 from contextlib import suppress
+from dataclasses import replace
 from math import inf
 from typing import Any, Literal, cast
 
@@ -24,6 +25,7 @@ from simmim.data.scans import Intensity
 from simmim.data.shards import is_packed
 from simmim.data.split import check_group_pattern
 from simmim.data.statistics import check_statistics
+from simmim.data.summary import DataSummary, SplitSummary
 from simmim.data.transforms import CenterCrop, RandomCrop, flip_marked
 from simmim.data.workers import default_workers
 
@@ -176,6 +178,7 @@ class ImageFolderData(LoaderModule):
             if "training" not in self.sets:
                 self._setup_parts()
             self._check_evaluated(stage)
+            self._check_summary(stage)
         if stage in ("fit", None):
             self._resumed_step = 0
             self.mean, self.std = self._statistics()
@@ -219,6 +222,17 @@ class ImageFolderData(LoaderModule):
         if labels is None:
             return []
         return cast(list[int], torch.bincount(labels, minlength=len(self.classes)).tolist())
+
+    def summary(self) -> DataSummary:
+        """Count images and labels of each split."""
+        return replace(super().summary(), classes=self.classes)
+
+    def _count(self, data: ImageData) -> SplitSummary:
+        labels = data.labels
+        if labels is None:
+            return SplitSummary(len(data))
+        counts = torch.bincount(labels, minlength=len(self.classes)).tolist()
+        return SplitSummary(len(data), {"with labels": len(labels)}, counts)
 
     def _setup_parts(self) -> None:
         parts = read_parts(self.root, self.val_fraction, self.split_seed, self.group_pattern)

@@ -21,9 +21,11 @@ from simmim.data.statistics import (
     measured_statistics,
     measured_window,
 )
+from simmim.data.summary import DataSummary, SplitSummary
 from simmim.data.workers import default_workers, outlive_the_first_signal
 
 Batch = dict[str, Any]
+SPLITS = {"train": "training", "val": "validation", "test": "test"}  # a split's data set
 
 
 class LoaderModule(L.LightningDataModule):
@@ -147,6 +149,29 @@ class LoaderModule(L.LightningDataModule):
     def num_train(self) -> int:
         """Number of training images."""
         return len(self.sets["training"])
+
+    def summary(self) -> DataSummary:
+        """Count what each split holds, and what of it counts for nothing; after setup."""
+        splits = {
+            split: self._count(self.sets[name])
+            for split, name in SPLITS.items()
+            if name in self.sets
+        }
+        return DataSummary(self.root, splits)
+
+    def _count(self, data: ImageData) -> SplitSummary:
+        """Count the images of a data set."""
+        return SplitSummary(len(data))
+
+    def _check_summary(self, stage: str | None) -> None:
+        """Say what is trained and scored on; refuse to train where nothing of it counts."""
+        summary = self.summary()
+        if stage in ("fit", None) and (reason := summary.refusal()):
+            raise ValueError(reason)
+        if self.trainer is not None:
+            rank_zero_info(summary.table())
+        for sentence in summary.warnings():
+            rank_zero_warn(sentence)
 
     def _check_evaluated(self, stage: str | None) -> None:
         """Refuse to validate, or to test, without images; train without them if so wanted."""

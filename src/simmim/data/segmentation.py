@@ -172,6 +172,7 @@ class SegmentationData(LoaderModule):
             if "training" not in self.sets:
                 self._setup_parts()
             self._check_evaluated(stage)
+            self._check_summary(stage)
         if stage in ("fit", None):
             self._resumed_step = 0
             self.mean, self.std = self._statistics()
