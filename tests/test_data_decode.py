@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -281,6 +282,68 @@ def test_few_bright_spots_and_constant_scans() -> None:
     assert decode_image(depth16(spots), 1, Intensity()).max() == 1
     flat = decode_image(depth16(np.full((8, 8), 700)), 1, Intensity())
     assert (flat == 0).all()
+
+
+@pytest.mark.parametrize(
+    "shape", [(512, 512, 1), (512, 1024, 4), (256, 1032, 5), (2**17, 8, 1), (600, 700, 13)]
+)
+def test_percentiles_are_of_all_channels_and_columns(shape: tuple[int, int, int]) -> None:
+    values = np.random.default_rng(0).random(shape, np.float32)
+    values += np.arange(shape[2], dtype=np.float32) ** 2 * 100  # bands of unlike ranges
+    values *= 1 + np.arange(shape[1], dtype=np.float32)[:, None] % 8
+    stream = io.BytesIO()
+    np.save(stream, values)
+    image = decode_image(stream.getvalue(), shape[2], Intensity())
+    low, high = np.percentile(values, (0.5, 99.5))
+    wanted = ((values - low) / (high - low)).clip(0, 1)
+    np.testing.assert_allclose(image.permute(1, 2, 0), wanted, atol=2e-3)
+
+
+def test_spots_that_a_sample_misses() -> None:
+    values = np.zeros((1024, 1024), np.uint16)
+    values[7, 7] = 4000
+    assert decode_image(depth16(values), 1, Intensity()).max() == 1
+
+
+def as_tiff(values: np.ndarray, axes: str = "", **options: Any) -> bytes:
+    stream = io.BytesIO()
+    about = {"metadata": {"axes": axes} if axes else None, "photometric": "minisblack"}
+    tifffile.imwrite(stream, values, **about, **options)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["u1", "u2"])
+@pytest.mark.parametrize("axes", ["CYX", "ZCYX", "CZYX", "TCYX"])
+@pytest.mark.parametrize(
+    "options",
+    [{"imagej": True}, {"imagej": True, "truncate": True}, {"ome": True}, {"compression": "zlib"}],
+    ids=["imagej", "one page", "ome", "tifffile"],
+)
+def test_channels_that_are_pages(kind: str, axes: str, options: dict[str, Any]) -> None:
+    values = (np.random.default_rng(0).random((4, 2, 20, 30)) * 200).astype(kind)
+    wanted = values[0] / (np.float32(200) if kind == "u2" else 1)
+    if axes == "CZYX" and "imagej" in options:  # which has one order
+        axes = "ZCYX"
+    stored = {"CYX": values[0], "CZYX": values.swapaxes(0, 1)}.get(axes, values)
+    image = decode_image(as_tiff(stored, axes, **options), 2, Intensity(window=(0, 200)))
+    np.testing.assert_allclose(image.numpy(), wanted, atol=1e-6)
+    with pytest.raises(ValueError, match=r"it has 2 channels, data\.in_chans is 3"):
+        decode_image(as_tiff(stored, axes, **options), 3, Intensity())
+
+
+@pytest.mark.parametrize("axes", ["", "ZYX", "TYX"])
+def test_pages_that_are_left_out_are_reported_once(
+    axes: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("simmim.data.scans._reported", [0])
+    values = np.random.default_rng(0).integers(0, 200, (3, 20, 30), np.uint8)
+    for _ in range(2):
+        image = decode_image(as_tiff(values, axes, contiguous=False), 1, Intensity())
+        assert np.array_equal(image[0].numpy(), values[0])
+    assert caplog.text.count("only the first of 3 pages is read") == 1
+    caplog.clear()
+    decode_image(as_tiff(values, "CYX"), 3, Intensity())
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("kind", ["u1", "u2", "<f4", "f2", "f8", "u4", "i2", "i1"])

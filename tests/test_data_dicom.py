@@ -78,9 +78,17 @@ def test_its_own_window_is_not_used() -> None:
     assert torch.equal(decoded(windowed), decoded(plain))
 
 
-def test_monochrome1_is_turned_round() -> None:
-    scan = dicom(ROW.astype(np.uint16))
-    other = dicom(ROW.astype(np.uint16), PhotometricInterpretation="MONOCHROME1")
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {"PhotometricInterpretation": "MONOCHROME1"},
+        {"PresentationLUTShape": "INVERSE"},
+        {"PhotometricInterpretation": "MONOCHROME1", "PresentationLUTShape": "INVERSE"},
+    ],
+)
+def test_white_for_the_lowest_value_is_turned_round_once(tags: dict[str, str]) -> None:
+    scan = dicom(ROW.astype(np.uint16), PresentationLUTShape="IDENTITY")
+    other = dicom(ROW.astype(np.uint16), **tags)
     for options in ({}, {"window": (100, 300)}):
         torch.testing.assert_close(decoded(other, **options), 1 - decoded(scan, **options))
 

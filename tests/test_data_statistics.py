@@ -131,5 +131,33 @@ def test_the_window_is_in_the_checkpoint(tmp_path: Path, cache: Path) -> None:
     assert given.intensity.window is None  # each image for itself, as it was asked for
 
 
+def test_percentiles_of_large_and_empty_scans(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    large = np.arange(4100 * 4100, dtype=np.float32).reshape(4100, 4100)  # beyond 2**24
+    for name, values in {
+        "large": large / large.max(),
+        "nothing": np.full((16, 16), np.nan, np.float32),
+        "infinite": np.full((16, 16), np.inf, np.float32),
+        "pixel": np.full((1, 1), 0.5, np.float32),
+    }.items():
+        np.save(folder / f"{name}.npy", values)
+    options = {"in_chans": 1, "val_fraction": 0.0, "percentiles_of": "dataset"}
+    module = fitted(tmp_path, percentiles=(10, 90), statistics="measured", **options)
+    wanted = np.percentile([*np.linspace(0, 1, 4096), *[0.5] * 4096], (10, 90))
+    assert module.intensity.window == pytest.approx(wanted, abs=1e-3)
+    assert np.isfinite([*module.mean, *module.std]).all()
+
+
+@pytest.mark.parametrize(("value", "window"), [(np.nan, None), (7, (7, 7))])
+def test_scans_without_contrast(tmp_path: Path, value: float, window: tuple[int, int]) -> None:
+    for i in range(2):
+        np.save(tmp_path / f"{i}.npy", np.full((16, 16), value, np.float32))
+    options = {"in_chans": 1, "val_fraction": 0.0, "statistics": "measured"}
+    module = fitted(tmp_path, percentiles_of="dataset", **options)
+    assert module.intensity.window == window
+    assert (module.mean, module.std) == ((0,), (pytest.approx(1 / 255),))
+
+
 def test_photographs_have_no_window(root: Path) -> None:
     assert fitted(root, percentiles_of="dataset").intensity.window is None

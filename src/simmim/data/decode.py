@@ -28,8 +28,9 @@ from simmim.data.scans import (
     decode_npy,
     flatten_deep,
     is_deep_png,
+    report_pages,
 )
-from simmim.data.tiff import NO_DATA, decode_tiff, is_picture, is_tiff, without_no_data
+from simmim.data.tiff import NO_DATA, count_pages, decode_tiff, is_picture, is_tiff, without_no_data
 
 Pixels = npt.NDArray[np.generic]
 
@@ -257,7 +258,10 @@ def _decode_tiff(data: bytes, intensity: Intensity) -> Pixels | None:
         warnings.simplefilter("ignore")
         with Image.open(BytesIO(data), formats=("TIFF",)) as image:
             check_size(*image.size)
-            if is_picture(image):
+            picture = is_picture(image)
+            channels, pages = count_pages(data, image)
+            report_pages(channels, pages)
+            if picture and channels == 1:
                 return None
     values, orientation = decode_tiff(data)
     values = _rotate(values, orientation)
@@ -269,6 +273,12 @@ def _decode_by_pillow(data: bytes, in_chans: int, intensity: Intensity) -> Pixel
         warnings.simplefilter("ignore")  # of sizes, which we check, and of EXIF blocks
         with Image.open(BytesIO(data), formats=_formats()) as image:
             check_size(*image.size)
+            if image.format not in (
+                "JPEG",
+                "MPO",
+                "TIFF",
+            ):  # a camera's JPEG has a preview behind it
+                report_pages(1, getattr(image, "n_frames", 1))
             image.load()
             with suppress(Exception):  # nonsense in the EXIF block
                 ImageOps.exif_transpose(image, in_place=True)

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from io import BytesIO
+from mmap import mmap
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
 Pixels = npt.NDArray[np.generic]
@@ -19,7 +21,9 @@ Pixels = npt.NDArray[np.generic]
 MAX_PIXELS = 2**30 // 12  # 89 megapixels, 256 MB of RGB: where Pillow begins to warn of bombs
 MAX_VALUES = 3 * MAX_PIXELS  # of a scan with many channels; a GB as float32
 DEFLATED = b"1.2.840.10008.1.2.1.99"  # DICOM's name of a file that is packed as a whole
-SAMPLE = 2**18  # pixels, evenly spread, that percentiles are read from
+SAMPLE = 2**18  # numbers, evenly spread, that percentiles are read from
+
+_reported = mmap(-1, 1)  # whether pages that are left out were reported; forked workers share it
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,9 @@ class Intensity:
             values: Of one image, all its channels on one scale.
             inverted: Whether the lowest value is white.
         """
-        unit = values.astype(np.float32)
-        low, high = self.window or self._range(unit)
         with np.errstate(over="ignore", invalid="ignore"):  # a window without width is a step
+            unit = values.astype(np.float32)
+            low, high = self.window or self._range(unit)
             unit -= low  # in place: an enormous scan is in memory once
             unit /= max(float(high - low), 1e-30)
         np.clip(unit, 0, 1, out=unit)
@@ -56,15 +60,40 @@ class Intensity:
         return np.nan_to_num(unit, copy=False)
 
     def _range(self, values: npt.NDArray[np.float32]) -> tuple[float, float]:
-        flat = values.ravel()
-        sample = flat[:: math.ceil(flat.size / SAMPLE)]
-        sample = sample[np.isfinite(sample)]
-        if not sample.size:
-            return 0.0, 1.0
-        low, high = np.percentile(sample, self.percentiles)
-        if low == high:  # a few bright spots on a black ground
-            low, high = sample.min(), sample.max()
+        sample = finite_sample(values)
+        low, high = np.percentile(sample, self.percentiles) if sample.size else (0.0, 0.0)
+        if low == high:  # a few bright spots on a black ground, which the sample may have missed
+            finite = values[np.isfinite(values)]
+            low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
         return float(low), float(high)
+
+
+def finite_sample(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Take about `SAMPLE` evenly spread values of an array, and drop those that are not finite.
+
+    The step has no divisor in common with the size: otherwise it would meet one channel alone, or
+    a few columns.
+    """
+    flat = values.ravel()
+    step = math.ceil(flat.size / SAMPLE) or 1
+    while math.gcd(step, flat.size) > 1:
+        step += 1
+    sample = flat[::step]
+    return sample[np.isfinite(sample)]
+
+
+def report_pages(channels: int, pages: int) -> None:
+    """Say, once for all processes that read, that pages of a file are left out.
+
+    Args:
+        channels: How many pages are read: the channels of the first image.
+        pages: How many there are.
+    """
+    if pages <= channels or _reported[0]:
+        return
+    _reported[0] = 1
+    read = "the first" if channels == 1 else f"one image ({channels} channels)"
+    rank_zero_info(f"an image file has several pages: only {read} of {pages} pages is read")
 
 
 def check_size(width: int, height: int) -> None:
@@ -181,7 +210,7 @@ def check_pydicom() -> None:
 
 
 def decode_dicom(data: bytes, intensity: Intensity) -> Pixels:
-    """Decode the first frame of a DICOM file, with its rescale slope, palette and MONOCHROME1.
+    """Decode the first frame of a DICOM file, with its rescale slope, palette and inversion.
 
     Its own window centre and width, which are for one look at one image, are not used.
 
@@ -202,6 +231,7 @@ def decode_dicom(data: bytes, intensity: Intensity) -> Pixels:
             raise ValueError("it is a DICOM file without pixels, or no DICOM file")
         check_size(int(scan.Columns), int(scan.Rows))
         _check_frame(scan)
+        report_pages(1, int(scan.get("NumberOfFrames") or 1))
         values = pixel_array(scan, index=0)
         colors = scan.PhotometricInterpretation
         if colors == "PALETTE COLOR":
@@ -211,7 +241,9 @@ def decode_dicom(data: bytes, intensity: Intensity) -> Pixels:
         padded = values == scan.get("PixelPaddingValue")  # outside of a CT's round field
         values = apply_modality_lut(values, scan)
         values = np.where(padded, np.nan, values) if np.any(padded) else values
-        return intensity(values, inverted=colors == "MONOCHROME1")[..., None]
+        # Mammograms and X-rays may say both, which means one inversion.
+        shape = str(scan.get("PresentationLUTShape") or "")
+        return intensity(values, colors == "MONOCHROME1" or shape == "INVERSE")[..., None]
 
 
 def _check_deflated(data: bytes) -> None:

@@ -133,7 +133,10 @@ class _Values(Dataset[Tensor]):
         if image.dtype == torch.uint8:
             return torch.empty(0)
         values = image[torch.isfinite(image)]
-        return values[torch.linspace(0, max(len(values) - 1, 0), SCAN_SAMPLE).long()]
+        if not len(values):
+            return values
+        # In whole numbers: float32 rounds past the end of a large scan.
+        return values[torch.arange(SCAN_SAMPLE) * (len(values) - 1) // (SCAN_SAMPLE - 1)]
 
 
 def _percentiles(data: ImageData, places: list[int], num_workers: int) -> list[float] | None:

@@ -294,4 +294,4 @@ def _how_to_move(diagnosis: Diagnosis, folder: Path) -> str:
     )
     move = 'mkdir -p "$AWAY/$(dirname -- "$f")" && mv -- "$f" "$AWAY/$f"'
     loop = f"cut -f1 {list_} | while IFS= read -r f; do {move}; done"
-    return f"{text}To move them:\n  cd {root}; AWAY=../quarantine; {loop}"
+    return f"{text}To move them:\n  cd {root} && AWAY=../quarantine && {loop}"

@@ -22,7 +22,8 @@ from torch import Tensor
 from simmim.data.decode import FORMATS, ORIENTATION, decode_image, is_dicom, reason_of
 from simmim.data.draws import uniforms
 from simmim.data.index import FileIndex
-from simmim.data.scans import SAMPLE, Intensity
+from simmim.data.scans import Intensity, finite_sample
+from simmim.data.tiff import count_pages
 from simmim.data.transforms import RandomCrop
 
 PERCENTILES = (0, 0.5, 50, 99.5, 100)  # that are noted of a scan's own numbers
@@ -179,9 +180,7 @@ class _Watched(Intensity):
     seen: list[float] = field(default_factory=list)
 
     def __call__(self, values: npt.NDArray[Any], inverted: bool = False) -> npt.NDArray[np.float32]:
-        flat = values.ravel()
-        sample = flat[:: -(-flat.size // SAMPLE)].astype(np.float64)
-        sample = sample[np.isfinite(sample)]
+        sample = finite_sample(values).astype(np.float64)
         if sample.size:
             self.seen[:] = np.percentile(sample, PERCENTILES).tolist()
         return super().__call__(values, inverted)
@@ -283,8 +282,16 @@ def _picture_header(data: bytes) -> Header:
                 turned,
                 image.has_transparency_data,
                 # A camera's JPEG may have a preview behind it, which is no second picture.
-                image.format not in ("JPEG", "MPO") and getattr(image, "is_animated", False),
+                image.format not in ("JPEG", "MPO") and _has_more(data, image),
             )
+
+
+def _has_more(data: bytes, image: Image.Image) -> bool:
+    """Whether pages are left out; those of a TIFF may be its channels."""
+    if image.format == "TIFF":
+        channels, pages = count_pages(data, image)
+        return pages > channels
+    return bool(getattr(image, "is_animated", False))
 
 
 def _formats() -> tuple[str, ...]:
