@@ -7,11 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from simmim.cli import main
@@ -122,6 +125,13 @@ def test_the_line_that_moves_them_works(tmp_path: Path) -> None:
     moved = {p.relative_to(tmp_path).as_posix() for p in (tmp_path / "quarantine").rglob("*.jpg")}
     assert moved == {"quarantine/-cut.jpg", "quarantine/it's/two words.jpg"}
     assert len(list(root.rglob("*.jpg"))) == 3
+    root.rename(tmp_path / "gone")
+    (tmp_path / "elsewhere/it's").mkdir(parents=True)
+    other = tmp_path / "elsewhere/it's/two words.jpg"
+    other.touch()
+    again = subprocess.run(["sh", "-c", line], cwd=tmp_path / "elsewhere", check=False)
+    assert again.returncode != 0
+    assert other.exists()
 
 
 def test_other_channels_than_asked_for_name_the_option(tmp_path: Path) -> None:
@@ -165,9 +175,52 @@ def test_images_that_look_alike_are_found_whatever_their_bytes(tmp_path: Path) -
     assert not found["near_leak"]["quarantine"]
 
 
-def test_other_images_do_not_look_alike() -> None:
-    import torch
+def test_copies_with_different_labels_are_conflicts_and_none_is_taken_out(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    _photos(root / "cat", 6)
+    _photos(root / "dog", 6, first=50)
+    for copy in ("cat/copy.jpg", "dog/same.jpg"):
+        shutil.copy(root / "cat/001.jpg", root / copy)
+    Image.open(root / "dog/052.jpg").resize((96, 72)).save(root / "cat/larger.jpg")
+    found = _diagnose(root, tmp_path)
+    assert set(found["by_kind"]) == {"label_conflict", "near_label_conflict"}
+    conflict, near = found["by_kind"]["label_conflict"], found["by_kind"]["near_label_conflict"]
+    assert conflict["level"] == "bad"
+    assert conflict["files"] == {
+        "cat/001.jpg": "labelled cat but the same file as dog/same.jpg, labelled dog",
+        "cat/copy.jpg": "labelled cat but the same file as dog/same.jpg, labelled dog",
+        "dog/same.jpg": "labelled dog but the same file as cat/001.jpg, labelled cat",
+    }
+    assert (
+        near["files"]["cat/larger.jpg"] == "labelled cat but looks like dog/052.jpg, labelled dog"
+    )
+    assert sorted(near["files"]) == ["cat/larger.jpg", "dog/052.jpg"]
+    assert (found["out"] / "quarantine.txt").read_text() == ""
 
+
+def test_near_copies_are_found_among_thousands() -> None:
+    random = np.random.default_rng(0)
+    picture = look(torch.from_numpy(_noise(0).copy()).permute(2, 0, 1))
+
+    def found(bits: np.ndarray) -> list[list[int]]:
+        hashes = np.packbits(bits, axis=1)
+        return clusters([replace(picture, likeness=row.tobytes()) for row in hashes])
+
+    base = random.integers(0, 2, 128, np.uint8)
+    pairs = np.array(list(combinations(range(128), 2)))[:5000]
+    near = np.tile(base, (5000, 1))
+    np.put_along_axis(near, pairs, 1 - base[pairs], 1)
+    assert found(near) == [list(range(5000))]
+
+    apart = random.integers(0, 2, (6000, 128), np.uint8)
+    apart[:, :16] = 0  # as of images with a black edge
+    apart[5000] = apart[70]
+    apart[5000, 20::17] ^= 1
+    assert (apart[5000] != apart[70]).sum() == 7
+    assert found(apart) == [[70, 5000]]
+
+
+def test_other_images_do_not_look_alike() -> None:
     pictures = [torch.from_numpy(_noise(i).copy()).permute(2, 0, 1) for i in range(400)]
     assert clusters([look(picture) for picture in pictures]) == []
     darker = (pictures[7].float() * 0.8).byte()

@@ -79,8 +79,8 @@ def find_all(
     good = [(file, record, record.content) for file, record in read if record.content]
     return [
         *unreadable(read),
-        *duplicates(read),
-        *look_alikes(read),
+        *duplicates(read, classes),
+        *look_alikes(read, classes),
         *shared_groups([file for file, _ in read], group_pattern),
         *suspicious(good),
         *unlike_the_others(good),
@@ -114,7 +114,7 @@ def unreadable(read: Read) -> list[Finding]:
 # The same image twice -----------------------------------------------------------------------------
 
 
-def duplicates(read: Read) -> list[Finding]:
+def duplicates(read: Read, classes: Sequence[str]) -> list[Finding]:
     """Files with the same bytes, across the parts and within them."""
     groups: dict[bytes, list[File]] = defaultdict(list)
     for file, record in read:
@@ -123,6 +123,8 @@ def duplicates(read: Read) -> list[Finding]:
     sets = [files for files in groups.values() if len(files) > 1]
     return _twins(
         sets,
+        classes,
+        ("label_conflict", "bad", "with different labels, byte for byte the same"),
         ("leak", "bad", "in {parts} at once, byte for byte"),
         ("duplicate", "look", "copies of others, byte for byte"),
         "the same file as",
@@ -130,7 +132,7 @@ def duplicates(read: Read) -> list[Finding]:
     )
 
 
-def look_alikes(read: Read) -> list[Finding]:
+def look_alikes(read: Read, classes: Sequence[str]) -> list[Finding]:
     """Files that show the same, though their bytes differ, across the parts and within them."""
     first: dict[bytes, tuple[File, Content]] = {}
     for file, record in read:
@@ -141,6 +143,8 @@ def look_alikes(read: Read) -> list[Finding]:
     sets = [[shown[i][0] for i in group] for group in clusters([c for _, c in shown])]
     return _twins(
         sets,
+        classes,
+        ("near_label_conflict", "look", "with different labels, alike by their looks"),
         ("near_leak", "look", "in {parts} at once, by their looks"),
         ("near_duplicate", "note", "copies of others, by their looks"),
         "looks like",
@@ -150,18 +154,30 @@ def look_alikes(read: Read) -> list[Finding]:
 
 def _twins(
     sets: Sequence[Sequence[File]],
+    classes: Sequence[str],
+    conflict: tuple[str, Level, str],
     across: tuple[str, Level, str],
     within: tuple[str, Level, str],
     words: str,
     quarantine: bool,
 ) -> list[Finding]:
-    """Tell those across parts, of which training's are named, from those within a part."""
+    """Tell those across parts, of which training's are named, from those within a part.
+
+    Where labels differ it is not known which is right: all are named, and none is to be taken out.
+    """
+    conflicts: dict[str, str] = {}  # and another label's file
+    labels = {file.name: file.label for group in sets for file in group}
     leaks: dict[str, str] = {}  # and what each is like
     copies: dict[str, str] = {}
     parts: set[str] = set()
     for group in sets:
         # Those of test and val stay where they are, so that scores can be compared.
         kept, *others = sorted(group, key=lambda file: (_rank(file.part), file.name))
+        if len({file.label for file in group if file.label >= 0}) > 1:
+            for file in group:
+                other = next((f for f in group if f.label not in (file.label, -1)), kept)
+                conflicts[file.name] = other.name
+            continue
         for file in others:
             crosses = file.part != kept.part
             (leaks if crosses else copies)[file.name] = kept.name
@@ -171,6 +187,18 @@ def _twins(
     remedies = (spoilt, "") if quarantine else (look, look)
     both = " and ".join(sorted(parts, key=_rank, reverse=True))
     found = []
+    if conflicts:
+        kind, level, said = conflict
+        text = f"{said}: {_count(conflicts, 'image')}"
+        files = {
+            name: " but ".join(
+                [f"labelled {classes[labels[name]]}"] * (labels[name] >= 0)
+                + [f"{words} {other}, labelled {classes[labels[other]]}"]
+            )
+            for name, other in conflicts.items()
+        }
+        remedy = "look at them, and correct the labels"
+        found.append(Finding(kind, level, text, remedy, files, False, conflicts))
     rows = zip((across, within), (leaks, copies), remedies, strict=True)
     for (kind, level, said), beside, remedy in rows:
         if beside:
