@@ -92,6 +92,12 @@ def test_pictures_of_unlike_images_have_unlike_names(tmp_path: object) -> None:
     assert names("/data/a/1.JPG").casefold() != "a/1.jpg.png"  # one file on macOS and Windows
     assert names("/data/a/1.jpg") == "a/1.jpg.png"
     assert names.relative("/data/a/1.jpg") == "a/1.jpg"
+    paths = ["00.png", "a/1.jpg", "b/1.jpg", "b/1.PNG", "c/2.png", "c/2.png.tif", "D.jpg", "d.tif"]
+    names = PictureNames("/data", [f"/data/{path}" for path in paths])
+    assert [names(f"/data/{path}") for path in reversed(paths)][::-1] == [
+        "00.png", "a/1.png", "b/1.jpg.png", "b/1.PNG.png", "c/2.png", "c/2.png.tif.png",
+        "D.jpg.png", "d.tif.png",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("options", [{"every_n_epochs": -1}, {"num_images": 0}])

@@ -118,7 +118,7 @@ def test_predict_draws_a_picture_for_every_image_of_any_folder(folder: Path) -> 
     done = Path("runs/det/version_0")
     pictures = done / "predictions"
     found = {p.relative_to(pictures).as_posix() for p in pictures.rglob("*.png")}
-    assert found == {"sub/a.png.png", "strip.jpg.png"}
+    assert found == {"sub/a.png", "strip.png"}
     results = json.loads((done / "predictions.json").read_text())
     assert {one["file_name"]: one["image_id"] for one in results} == {
         "strip.jpg": 1,

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from simmim.callbacks.boxes import board_boxes, draw_boxes, draw_pairs, enlarge, select
-from simmim.callbacks.look import call, datamodule, last_step, undisturbed
+from simmim.callbacks.look import call, datamodule, last_step, picture_names, undisturbed
 from simmim.callbacks.pictures import PictureNames
 from simmim.callbacks.schedule import EpochPictures, save_png
 
@@ -99,7 +99,7 @@ class Detections(EpochPictures):
 class DetectionWriter(L.Callback):
     """Write what `predict` finds: a picture for each image, and `predictions.json` for programs.
 
-    `predictions/cats/1.jpg.png` is named after its image; `predictions.json` in the run's folder
+    `predictions/cats/1.png` is named after its image; `predictions.json` in the run's folder
     holds all of them in COCO's results format, with the image's path as `file_name`. Image ids are
     those of data.annotations, or else count from 1 in the order of the paths.
 
@@ -121,7 +121,7 @@ class DetectionWriter(L.Callback):
         """Keep Lightning from collecting what is written."""
         assert self.run is not None
         trainer.predict_loop.return_predictions = False
-        self._names = PictureNames(getattr(datamodule(trainer), "root", None))
+        self._names = picture_names(trainer)
         self.run.mkdir(parents=True, exist_ok=True)
         self._part = _part(self.run, trainer.global_rank).open("w", encoding="utf-8")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.utils.data import DataLoader
 
+from simmim.callbacks.pictures import PictureNames
 from simmim.xla import run_xla
 
 T = TypeVar("T")
@@ -128,6 +129,14 @@ def evaluation_loader(trainer: L.Trainer) -> DataLoader[Any] | None:
         probe_dataloader = getattr(datamodule(trainer), "probe_dataloader", None)
         loaders = probe_dataloader() if probe_dataloader is not None else None
     return loaders
+
+
+def picture_names(trainer: L.Trainer) -> PictureNames:
+    """Name the pictures of the images that are predicted."""
+    data: Any = getattr(trainer.predict_dataloaders, "dataset", None)
+    known = hasattr(data, "all_names") and hasattr(data, "path")
+    paths = (data.path(i) for i in range(len(data))) if known else ()
+    return PictureNames(getattr(datamodule(trainer), "root", None), paths)
 
 
 def datamodule(trainer: L.Trainer) -> Any:

@@ -1,8 +1,10 @@
 """Draw what a model makes of masked images, and name the files: pure functions."""
 
+import os
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path, PurePath
 from typing import Any
@@ -90,17 +92,29 @@ def safe_name(path: str) -> str:
 class PictureNames:
     """Name pictures after the images of a folder, unlike for unlike images.
 
+    "cats/1.jpg" becomes "cats/1.png", so that both have one stem; "cats/1.jpg.png" where there is
+    a "cats/1.tif" too, or where it is not known what there is. Every process names them alike.
+
     Args:
         root: The folder; None: images are named by their whole paths.
+        paths: Of all its images, where they are known.
     """
 
-    def __init__(self, root: str | Path | None = None) -> None:
+    def __init__(self, root: str | Path | None = None, paths: Iterable[str] = ()) -> None:
         self.root = root
+        self._uses = Counter(  # of names, as where case does not matter
+            name.casefold()
+            for path in map(self.relative, paths)
+            for name in {path, os.path.splitext(path)[0]}
+        )
         self._given: dict[str, str] = {}  # paths by name, as where case does not matter
 
     def __call__(self, path: str) -> str:
         """Name the picture of an image, by its path."""
         path = self.relative(path)
+        stem = os.path.splitext(path)[0]
+        if self._uses[stem.casefold()] == 1:
+            return safe_name(stem)
         name = safe_name(path)
         # "A.jpg" beside "a.jpg" is one file on macOS and Windows. (The same path comes twice where
         # an image stands in for one that cannot be read: that is the same picture.)

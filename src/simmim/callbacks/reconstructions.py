@@ -8,7 +8,7 @@ import lightning as L
 from PIL import Image
 from torch import Tensor
 
-from simmim.callbacks.look import call, datamodule, fixed_samples, undisturbed
+from simmim.callbacks.look import call, fixed_samples, picture_names, undisturbed
 from simmim.callbacks.pictures import PictureNames, draw_panel
 from simmim.callbacks.schedule import EpochPictures, save_png
 
@@ -49,7 +49,7 @@ class PredictionWriter(L.Callback):
     """Write one picture for each image of a folder into `predictions/` of the run's folder.
 
     Each picture is one row of a panel as `Reconstructions` draws it, named after its image with
-    folders kept: `predictions/cats/1.jpg.png`. What `predict_step` returns is not collected as
+    folders kept: `predictions/cats/1.png`. What `predict_step` returns is not collected as
     well: a folder of a million images would not fit into memory.
     """
 
@@ -71,7 +71,7 @@ class PredictionWriter(L.Callback):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep Lightning from collecting what is written."""
-        self._names, self._seen = PictureNames(getattr(datamodule(trainer), "root", None)), 0
+        self._names, self._seen = picture_names(trainer), 0
         trainer.predict_loop.return_predictions = False
 
     def on_predict_batch_end(

@@ -73,7 +73,7 @@ class MaskWriter(PredictionWriter):
 
     A PNG whose pixels are the values of the classes, as in the training masks; its palette shows
     them in the classes' colours. It is named after its image, with folders kept:
-    `predictions/cats/1.jpg.png`.
+    `predictions/cats/1.png`, or `1.jpg.png` beside a `1.tif`.
     """
 
     CONTENT = "Masks that it predicts"
