@@ -11,6 +11,7 @@ import fsspec
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
+from PIL import Image
 
 from simmim.data import ImageFolderData, pack
 from simmim.data.remote import fetch, local_copy, shown
@@ -87,11 +88,30 @@ def test_a_changed_store_is_copied_anew(tmp_path: Path, store: MemoryFileSystem)
     pack.pack(str(tmp_path / "root"), str(tmp_path / "packed"), "jpeg", workers=0)
     store.rm("/bucket/photos", recursive=True)
     store.put(str(tmp_path / "packed"), "/bucket/photos", recursive=True)
-    fetch(URL, str(copy))
+    copy = Path(fetch(URL, str(copy)))
     assert names_in(copy) == names_in(tmp_path / "packed")
     assert all(
         (copy / n).read_bytes() == (tmp_path / "packed" / n).read_bytes() for n in names_in(copy)
     )
+
+
+def test_a_run_reads_on_what_it_began_with(tmp_path: Path, store: MemoryFileSystem) -> None:
+    first = module_of(URL, tmp_path / "data")
+    shutil.rmtree(tmp_path / "packed")
+    for file in (tmp_path / "root").rglob("*.png"):
+        Image.new("RGB", (500, 500), "red").save(file)
+    pack.pack(str(tmp_path / "root"), str(tmp_path / "packed"), "raw", shard_mb=1, workers=0)
+    store.rm("/bucket/photos", recursive=True)
+    store.put(str(tmp_path / "packed"), "/bucket/photos", recursive=True)
+    for _ in range(2):  # copied, and found
+        later = ImageFolderData(URL, data_dir=str(tmp_path / "data"), img_size=24)
+        later.prepare_data()
+        later.setup()
+        red = torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1)
+        assert (later.sets["probe"][0]["image"] == red).all()
+    assert module_of(URL, tmp_path / "data").root == later.root != first.root
+    assert (first.sets["probe"][0]["image"] != red).any()  # opened only now
+    assert len(names_in(tmp_path / "data")) == 3  # two copies and a lock
 
 
 def test_other_pixels_of_the_same_size_are_another_store(
@@ -108,8 +128,7 @@ def test_other_pixels_of_the_same_size_are_another_store(
     pack.pack(str(tmp_path / "root"), str(tmp_path / "packed"), "raw", shard_mb=1, workers=0)
     store.rm("/bucket/photos", recursive=True)
     store.put(str(tmp_path / "packed"), "/bucket/photos", recursive=True)
-    fetch(URL, str(copy))
-    after = shards_in(copy)
+    after = shards_in(Path(fetch(URL, str(copy))))
     assert {n: len(data) for n, data in after.items()} == {n: len(d) for n, d in before.items()}
     assert after == shards_in(tmp_path / "packed") != before
 

@@ -19,7 +19,7 @@ from simmim.data.checks import (
 from simmim.data.dataset import ImageData, Loader, Transform, WholeFolder
 from simmim.data.layout import Part, read_folder, read_parts
 from simmim.data.loaders import Batch, LoaderModule
-from simmim.data.remote import fetch, is_url
+from simmim.data.remote import fetch, is_url, newest_copy
 from simmim.data.sampler import EvenSampler, choose
 from simmim.data.scans import Intensity
 from simmim.data.shards import is_packed
@@ -117,6 +117,7 @@ class ImageFolderData(LoaderModule):
         self.root = find_root(root, dataset, data_dir, named.NAMES)
         self.dataset, self.data_dir = None if root else dataset, os.path.expanduser(data_dir)
         self.url = root if root is not None and is_url(root) else None
+        self._copy = self.root  # of what the address holds, or its first copy
         self.img_size, self.in_chans = check_image_size(img_size), in_chans
         self.val_fraction, self.split_seed = val_fraction, split_seed
         self.group_pattern, self.statistics = group_pattern, statistics
@@ -151,7 +152,7 @@ class ImageFolderData(LoaderModule):
     def prepare_data(self) -> None:
         """Make, download, copy and index the data, and measure statistics, once a machine."""
         if self.url is not None:
-            fetch(self.url, self.root)
+            self.root = fetch(self.url, self._copy)
         if self.dataset is not None:
             named.prepare(self.dataset, self.data_dir)
         if self._measures():  # into the cache, for the other processes
@@ -171,6 +172,11 @@ class ImageFolderData(LoaderModule):
         Raises:
             ValueError: If there is no image, or none to validate with.
         """
+        if self.url is not None:
+            if self.root == self._copy:  # another process prepared
+                self.root = newest_copy(self._copy) or self._copy
+            if self.trainer is not None:
+                self.root = self.trainer.strategy.broadcast(self.root)
         is_there = is_packed if self.url is not None else os.path.isdir
         if (self.dataset or self.url) is not None and not is_there(self.root):
             self.prepare_data()

@@ -5,6 +5,7 @@ within the first batches, so that a store would be asked for each image by itsel
 and big, and copied at the speed of the network instead.
 """
 
+import glob
 import os
 import re
 import shutil
@@ -40,15 +41,20 @@ def local_copy(url: str, data_dir: str) -> str:
     )
 
 
-def fetch(url: str, folder: str) -> None:
+def fetch(url: str, folder: str) -> str:
     """Copy a packed folder, unless it is there; what was copied before an interruption is kept.
 
     Several processes may ask for it at once: one copies, the others wait. Where the store cannot be
-    reached, a whole copy is used as it is.
+    reached, the newest whole copy is used as it is. Where the store holds something else than what
+    was copied, this is copied beside it: another run may still read the earlier copy, so that it is
+    never removed.
 
     Args:
         url: Address, of any store that fsspec knows: s3://, gs://, https://, file:// ...
         folder: The copy.
+
+    Returns:
+        The copy of what the store holds: the folder, or one whose name continues its name.
 
     Raises:
         ValueError: If it cannot be read, is no packed folder, or the disk is too small.
@@ -57,16 +63,39 @@ def fetch(url: str, folder: str) -> None:
     try:
         store, path, text = read_store(url)
     except ValueError as error:
-        if not (copy / FILE).exists():
+        newest = newest_copy(folder)
+        if newest is None:
             raise
-        rank_zero_warn(f"{error}; the copy in {copy} is used as it is")
-        return
-    if _is_whole(copy, text):
-        return
-    copy.mkdir(parents=True, exist_ok=True)
-    with _alone(url, copy):
-        if not _is_whole(copy, text):
-            _copy_all(url, store, path, text, copy)
+        rank_zero_warn(f"{error}; the copy in {newest} is used as it is")
+        return newest
+    if not _is_whole(_version(copy, text), text):
+        copy.mkdir(parents=True, exist_ok=True)
+        with _alone(url, copy):
+            target = _version(copy, text)
+            if not _is_whole(target, text):
+                if target != copy:
+                    rank_zero_info(
+                        f"{shown(url)} has changed: it is copied anew, beside {copy}, which can be "
+                        "removed when no run reads it any more"
+                    )
+                target.mkdir(exist_ok=True)
+                _copy_all(url, store, path, text, target)
+    return str(_version(copy, text))
+
+
+def newest_copy(folder: str) -> str | None:
+    """Find the latest whole copy that `fetch` made for a folder; None where there is none."""
+    copy = Path(folder)
+    files = [copy / FILE, *copy.parent.glob(f"{glob.escape(copy.name)}-{'[0-9a-f]' * 8}/{FILE}")]
+    whole = [file for file in files if file.exists()]
+    return str(max(whole, key=lambda file: file.stat().st_mtime_ns).parent) if whole else None
+
+
+def _version(copy: Path, text: bytes) -> Path:
+    """The folder for what a packed.json names: the first in the folder itself, others beside it."""
+    if not (copy / FILE).exists() or _is_whole(copy, text):
+        return copy
+    return copy.with_name(f"{copy.name}-{blake2b(text, digest_size=4).hexdigest()}")
 
 
 def read_store(url: str) -> tuple[Any, str, bytes]:
@@ -195,12 +224,15 @@ def _copy(store: Any, path: str, target: Path, digest: str, callback: Callback) 
 
 
 def _forget_others(copy: Path, text: bytes) -> None:
-    """Remove what was half copied, and what was copied when the store held something else."""
+    """Remove what was half copied, and all that was copied of what the store held before.
+
+    No run reads a folder that is not whole yet.
+    """
     for leftover in copy.glob(f".*{UNFINISHED}"):
         leftover.unlink()
-    known = [copy / name for name in (FILE, BEGUN) if (copy / name).exists()]
-    if known and all(file.read_bytes() != text for file in known):
-        for file in (*known, *copy.glob("*.arrow")):
+    begun = copy / BEGUN
+    if begun.exists() and begun.read_bytes() != text:
+        for file in (begun, *copy.glob("*.arrow")):
             file.unlink()
 
 
