@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -9,8 +10,11 @@ import pytest
 import torch
 
 from simmim.data import ImageFolderData
-from simmim.data.bad_files import write_bad_files
+from simmim.data.bad_files import BadFiles, write_bad_files
+from simmim.data.dataset import collate
 from simmim.data.decode import UnreadableImage
+from simmim.data.detection import collate_boxes
+from simmim.data.segmentation import collate_sizes
 
 BAD = ["002.png", "005.png", "011.png"]
 
@@ -116,21 +120,24 @@ def test_a_good_folder_is_passed_over_in_silence(
     assert not (tmp_path / "bad_files.txt").exists()
 
 
-def test_predictions_leave_them_out(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_predictions_leave_them_out(root: Path, tmp_path: Path, batch_size: int) -> None:
     trainer = trainer_in(tmp_path)
     with pytest.warns(UserWarning, match="3 of 16 predict images could not be read and were left"):
-        batches = trainer.predict(Looks(), datamodule=module_of(root))
+        batches = trainer.predict(Looks(), datamodule=module_of(root, batch_size=batch_size))
     assert batches is not None
     paths = [path for batch in batches for path in batch]
     assert paths == [str(root / f"{i:03d}.png") for i in range(16) if i not in (2, 5, 11)]
 
 
-def test_a_batch_of_nothing_else_is_one_other_image(root: Path) -> None:
-    module = module_of(root, batch_size=1)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_batch_of_nothing_else_is_left_out(root: Path, num_workers: int) -> None:
+    module = module_of(root, batch_size=1, num_workers=num_workers)
     module.setup("predict")
-    batches = list(module.predict_dataloader())
-    assert [len(batch["path"]) for batch in batches] == [1] * 16
-    assert "002.png" not in batches[2]["path"][0]
+    names = [Path(batch["path"][0]).name for batch in module.predict_dataloader()]
+    assert names == [f"{i:03d}.png" for i in range(16) if i not in (2, 5, 11)]
+    assert module.sets["predict"].unreadable.nonzero().flatten().tolist() == [2, 5, 11]
+    assert all(make([]) == {} for make in (collate, collate_boxes, collate_sizes))
 
 
 def test_too_many_stop_the_run(root: Path, tmp_path: Path) -> None:
@@ -173,3 +180,33 @@ def test_awkward_names_are_one_line_each(tmp_path: Path) -> None:
     assert sorted(Path(line.split("\t")[0]).name for line in lines) == [
         "new\\nline.jpg", "plain.jpg", "tab\\there.jpg", "画像.jpg",
     ]  # fmt: skip
+
+
+def _count_in_two_processes(rank: int, folder: str) -> None:
+    """Look for too many bad files where the second process alone has met some."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+
+    def reduce(tensor: torch.Tensor, reduce_op: str) -> torch.Tensor:
+        torch.distributed.all_reduce(tensor)
+        return tensor
+
+    module: Any = SimpleNamespace(device=torch.device("cpu"))
+    trainer: Any = SimpleNamespace(world_size=2, strategy=SimpleNamespace(reduce=reduce))
+    data = module_of(Path(folder, "root"))
+    data.setup("fit")
+    images = data.sets["training"]
+    bad = BadFiles({"training": images}, max_share=0.1)
+    if rank == 1:
+        images.unreadable[2] = 1
+    bad.on_train_batch_end(trainer, module, None, None, 0)  # 1 of 16 is allowed
+    if rank == 1:
+        images.unreadable[5] = 1
+    with pytest.raises(UnreadableImage, match=r"^2 of 16 training images .*005\.png'"):
+        bad.on_train_batch_end(trainer, module, None, None, 1)
+    torch.distributed.destroy_process_group()
+
+
+def test_all_processes_stop_where_one_meets_too_many(root: Path, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_count_in_two_processes, (str(tmp_path),), 2)

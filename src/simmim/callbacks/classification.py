@@ -153,9 +153,11 @@ class PredictionTable(L.Callback):
         module: Any = pl_module
         names, several = module.class_names, module.multi_label
         paths = batch.get("path") if isinstance(batch, Mapping) else None
+        places = batch["index"].tolist() if paths else None
         writer = csv.writer(self._part)
         for i, row in enumerate(outputs["probabilities"].float().cpu().tolist()):
             place = self._seen * trainer.world_size + trainer.global_rank
+            place = places[i] if places else place
             path = paths[i] if paths else f"{place:06d}"
             shares = [f"{value:.6g}" for value in row]
             writer.writerow([place, path, label_of(row, names, several), *shares])
@@ -184,16 +186,16 @@ def label_of(row: Sequence[float], names: Sequence[str], several: bool) -> str:
 
 
 def merge_parts(parts: Sequence[Path], target: Path, header: Sequence[str]) -> None:
-    """Merge tables whose first column is the place of a row, and remove them."""
+    """Merge tables whose first column is the place of a row, each once, and remove them."""
     options: Any = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
-    rows = []
+    rows: dict[int, list[str]] = {}
     for part in parts:
         with part.open(**options) as file:
-            rows += list(csv.reader(file))
+            rows |= {int(place): row for place, *row in csv.reader(file)}
     with target.open("w", **options) as file:
         writer = csv.writer(file)
         writer.writerow(header)
-        writer.writerows(row[1:] for row in sorted(rows, key=lambda row: int(row[0])))
+        writer.writerows(rows[place] for place in sorted(rows))
     for part in parts:
         part.unlink()
 

@@ -34,7 +34,14 @@ class BadFiles(L.Callback):
     ) -> None:
         """Look now and then whether so much is bad that there is no point in going on."""
         if i & (i + 1) == 0 or i % 256 == 0:  # batches 1, 2, 4, 8, ... of an epoch, and on
-            self._check_share("training")
+            data = self.datasets["training"]
+            # Each process knows of the files that it has read: all must stop, or none.
+            count = data.unreadable.count_nonzero().to(pl_module.device, torch.float32)
+            if trainer.world_size > 1:
+                count = trainer.strategy.reduce(count, reduce_op="sum")
+            if count > self.max_share * len(data):  # several may count the same file
+                _share(data, trainer, pl_module)
+                self._check_share("training")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Report the training images."""
@@ -57,10 +64,7 @@ class BadFiles(L.Callback):
         data = self.datasets.get(part)
         if data is None:
             return
-        if trainer.world_size > 1:  # each process knows of the files that it has read
-            counts = data.unreadable.to(pl_module.device, torch.float32)
-            counts = trainer.strategy.reduce(counts, reduce_op="sum")
-            data.unreadable |= (counts > 0).cpu()
+        _share(data, trainer, pl_module)
         count = int(data.unreadable.sum())
         if count == self._known.get(part, 0):
             return
@@ -84,6 +88,14 @@ class BadFiles(L.Callback):
                 f"data.max_bad_share {self.max_share:g} allows; one is {data.path(last)!r}: "
                 f"{data.why_unreadable(last)}"
             )
+
+
+def _share(data: ImageData, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Let every process know of the unreadable files that any has met."""
+    if trainer.world_size > 1:
+        counts = data.unreadable.to(pl_module.device, torch.float32)
+        counts = trainer.strategy.reduce(counts, reduce_op="sum")
+        data.unreadable |= (counts > 0).cpu()
 
 
 def write_bad_files(data: ImageData, file: Path) -> None:

@@ -181,21 +181,39 @@ class ImageData(Dataset[dict[str, Any]]):
 
 
 class WholeFolder(ImageData):
-    """Every image once, with its `path`: unreadable ones are left out instead of replaced."""
+    """Every image once, with its `path`: unreadable ones are left out instead of replaced.
+
+    Attributes:
+        even_batches: Whether a batch of nothing but unreadable images becomes one other image, as
+            several processes need: where one runs a model that is in shards, all must. Otherwise
+            `Loader` leaves the batch out.
+    """
+
+    even_batches = False
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         sample = super().__getitem__(key)
         return {**sample, "path": self.path(sample["index"])}
 
     def __getitems__(self, keys: Sequence[Key]) -> list[dict[str, Any]]:
-        """Read a batch. If all of it is unreadable, one other image stands for it."""
+        """Read those images of a batch that can be read."""
         samples = [self[key] for key in keys]
         wanted = [s for s, key in zip(samples, keys, strict=True) if s["index"] == key]
-        return wanted or samples[:1]
+        return wanted or samples[: self.even_batches]
 
 
 class Loader(DataLoader[T]):
-    """A DataLoader that Lightning knows to go on where it stopped: its sampler finds the place."""
+    """A DataLoader that Lightning knows to go on where it stopped: its sampler finds the place.
+
+    Batches of which nothing could be read are left out.
+    """
+
+    def __iter__(self) -> Any:
+        """Iterate over the batches."""
+        batches = super().__iter__()
+        if not isinstance(self.dataset, WholeFolder):
+            return batches
+        return (batch for batch in batches if batch)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the place follows from the number of steps."""
@@ -210,6 +228,8 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
     Images that are HWC in memory stay so, (B, C, H, W) by their strides alone.
     """
+    if not samples:  # none could be read
+        return {}
     if len({sample["image"].dtype for sample in samples}) > 1:
         samples = [{**sample, "image": _unit(sample["image"])} for sample in samples]
     batch: dict[str, Any]

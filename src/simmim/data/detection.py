@@ -345,6 +345,8 @@ def draw_masks(objects: Objects, height: int, width: int) -> Tensor:
 
 def collate_boxes(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Stack samples to a batch; what differs in size from image to image stays a list."""
+    if not samples:  # none could be read
+        return {}
     lists = {name: [s[name] for s in samples] for name in LISTS if name in samples[0]}
     rest = [{k: v for k, v in sample.items() if k not in LISTS} for sample in samples]
     return {**collate(rest), **lists}

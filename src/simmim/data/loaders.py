@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 
 from simmim.data.bad_files import BadFiles
 from simmim.data.checks import check_choice, check_number
-from simmim.data.dataset import ImageData, Key, Loader, collate
+from simmim.data.dataset import ImageData, Key, Loader, WholeFolder, collate
 from simmim.data.sampler import EpochSampler, EvenSampler, even_batch_size, limited, position
 from simmim.data.scans import Intensity
 from simmim.data.statistics import (
@@ -252,6 +252,8 @@ class LoaderModule(L.LightningDataModule):
                 f"{len(data)} images to evaluate are fewer than the {replicas} processes: use "
                 f"--trainer.devices {len(data)}, or more images"
             )
+        if isinstance(data, WholeFolder):
+            data.even_batches = replicas > 1
         batch_size = even_batch_size(len(data), self.batch_size, replicas)
         return self._loader(data, EvenSampler(data, replicas, rank), batch_size)
 

@@ -293,7 +293,7 @@ def collate_sizes(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Stack samples to a batch; what has several sizes becomes a list."""
     ragged = [
         name
-        for name, value in samples[0].items()
+        for name, value in (samples[0] if samples else {}).items()
         if isinstance(value, Tensor) and len({sample[name].shape for sample in samples}) > 1
     ]
     lists = {name: [sample[name] for sample in samples] for name in ragged}

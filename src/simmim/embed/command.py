@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from simmim.bar import Bar
 from simmim.data import ImageFolderData
 from simmim.data.bad_files import FILE, write_bad_files
-from simmim.data.dataset import ImageData, WholeFolder, collate
+from simmim.data.dataset import ImageData, Loader, WholeFolder, collate
 from simmim.data.decode import read_image
 from simmim.data.index import FileIndex, check_folder
 from simmim.data.layout import Part, read_parts
@@ -329,7 +329,7 @@ class Embedder:
         workers = min(workers, -(-len(images) // self.data.batch_size))
         if workers:
             images.unreadable.share_memory_()
-        return DataLoader(
+        return Loader(
             images,
             batch_size=self.data.batch_size,
             num_workers=workers,
