@@ -170,7 +170,7 @@ def test_of_two_that_want_it_one_copies(
     monkeypatch.setattr(MemoryFileSystem, "get_file", get_file)
     with ThreadPoolExecutor(3) as pool:
         jobs = [pool.submit(fetch, URL, str(tmp_path / "copy")) for _ in range(3)]
-    assert [job.result() for job in jobs] == [None] * 3
+    assert [job.result() for job in jobs] == [str(tmp_path / "copy")] * 3
     assert len(asked) == len({*asked}) > 1
     assert names_in(tmp_path / "copy") == names_in(tmp_path / "packed")
 
