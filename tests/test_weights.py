@@ -1,17 +1,22 @@
 """Weights to go on from: ours, timm's and official ones, into a model of another shape."""
 
+import re
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 import official_reference as reference
 from official_reference import Swin, ViT
+from simmim.classify import Classifier
 from simmim.pretrain import SimMIM
-from simmim.weights import load_encoder, load_weights
+from simmim.weights import convert, load_encoder, load_weights
 from simmim.weights.resize import resize_positions, resize_table
 
 KWARGS: dict[str, Any] = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -165,12 +170,6 @@ def test_another_encoder_is_refused(
     assert "\n" not in str(error.value)
 
 
-def test_a_checkpoint_of_another_project_is_refused(tmp_path: Path) -> None:
-    torch.save({"state_dict": {}, "hyper_parameters": {"lr": 1}}, tmp_path / "x.ckpt")
-    with pytest.raises(ValueError, match="is a checkpoint of another project"):
-        load_encoder(tmp_path / "x.ckpt")
-
-
 # timm's ------------------------------------------------------------------------------------------
 
 
@@ -222,6 +221,106 @@ def test_a_folder_of_timms(tmp_path: Path) -> None:
 
 
 # Official files ----------------------------------------------------------------------------------
+
+
+STATE_DICTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "bare": lambda state: state,
+    "model": lambda state: {"model": state, "epoch": 3},
+    "ddp": lambda state: {f"module.{name}": t for name, t in state.items()},
+    "script": lambda state: {"state_dict": state, "args": Namespace(lr=1), "optimizer": {}},
+    "lightning": lambda state: {
+        "state_dict": {f"model.{name}": t for name, t in state.items()}
+        | {"fc.bias": torch.ones(2)},
+        "hyper_parameters": {"encoder": "vit", "lr": 1},
+    },
+    "mae": lambda state: {
+        "model": state | {"mask_token": torch.ones(1, 1, 8), "decoder_embed.bias": torch.ones(8)}
+    },
+}
+
+
+@pytest.mark.parametrize("kind", STATE_DICTS)
+def test_the_state_dict_of_a_vit(kind: str, tmp_path: Path) -> None:
+    model: Any = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, num_classes=0, qk_norm=True, reg_tokens=2, **KWARGS
+    ).eval()
+    file = tmp_path / "x.pth"
+    torch.save(STATE_DICTS[kind](model.state_dict()), file)
+    with pytest.raises(ValueError, match=r"does not tell the name of its model: .*--encoder NAME"):
+        load_encoder(file)
+    whole = {**KWARGS, "qk_norm": True, "reg_tokens": 2}
+    converted = tmp_path / "x.ckpt"
+    convert(file, converted, num_heads=3)
+    images = torch.randn(2, 3, 32, 32)
+    for encoder in (
+        load_encoder(file, num_heads=3),
+        load_encoder(file, encoder="vit_tiny_patch16_224", **whole),
+        load_encoder(converted),
+        Classifier(str(file), "vit_tiny_patch16_224", encoder_kwargs=whole, frozen=True).model,
+        tiny(weights=str(file), encoder_kwargs=whole).encoder.model,
+    ):
+        with torch.no_grad():
+            features = cast(Any, encoder).eval().forward_features(images)
+        assert torch.equal(features, model.forward_features(images))
+        assert len(encoder.state_dict()) == len(model.state_dict())
+    report = load_encoder(file, num_heads=3).report
+    assert len(report.used) == len(model.state_dict())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"patch_size": 8}, {"patch_size": 4}),
+        ({"depth": 1, "mlp_ratio": 2}, {"depth": 2, "mlp_ratio": 4.0}),
+        ({"class_token": False, "global_pool": "avg"}, {"class_token": True}),
+        ({"reg_tokens": 1}, {"reg_tokens": 0}),
+    ],
+)
+def test_what_a_state_dict_is_of_is_said(
+    options: dict[str, Any], remedy: dict[str, Any], tmp_path: Path
+) -> None:
+    name = "vit_tiny_patch16_224"
+    model = timm.create_model(name, img_size=32, num_classes=0, **KWARGS)
+    torch.save(model.state_dict(), tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=re.escape(f"encoder_kwargs {remedy}")):
+        load_encoder(tmp_path / "x.pth", encoder=name, **{**KWARGS, **options})
+    load_encoder(tmp_path / "x.pth", encoder=name, **{**KWARGS, **options, **remedy})
+
+
+@pytest.mark.parametrize(
+    ("encoder", "options"),
+    [
+        ("resnet10t", {}),
+        ("convnext_atto", {"dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}),
+        ("swin_tiny_patch4_window7_224", {"embed_dim": 12, "depths": [2, 2], "num_heads": [2, 2]}),
+        ("deit_tiny_distilled_patch16_224", {"depth": 1}),
+    ],
+)
+def test_the_state_dict_of_any_encoder(
+    encoder: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    model: Any = timm.create_model(encoder, num_classes=5, **options).eval()
+    file = tmp_path / "x.safetensors"
+    save_file(model.state_dict(), file)
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        whole: Any = load_encoder(file, encoder=encoder, **options).eval()
+        assert torch.equal(whole(images), model(images))
+    report: Any = load_encoder(file, encoder=encoder, num_classes=3, **options).report
+    assert "dropped (the classifier of other classes)" in str(report)
+    with pytest.raises(ValueError, match="give the name of its model"):
+        load_encoder(file, encoder="resnet34")
+    with pytest.raises(ValueError, match="does not tell the name of its model"):
+        load_encoder(file)
+
+
+def test_what_was_resized_or_adapted_is_said(tmp_path: Path) -> None:
+    run = checkpoint(tiny(), tmp_path / "version_0")
+    larger: Any = load_encoder(run, img_size=48, in_chans=1).report
+    assert "30 tensors used, 1 of them adapted from 3 to 1 channels" in str(larger)
+    assert "1 of them resized from 8 x 8 to 12 x 12" in str(larger)
+    assert larger.changed["encoder.model.pos_embed"] == "resized from 8 x 8 to 12 x 12"
+    assert not load_encoder(run).report.changed  # type: ignore[union-attr]
 
 
 def test_going_on_from_an_official_file(tmp_path: Path) -> None:

@@ -140,9 +140,10 @@ def _as_the_weights() -> dict[str, Link]:
     """Size and channels of the images, where a task begins with weights: theirs by default."""
     from simmim.transfer import channels, image_size
 
+    weights = ("model.weights", "model.encoder", "model.encoder_kwargs")
     return {
-        "data.img_size": Link(("model.img_size", "model.weights"), image_size),
-        "data.in_chans": Link(("model.in_chans", "model.weights"), channels),
+        "data.img_size": Link(("model.img_size", *weights), image_size),
+        "data.in_chans": Link(("model.in_chans", *weights), channels),
     }
 
 

@@ -17,7 +17,7 @@ from simmim.weights import find_checkpoint
 from simmim.weights.api import _check_heads, _classes
 from simmim.weights.fit import MODEL, Architecture, Report, Weights, fit
 from simmim.weights.shards import is_sharded, read_sharded
-from simmim.weights.sources import TIMM, build_encoder, open_weights
+from simmim.weights.sources import TIMM, build_encoder, is_ours, open_weights
 
 ENCODER = "vit_base_patch16_224"  # where neither a name nor weights are given
 Size = int | list[int]
@@ -86,7 +86,9 @@ def open_backbone(
     eps = given.pop("norm_eps", None)
     sizes = {"img_size": img_size, "in_chans": in_chans}
     sizes = {name: value for name, value in sizes.items() if value is not None}
-    found = None if weights is None else open_weights(weights, {**given, **sizes}, trust=trust)
+    found = None
+    if weights is not None:
+        found = open_weights(weights, {**given, **sizes}, encoder=encoder, trust=trust)
     described = (
         found.architecture if found else Architecture(encoder or ENCODER, 224, 3, trust=trust)
     )
@@ -135,17 +137,19 @@ def open_backbone(
     return backbone
 
 
-def image_size(img_size: Size | None, weights: str | None) -> Size:
+def image_size(img_size: Size | None, weights: str | None, *model: Any) -> Size:
     """The size that is asked for, or else that of the weights, or 224."""
-    return img_size or _shape(weights)[0]
+    return img_size or _shape(weights, *model)[0]
 
 
-def channels(in_chans: int | None, weights: str | None) -> int:
+def channels(in_chans: int | None, weights: str | None, *model: Any) -> int:
     """The channels that are asked for, or else those of the weights, or 3."""
-    return in_chans or _shape(weights)[1]
+    return in_chans or _shape(weights, *model)[1]
 
 
-def _shape(weights: str | None) -> tuple[Size, int]:
+def _shape(
+    weights: str | None, encoder: str | None, encoder_kwargs: Mapping[str, Any] | None
+) -> tuple[Size, int]:
     if weights is None:
         return 224, 3
     if weights.startswith(TIMM):
@@ -154,7 +158,8 @@ def _shape(weights: str | None) -> tuple[Size, int]:
     if (ours := _our_checkpoint(weights)) is not None:
         hparams = ours["hyper_parameters"]
         return hparams.get("img_size") or 224, hparams.get("in_chans") or 3
-    architecture = open_weights(weights, {}).architecture  # not ours: it names no code
+    # Not ours: it names no code.
+    architecture = open_weights(weights, encoder_kwargs or {}, encoder=encoder).architecture
     return architecture.img_size, architecture.in_chans
 
 
@@ -229,6 +234,4 @@ def _our_checkpoint(weights: str) -> dict[str, Any] | None:
         raise
     except Exception:  # no zip file of torch's, or asks for code: open_weights says what it is
         return None
-    tables = ("hyper_parameters", "state_dict")
-    ours = isinstance(content, dict) and all(isinstance(content.get(t), dict) for t in tables)
-    return content if ours else None
+    return content if is_ours(content) else None

@@ -18,7 +18,8 @@ from simmim.weights.fit import HEAD, MODEL, TOKEN, Report, Weights, fit
 from simmim.weights.official import official_weights
 from simmim.weights.resize import Resize
 from simmim.weights.shards import is_sharded, read_sharded
-from simmim.weights.sources import build_encoder, open_weights
+from simmim.weights.sources import build_encoder, is_ours, open_weights
+from simmim.weights.state_dict import find_tensors, is_official, timm_state_dict
 
 if TYPE_CHECKING:  # they import this module
     from simmim.pretrain import SimMIM
@@ -26,14 +27,21 @@ if TYPE_CHECKING:  # they import this module
 
 
 def load_encoder(
-    path: str | Path, *, resize: Resize = "official", trust: bool = False, **timm_kwargs: Any
+    path: str | Path,
+    *,
+    encoder: str | None = None,
+    resize: Resize = "official",
+    trust: bool = False,
+    **timm_kwargs: Any,
 ) -> nn.Module:
     """Load an encoder as an ordinary timm model.
 
     Args:
         path: A checkpoint of ours or its run's folder, an official SimMIM or Swin file (pretrained
             or fine-tuned), a Hugging Face folder of a ViT, DeiT, BEiT, Swin or SwinV2, a folder of
-            timm's, or `timm:NAME` for timm's own weights.
+            timm's, the state dict of a timm model (MAE's releases are such), or `timm:NAME` for
+            timm's own weights.
+        encoder: Name of the timm model that a state dict is of; of a ViT num_heads will do.
         resize: How positions change size, as the "official" code or as "timm" does it.
         trust: Whether an encoder of a user's own, which a checkpoint names by its import path, may
             be imported, which runs its code.
@@ -50,7 +58,12 @@ def load_encoder(
         ValueError: If the encoder in the file is not complete or does not fit, or if the file is
             of no kind that is known, or asks for code to be run.
     """
-    return encoder_of(open_weights(path, timm_kwargs, trust=trust), resize, **timm_kwargs)
+    weights = open_weights(path, timm_kwargs, encoder=encoder, trust=trust)
+    if encoder not in (None, weights.architecture.encoder):
+        raise ValueError(
+            f"{path} is of {weights.architecture.encoder}, not of {encoder}: leave encoder out"
+        )
+    return encoder_of(weights, resize, **timm_kwargs)
 
 
 def encoder_of(weights: Weights, resize: Resize = "official", **timm_kwargs: Any) -> nn.Module:
@@ -67,6 +80,7 @@ def encoder_of(weights: Weights, resize: Resize = "official", **timm_kwargs: Any
 def load_official(
     source: str | Path | Mapping[str, Any],
     *,
+    encoder: str | None = None,
     img_size: int | Sequence[int] | None = None,
     patch_size: int | None = None,
     num_heads: int | Sequence[int] | None = None,
@@ -78,13 +92,16 @@ def load_official(
 ) -> "SimMIM":
     """Build the model of an official pretraining release, decoder included.
 
+    The state dict of a timm model gives the encoder; the decoder begins anew.
+
     What the file says or its shapes imply need not be given; what is given wins. How the release
     was optimised (learning rates, drop path) is not taken over: pass drop_path_rate=0.1 to go on
     with the ViT as it was.
 
     Args:
         source: A .pth file, or a mapping: of official names to tensors, buffers included, or what
-            such a file holds.
+            such a file holds. Or the state dict of a timm model.
+        encoder: Name of the timm model that a state dict is of; of a ViT num_heads will do.
         img_size: Size of the images in pixels.
         patch_size: Pixels per token of the stem.
         num_heads: Attention heads, of Swin a number for each stage. No shape tells those of a ViT
@@ -105,34 +122,46 @@ def load_official(
 
     is_mapping = isinstance(source, Mapping)
     content = source if isinstance(source, Mapping) else read_checkpoint(find_checkpoint(source))
-    if "pytorch-lightning_version" in content:
+    if is_ours(content):
         raise ValueError(f"{source} is no official file, but a checkpoint of ours: use it as it is")
-    weights = official_weights(
-        content,
-        "the mapping" if is_mapping else str(source),
-        img_size=img_size,
-        patch_size=patch_size,
-        num_heads=num_heads,
-        window_size=window_size,
-    )
-    if f"{HEAD}proj.weight" not in weights.tensors or TOKEN not in weights.tensors:
-        raise ValueError(
-            f"{weights.source} is no pretraining file, it has no decoder or no mask token: open it "
-            "with load_encoder"
-        )
+    file = "the mapping" if is_mapping else str(source)
+    options = {
+        name: encoder_kwargs.pop(name)
+        for name in {*encoder_kwargs} & {*inspect.signature(SimMIM).parameters}
+    }
+    tensors = find_tensors(content, file)
+    sizes: dict[str, Any] = {
+        "img_size": img_size,
+        "patch_size": patch_size,
+        "num_heads": num_heads,
+        "window_size": window_size,
+    }
+    if not is_official(content, tensors):
+        given = {name: value for name, value in sizes.items() if value is not None}
+        weights = timm_state_dict(tensors, file, encoder, {**encoder_kwargs, **given})
+    elif encoder is None:
+        weights = official_weights({**content, "model": tensors}, file, **sizes)
+        if f"{HEAD}proj.weight" not in weights.tensors or TOKEN not in weights.tensors:
+            raise ValueError(
+                f"{file} is no pretraining file, it has no decoder or no mask token: use it as it "
+                "is, --model.weights FILE, or open it with load_encoder"
+            )
+    else:
+        raise ValueError(f"{file} is an official file, which tells its model: leave encoder out")
     task = weights.architecture.task
     if target is not None and target != task.get("target", "pixels"):
         task = {**task, "target": target, "target_kwargs": None}
     if mask_patch_size is not None:
         task = {**task, "mask_patch_size": mask_patch_size}
-    for name in set(encoder_kwargs) & set(inspect.signature(SimMIM).parameters):
-        task = {**task, name: encoder_kwargs.pop(name)}
     model = SimMIM(
         encoder=weights.architecture.encoder,
-        img_size=weights.architecture.img_size,
-        in_chans=weights.architecture.in_chans,
-        encoder_kwargs={**weights.architecture.options, **encoder_kwargs},
-        **task,
+        **{
+            "img_size": img_size or weights.architecture.img_size,
+            "in_chans": weights.architecture.in_chans,
+            "encoder_kwargs": {**weights.architecture.options, **encoder_kwargs},
+            **task,
+            **options,
+        },
     )
     report = fit(weights, _places(model), model.encoder.model, resize)
     model.report = report
@@ -160,7 +189,7 @@ def load_weights(
     options.pop("norm_eps", None)
     size, chans = list(model.encoder.img_size), model.hparams["in_chans"]
     given = {**options, "img_size": size, "in_chans": chans}
-    weights = open_weights(source, given, trust=trust)
+    weights = open_weights(source, given, encoder=model.hparams["encoder"], trust=trust)
     _check_heads(weights, model.encoder.model)
     report = fit(weights, _places(model), model.encoder.model, resize)
     if (eps := weights.architecture.norm_eps) is not None:  # a checkpoint of this model keeps it
@@ -173,8 +202,11 @@ def load_weights(
 def convert(weights: str | Path, out: str | Path, **kwargs: Any) -> Report | str:
     """Turn an official pretraining file, or a checkpoint in shards, into one file of ours.
 
+    The state dict of a timm model becomes one as well, with `encoder` and a new head.
+
     Args:
-        weights: The official .pth file; or a checkpoint in shards, or the folder of its run.
+        weights: The official .pth file, or the state dict of a timm model; or a checkpoint in
+            shards, or the folder of its run.
         out: The checkpoint; `SimMIM.load_from_checkpoint` opens it.
         kwargs: As in `load_official`.
 

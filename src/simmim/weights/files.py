@@ -18,8 +18,12 @@ from simmim.weights.shards import META, is_sharded, read_sharded
 from simmim.weights.storages import holds_storages
 
 # The official files hold their configuration as a pickled CfgNode, a dict with attributes: an
-# OrderedDict has both, so that yacs need neither be installed nor trusted.
-SAFE_GLOBALS: list[Any] = [(OrderedDict, "yacs.config.CfgNode")]
+# OrderedDict has both, so that yacs need neither be installed nor trusted. Likewise the arguments
+# of a script, which those of MAE and timm keep beside the weights.
+SAFE_GLOBALS: list[Any] = [
+    (OrderedDict, "yacs.config.CfgNode"),
+    (OrderedDict, "argparse.Namespace"),
+]
 LAST = ("checkpoints/last.ckpt", "last.ckpt")
 T = TypeVar("T")
 

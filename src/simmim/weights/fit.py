@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isqrt
 from typing import Any, cast
 
 import torch
@@ -50,8 +51,10 @@ class Weights:
         tensors: By our name: encoder.model.*, encoder.mask_token, head.*.
         used: Name in the file -> our name. Two may share one: query, key and value become qkv.
         dropped: Name in the file -> why it is not needed.
+        changed: Our name -> how a tensor was brought to another size.
         architecture: What the tensors are for.
         grid: Rows and columns of patches that positions are for; None where that is a square.
+        remedy: What to do where the model is another one than that of the tensors.
     """
 
     source: str
@@ -59,7 +62,12 @@ class Weights:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     used: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
+    changed: dict[str, str] = field(default_factory=dict)
     grid: tuple[int, int] | None = None
+    remedy: str = ""
+
+    def __post_init__(self) -> None:
+        self.remedy = self.remedy or f"build it as {_described(self.architecture)}"
 
     def add(self, name: str, ours: str, tensor: Tensor) -> None:
         """Take a tensor of the file."""
@@ -88,12 +96,14 @@ class Report:
         used: Name in the file -> name in the model.
         dropped: Name in the file -> why it is not needed.
         missing: Name in the model -> why the file need not have it.
+        changed: Name in the file -> how a tensor that is used was brought to another size.
     """
 
     source: str
     used: dict[str, str]
     dropped: dict[str, str]
     missing: dict[str, str]
+    changed: dict[str, str] = field(default_factory=dict)
 
     @property
     def head_is_new(self) -> bool:
@@ -102,6 +112,8 @@ class Report:
 
     def __str__(self) -> str:
         parts = [f"{self.source}: {len(self.used)} tensors used"]
+        for how, count in Counter(self.changed.values()).items():
+            parts.append(f"{count} of them {how}")
         for what, names in (("dropped", self.dropped), ("missing", self.missing)):
             for why, count in Counter(names.values()).items():
                 parts.append(f"{count} {what} ({why})")
@@ -135,15 +147,15 @@ def fit(
     unplaced = [ours for ours in weights.tensors if ours not in places]
     if unplaced:
         raise ValueError(
-            f"{weights.source} has {_listed(unplaced)}, for which the encoder has no place: build "
-            f"it as {_described(weights.architecture)}"
+            f"{weights.source} has {_listed(unplaced)}, for which the encoder has no place: "
+            f"{weights.remedy}"
         )
     missing = {name: _may_miss(name, model) for name in places if name not in weights.tensors}
     incomplete = [name for name, why in missing.items() if not why]
     if incomplete:
         raise ValueError(
-            f"{weights.source} is not complete: it lacks {_listed(incomplete)} of the encoder. It "
-            f"holds {_described(weights.architecture)}"
+            f"{weights.source} is not complete: it lacks {_listed(incomplete)} of the encoder: "
+            f"{weights.remedy}"
         )
     with torch.no_grad():
         for ours, tensor in weights.tensors.items():
@@ -152,7 +164,9 @@ def fit(
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = weights.architecture.norm_eps
-    return Report(weights.source, dict(weights.used), dict(weights.dropped), missing)
+    places_of = {name: ours.replace("*", "0") for name, ours in weights.used.items()}
+    changed = {n: weights.changed[ours] for n, ours in places_of.items() if ours in weights.changed}
+    return Report(weights.source, dict(weights.used), dict(weights.dropped), missing, changed)
 
 
 def _share_table(weights: Weights, places: Mapping[str, Tensor]) -> None:
@@ -229,20 +243,30 @@ def _resized(
         # A ViT's window is the image; Swin's are smaller, and square.
         old = None if name.startswith("layers.") else weights.grid
         if tensor.shape != place.shape or old not in (None, new):
+            side = (isqrt(len(tensor)) + 1) // 2
+            weights.changed[ours] = _resize_of(old or (side, side), new)
             tensor = resize_table(tensor, new, old, resize)
     elif name == "pos_embed" and tensor.ndim == 3 and (grid := _grid_size(model)):
         new = grid
         if tensor.shape != place.shape or weights.grid not in (None, new):
             prefix = place.shape[1] - new[0] * new[1]
+            side = isqrt(tensor.shape[1] - prefix)
+            weights.changed[ours] = _resize_of(weights.grid or (side, side), new)
             tensor = resize_positions(tensor, new, prefix, weights.grid, resize)
-    elif name in _first_convs(model) and _takes_images(tensor, weights):
+    elif name in first_convs(model) and _takes_images(tensor, weights):
+        if tensor.shape[1] != place.shape[1]:
+            weights.changed[ours] = f"adapted from {tensor.shape[1]} to {place.shape[1]} channels"
         tensor = _adapted(tensor, place.shape[1], weights.source)
     if tensor.shape != place.shape:
         raise ValueError(
             f"{weights.source} has {name} of shape {tuple(tensor.shape)}, the encoder of "
-            f"{tuple(place.shape)}: build it as {_described(weights.architecture)}"
+            f"{tuple(place.shape)}: {weights.remedy}"
         )
     return tensor
+
+
+def _resize_of(old: tuple[int, int], new: tuple[int, ...]) -> str:
+    return f"resized from {old[0]} x {old[1]} to {new[0]} x {new[1]}"
 
 
 def _grid_size(model: Any) -> tuple[int, int] | None:
@@ -251,7 +275,7 @@ def _grid_size(model: Any) -> tuple[int, int] | None:
     return None if grid is None else (grid[0], grid[1])
 
 
-def _first_convs(model: nn.Module) -> list[str]:
+def first_convs(model: nn.Module) -> list[str]:
     """The kernels that see the image, by timm's account."""
     names = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv") or ()
     return [f"{name}.weight" for name in ([names] if isinstance(names, str) else names)]

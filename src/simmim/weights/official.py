@@ -30,6 +30,7 @@ def official_weights(
     patch_size: int | None = None,
     num_heads: int | Sequence[int] | None = None,
     window_size: int | None = None,
+    hints: Mapping[str, Any] | None = None,
 ) -> Weights:
     """Read an official file.
 
@@ -41,6 +42,7 @@ def official_weights(
         patch_size: Pixels per token of the stem.
         num_heads: Attention heads, of Swin one number a stage.
         window_size: Swin's window, in tokens.
+        hints: The same and others by their names, for what neither the file nor the tensors tell.
 
     Returns:
         The tensors under our names, and the model that they are for.
@@ -63,7 +65,7 @@ def official_weights(
             f"{', '.join(list(tensors)[:3])}"
         )
     is_swin = any(name.startswith("layers.") for name in inner)
-    sizes = _Sizes(source, inner, config, given)
+    sizes = _Sizes(source, inner, config, given, hints or {})
     architecture = _swin(sizes) if is_swin else _vit(sizes)
     architecture.task = _task(config)
     weights = Weights(source, architecture)
@@ -115,9 +117,14 @@ class _Sizes:
     """What is given, follows from the tensors, or stands in the configuration: in this order."""
 
     def __init__(
-        self, source: str, tensors: Mapping[str, Tensor], config: Config, given: dict[str, Any]
+        self,
+        source: str,
+        tensors: Mapping[str, Tensor],
+        config: Config,
+        given: dict[str, Any],
+        hints: Mapping[str, Any],
     ) -> None:
-        self.source, self.tensors, self.given = source, tensors, given
+        self.source, self.tensors, self.given, self.hints = source, tensors, given, hints
         model = _part(config, "MODEL")
         kind = str(model.get("TYPE", "")).upper()
         self.config = {**_part(config, "DATA"), **_part(model, kind)}
@@ -128,6 +135,7 @@ class _Sizes:
     def find(self, what: str, implied: Any) -> Any:
         """A size that must be known."""
         value = self.given[what] or implied or self.config.get(what.upper())
+        value = self.hints.get(what) if value is None else value
         if value is None:
             raise ValueError(
                 f"{self.source} does not tell the {what} of its model: say it, as in {what}=..."

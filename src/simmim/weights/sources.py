@@ -10,22 +10,29 @@ from torch import Tensor, nn
 from simmim.encoder import _create_model
 from simmim.own_encoder import find_own_encoder
 from simmim.weights.files import find_checkpoint, is_url, read_checkpoint, read_folder, read_json
-from simmim.weights.fit import HEAD, MODEL, TOKEN, Architecture, Weights
+from simmim.weights.fit import HEAD, MODEL, TOKEN, Architecture, Weights, first_convs
 from simmim.weights.huggingface import hugging_face_weights
 from simmim.weights.official import official_weights
+from simmim.weights.state_dict import find_tensors, is_official, timm_state_dict
 
 TIMM = "timm:"
 
 
 def open_weights(
-    source: str | Path, timm_kwargs: Mapping[str, Any], *, trust: bool = False
+    source: str | Path,
+    timm_kwargs: Mapping[str, Any],
+    *,
+    encoder: str | None = None,
+    trust: bool = False,
 ) -> Weights:
     """Open what `--model.weights` names.
 
     Args:
         source: A checkpoint of ours or its run's folder, an official file, a folder that
-            `save_pretrained` or timm wrote, or `timm:NAME`.
-        timm_kwargs: The model that `timm:NAME` is to fit: timm resizes its own weights.
+            `save_pretrained` or timm wrote, the state dict of a timm model, or `timm:NAME`.
+        timm_kwargs: Options of the model that is to be built, for what the source does not tell;
+            of `timm:NAME`, the model that timm resizes its own weights to.
+        encoder: Name of the timm model that a state dict is of.
         trust: Whether an encoder of a user's own, which a checkpoint names, may be imported.
 
     Returns:
@@ -43,12 +50,15 @@ def open_weights(
             return hugging_face_weights(folder, config)
         return _timm_folder(folder, config)
     content = read_checkpoint(find_checkpoint(source))
-    if "state_dict" in content and "hyper_parameters" in content:
+    if is_ours(content):
         weights = _our_weights(content, str(source))
         weights.architecture.trust = trust
         find_own_encoder(weights.architecture.encoder, trust=trust)
         return weights
-    return official_weights(content, str(source))
+    tensors = find_tensors(content, str(source))
+    if is_official(content, tensors):
+        return official_weights({**content, "model": tensors}, str(source), hints=timm_kwargs)
+    return timm_state_dict(tensors, str(source), encoder, timm_kwargs, trust=trust)
 
 
 def build_encoder(architecture: Architecture, options: Mapping[str, Any]) -> nn.Module:
@@ -61,10 +71,18 @@ def build_encoder(architecture: Architecture, options: Mapping[str, Any]) -> nn.
     return _create_model(name, sides, chans, rates, options, trust=trust)
 
 
+def is_ours(content: Any) -> bool:
+    """Whether a checkpoint is one of simmim's: it names its encoder, and has one."""
+    if not isinstance(content, Mapping):
+        return False
+    hparams, state = content.get("hyper_parameters"), content.get("state_dict")
+    names = isinstance(hparams, Mapping) and isinstance(hparams.get("encoder"), str)
+    foreign = isinstance(state, Mapping) and not any(str(n).startswith(MODEL) for n in state)
+    return names and state is not None and not foreign
+
+
 def _our_weights(content: Mapping[str, Any], source: str) -> Weights:
     hparams, state = content["hyper_parameters"], content["state_dict"]
-    if not isinstance(hparams, Mapping) or not isinstance(hparams.get("encoder"), str):
-        raise ValueError(f"{source} is a checkpoint of another project: it names no encoder")
     if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
         raise ValueError(f"{source} is damaged: its state_dict is no table of tensors")
     options = dict(hparams.get("encoder_kwargs") or {})
@@ -107,6 +125,12 @@ def _timm_weights(source: str, timm_kwargs: Mapping[str, Any]) -> Weights:
     weights = Weights(source, architecture)
     for inner, tensor in model.state_dict().items():
         weights.add(inner, f"{MODEL}{inner}", tensor)
+    if config and architecture.in_chans != config.input_size[0]:
+        how = f"adapted from {config.input_size[0]} to {architecture.in_chans} channels"
+        weights.changed |= {f"{MODEL}{name}": how for name in first_convs(model)}
+    if config and size not in (config.input_size[-1], [*config.input_size[-2:]]):
+        positions = f"{MODEL}pos_embed"
+        weights.changed |= {positions: "resized by timm"} if positions in weights.tensors else {}
     return weights
 
 
