@@ -20,6 +20,7 @@ from callback_parts import DigitsData, MiniSimMIM, trainer
 from simmim.callbacks import CollapseAlarm, OnlineProbe, Reconstructions, StopOnNonFinite
 from simmim.callbacks import look as look_module
 from simmim.callbacks.look import call
+from simmim.pretrain import SimMIM
 from simmim.probe import fit_linear_probe, knn_scores, top1
 
 
@@ -133,6 +134,14 @@ def test_layer_pooling_and_mistakes(tmp_path: Path) -> None:
     for wrong in ({"pooling": "cls"}, {"k": 0}, {"every_n_epochs": -1}, {"max_samples": 0}):
         with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
             OnlineProbe(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_layer_that_is_not_there_is_refused_before_anything_runs() -> None:
+    kwargs = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+    model = SimMIM("vit_tiny_patch16_224", img_size=32, mask_patch_size=8, encoder_kwargs=kwargs)
+    with pytest.raises(ValueError, match=r"layer 4 .* use 1 to 2 \(--probe.layer\)"):
+        OnlineProbe(layer=4).setup(L.Trainer(accelerator="cpu", logger=False), model, "fit")
+    OnlineProbe(layer=2).setup(L.Trainer(accelerator="cpu", logger=False), model, "fit")
 
 
 def watchers() -> list[L.Callback]:

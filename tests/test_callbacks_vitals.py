@@ -76,6 +76,18 @@ def test_the_best_score_outlives_an_interruption(tmp_path: Path) -> None:
     assert again.best == {"best/top1": 0.9}
 
 
+def test_what_is_logged_at_an_epochs_end_is_synchronised() -> None:
+    """Lightning would warn of each value, one a class."""
+    logged: dict[str, Any] = {}
+    module: Any = SimpleNamespace(log_dict=lambda values, **options: logged.update(options))
+    several: Any = SimpleNamespace(callback_metrics={"val/top1_class/a": 0.5}, world_size=2)
+    vitals = Vitals()
+    vitals._validated = True
+    vitals.on_train_epoch_end(several, module)
+    assert vitals.best == {"best/top1_class/a": 0.5}
+    assert logged == {"sync_dist": True}
+
+
 def test_no_step_between_logs_reads_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -194,6 +194,40 @@ def test_several_labels_from_fit_to_predict(folder: Path) -> None:
             assert row["label"] == ";".join(likely)
 
 
+def test_a_folder_that_lacks_a_class_is_scored_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    gray = {"cat": 20, "dog": 130, "eel": 240}
+    for root, names in {"all": "cat dog eel", "two": "dog eel", "new": "dog fox"}.items():
+        for name in names.split():
+            (tmp_path / root / name).mkdir(parents=True)
+            for i in range(10):
+                picture = Image.new("L", (32, 32), gray.get(name, 0) + i)
+                picture.save(tmp_path / root / name / f"{i}.png")
+    options = ["--model.encoder=vit_tiny_patch16_224", "--model.img_size=32", "--name=three"]
+    options += [
+        f"--model.encoder_kwargs={TINY_VIT}",
+        "--data.batch_size=6",
+        "--data.val_fraction=0.5",
+    ]
+    options += ["--data.num_workers=0", "--model.warmup_epochs=0", "--model.base_lr=0.05"]
+    run("classify", "fit", *options, "--data.root=all", "--trainer.max_epochs=12")
+    checkpoint = "--ckpt_path=runs/three/version_0"
+    (tmp_path / "two" / "cat").mkdir()
+    shares = []
+    for root in ("all", "two"):
+        run("classify", "validate", checkpoint, f"--data.root={root}")
+        with Path("runs/three/version_0/validate.csv").open() as file:
+            shares.append(list(csv.DictReader(file))[-1])
+    for name in ("dog", "eel"):
+        assert shares[1][f"val/top1_class/{name}"] == shares[0][f"val/top1_class/{name}"]
+    assert float(shares[1]["val/top1_class/eel"]) > 0.5
+    assert main(["classify", "test", checkpoint, "--data.root=new"]) == 1
+    said = capsys.readouterr().err
+    assert "the data has the classes dog, fox, this classifier knows cat, dog, eel" in said
+
+
 def test_a_probe_is_one_option_away(folder: Path) -> None:
     pretrain(folder)
     run(

@@ -5,7 +5,17 @@ import numpy.typing as npt
 import pytest
 from scipy.stats import binomtest
 
-from simmim.compare.evidence import Gap, Result, Validation, gap, gaps, markdown, table, verdict
+from simmim.compare.evidence import (
+    Gap,
+    Result,
+    Validation,
+    counted_steps,
+    gap,
+    gaps,
+    markdown,
+    table,
+    verdict,
+)
 from simmim.compare.evidence import unlearned as notes_of
 
 Bools = npt.NDArray[np.bool_]
@@ -58,6 +68,22 @@ def test_the_verdict_says_yes_no_or_not_shown(found: list[Gap], begins: str, wor
     assert words in said
     assert said.endswith(".")
     assert said.count("\n") == 0
+
+
+def test_an_interval_beyond_what_accuracies_can_be_is_not_given() -> None:
+    said = verdict([a_gap(-0.08, 2.039, seeds=2)])
+    assert "±" not in said
+    assert "over 2 seeds, too few for an interval, and 360 validation images" in said
+    first = np.array([[True, True, False], [False, False, False]])
+    results = [
+        Result("finetune", arm, 1.0, 3, seed, 1, 0.0, 0.0, 1.0, 0.0, row)
+        for arm, rows in (("pretrained", first), ("scratch", ~first))
+        for seed, row in enumerate(rows)
+    ]
+    validation = Validation(np.array([0, 1, 0]), np.arange(3))
+    assert table(results, validation)[0]["interval"] == "too few seeds"
+    assert counted_steps(1) == "1 step"
+    assert counted_steps(1200) == "1,200 steps"
 
 
 def test_a_gap_is_judged_by_its_whole_interval() -> None:

@@ -380,9 +380,19 @@ def test_an_export_that_fails_its_check_leaves_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["x.ckpt"]
 
 
-def test_nan_is_no_agreement() -> None:
-    found = check.compare("x", lambda x: x, lambda x: x * float("nan"), (1, 2, 2))
-    assert not found.passed
+@pytest.mark.parametrize("batch", check.BATCHES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("both", [False, True])
+def test_what_is_not_finite_is_no_agreement(batch: int, value: float, both: bool) -> None:
+    def broken(images: Tensor) -> Tensor:
+        return images * value if len(images) == batch else images
+
+    expected = broken if both else lambda images: images
+    assert not check.compare("x", expected, broken, (1, 2, 2)).passed
+    assert not check.compare("x", broken, lambda images: images, (1, 2, 2)).passed
+
+
+def test_a_difference_is_allowed_by_the_largest_output() -> None:
     assert check.compare("x", lambda x: x, lambda x: x * 1.00009, (1, 2, 2)).passed
     assert not check.compare("x", lambda x: x, lambda x: x * 1.00011, (1, 2, 2)).passed
     with pytest.raises(ValueError, match=r"x gives \[1, 2, 2\] for 1 images"):

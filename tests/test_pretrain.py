@@ -404,3 +404,10 @@ def test_going_on_at_an_epochs_end_is_bitwise_the_same(tmp_path: Path) -> None:
     rest = fit(tmp_path / "rest", 4, 4, str(tmp_path / "half" / "end.ckpt"))
     for (name, a), b in zip(whole.state_dict().items(), rest.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("ratio", [0, 0.0, [0.0, 0.0]])
+def test_a_training_that_hides_nothing_is_refused(ratio: Any) -> None:
+    fit = L.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match=r"hides nothing, .*: use 0.6"):
+        fit.fit(tiny(mask_ratio=ratio), [torch.zeros(2, 3, 32, 32)])

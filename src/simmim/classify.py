@@ -387,7 +387,7 @@ class Classifier(Downstream):
         data = getattr(self.trainer, "datamodule", None)
         names = getattr(data, "classes", None)
         if stage != "predict":
-            if names:
+            if names and not self.match_classes(data):
                 self.set_classes(names, may_renew=self.may_renew(stage))
             elif data is not None and getattr(data, "has_labels", True) is False:
                 raise ValueError(
@@ -435,8 +435,8 @@ class Classifier(Downstream):
         self.set_num_classes(checkpoint["hyper_parameters"]["num_classes"])
         if names := checkpoint.get("classes"):
             self.set_classes(names)
-        if of_data:
-            self.set_classes(of_data)
+        if names := self.unmatched_classes(of_data):
+            self.set_classes(names)
         super().on_load_checkpoint(checkpoint)
 
 

@@ -32,7 +32,7 @@ def compare(args: list[str]) -> None:
     """`simmim compare --weights CKPT`."""
     from simmim.compare import compare
 
-    print(call("compare", compare, _long(args)))
+    print(call("compare", compare, _gather(_long(args), {"--budgets": "--budgets"})))
 
 
 def export(args: list[str]) -> None:
@@ -146,8 +146,11 @@ def _gather(args: list[str], lists: Mapping[str, str]) -> list[str]:
             values.append(words.pop(0))
         if not values:
             raise ArgumentError(None, f"{option} needs a value")
-    written = {k: v[0] if v[0].startswith("[") else f"[{', '.join(v)}]" for k, v in found.items()}
-    return [*rest, *(f"{name}={value}" for name, value in written.items())]
+    words_of = {
+        name: " ".join(v) if v[0].startswith("[") else f"[{', '.join(v)}]"
+        for name, v in found.items()
+    }
+    return [*rest, *(f"{name}={value}" for name, value in words_of.items())]
 
 
 def _name_options(message: str, names: Iterable[str]) -> str:

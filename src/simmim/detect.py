@@ -396,14 +396,14 @@ class Detector(Downstream):
         data = getattr(self.trainer, "datamodule", None)
         names = getattr(data, "classes", None)
         if stage != "predict":
-            if names:
-                masks = self._choose_masks(bool(getattr(data, "has_masks", False)), stage)
+            masks = self._choose_masks(bool(getattr(data, "has_masks", False)), stage)
+            if names and not self.match_classes(data):
                 self.set_classes(names, masks=masks, may_renew=self.may_renew(stage))
                 self.hparams["masks"] = masks
                 self.category_ids = list(getattr(data, "category_ids", []))
             if not self.hparams["num_classes"]:
                 raise ValueError("num_classes is not known: give it, or data with annotations")
-            self.scores = AveragePrecision(self.class_names, masks=self.has_masks)
+            self.scores = AveragePrecision(self.class_names, masks=self.has_masks and masks)
         if stage == "fit":
             self.take_statistics(data)
 
@@ -425,6 +425,10 @@ class Detector(Downstream):
         self.set_num_classes(hp["num_classes"], bool(hp["masks"]))
         if names := checkpoint.get("classes"):
             self.set_classes(names, masks=self.has_masks)
+        if names := self.unmatched_classes([]):
+            self.set_classes(names, masks=self.has_masks)
+        if self.scores is not None:  # set up before the classes were known
+            self.scores = AveragePrecision(self.class_names, masks=self.scores.masks)
         self.category_ids = list(checkpoint.get("category_ids") or [])
         super().on_load_checkpoint(checkpoint)
 

@@ -96,6 +96,38 @@ class Downstream(Trainable):
                 f"{shortened(self.classes)}: {remedy}"
             )
 
+    def match_classes(self, data: Any, *, is_loaded: bool = False) -> bool:
+        """Let data to evaluate number its classes as the model does, which may know more of them.
+
+        Args:
+            data: The data module.
+            is_loaded: Whether the checkpoint, which knows the model's classes, was read.
+
+        Returns:
+            Whether that is done, or waits for the checkpoint.
+        """
+        if self.trainer.state.fn == "fit":
+            return False
+        if not self.classes and not self.head_is_trained and not is_loaded:
+            return bool(self.hparams["num_classes"])  # else a checkpoint of this call has heads
+        names = [str(name) for name in data.classes]
+        if not hasattr(data, "number_classes_as") or not set(names) <= set(self.classes):
+            return False
+        if names != self.classes:
+            rank_zero_info(
+                f"{len(names)} of the model's {len(self.classes)} classes are in the data"
+            )
+            data.number_classes_as(self.classes)
+        return True
+
+    def unmatched_classes(self, of_data: list[str]) -> list[str]:
+        """Classes of the data that are still to be compared with those of a loaded model."""
+        if self._trainer is None or self.trainer.state.fn not in ("validate", "test"):
+            return of_data
+        data = getattr(self.trainer, "datamodule", None)
+        names = getattr(data, "classes", None) or []
+        return [] if not names or self.match_classes(data, is_loaded=True) else names
+
     def check_num_classes(self, names: list[str]) -> None:
         """Refuse another number of classes than the user gave."""
         given = self.hparams["num_classes"]

@@ -175,14 +175,22 @@ class Encoder(nn.Module):
         """
         if layer is None:
             return self(images)
+        self.check_layer(layer)
+        return self.model.forward_intermediates(
+            images, indices=[layer - 1], stop_early=True, output_fmt="NCHW", intermediates_only=True
+        )[0]
+
+    def check_layer(self, layer: int) -> None:
+        """Refuse a layer that `tokens` cannot read.
+
+        Raises:
+            ValueError: If the model has no such layer, or gives no middle layers at all.
+        """
         if not hasattr(self.model, "forward_intermediates"):
             raise ValueError(f"{self.name} gives no middle layers: use the last")
         layers = len(self.model.feature_info)
         if not 1 <= layer <= layers:
             raise ValueError(f"layer {layer} of {self.name} does not exist: use 1 to {layers}")
-        return self.model.forward_intermediates(
-            images, indices=[layer - 1], stop_early=True, output_fmt="NCHW", intermediates_only=True
-        )[0]
 
     def _measure(self, run: Run, mask_patch_size: int | None) -> None:
         """Read the sizes off a run of the model, and freeze what its features did not need."""

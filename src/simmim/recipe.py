@@ -246,6 +246,11 @@ class Recipe(Trainable):
     def setup(self, stage: str) -> None:
         """Take the pixel statistics of the data that it is trained on, and get ready for speed."""
         data = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and self.loss_region == "hidden" and not ratio_range(self.mask_ratio)[1]:
+            raise ValueError(
+                f"mask_ratio {self.mask_ratio} hides nothing, and the loss is that of what is "
+                "hidden: use 0.6 (the paper's)"
+            )
         if stage == "fit" and getattr(data, "mean", None) is not None:
             self.set_statistics(data.mean, data.std)  # type: ignore[union-attr]
         suit_device(self, self.trainer)

@@ -375,7 +375,8 @@ class Segmenter(Downstream):
         """Take classes, class weights and pixel statistics from the data."""
         data = getattr(self.trainer, "datamodule", None)
         if stage != "predict":
-            if names := getattr(data, "classes", None):
+            names = getattr(data, "classes", None)
+            if names and not self.match_classes(data):
                 values, colors = getattr(data, "values", None), getattr(data, "colors", None)
                 self.set_classes(names, values, colors, may_renew=self.may_renew(stage))
             if not self.hparams["num_classes"]:
@@ -411,8 +412,8 @@ class Segmenter(Downstream):
         self.set_num_classes(checkpoint["hyper_parameters"]["num_classes"])
         if names := checkpoint.get("classes"):
             self.set_classes(names, checkpoint.get("values"), checkpoint.get("colors"))
-        if of_data:
-            self.set_classes(of_data, self.values)
+        if names := self.unmatched_classes(of_data):
+            self.set_classes(names, self.values)
         super().on_load_checkpoint(checkpoint)
 
 

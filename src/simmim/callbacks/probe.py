@@ -66,6 +66,15 @@ class OnlineProbe(L.Callback):
         self.pretrained: dict[str, float] = {}
         self._read_at: int | None = None  # optimiser steps at the last reading
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a layer that the encoder does not have, before anything runs."""
+        encoder: Any = getattr(pl_module, "encoder", None)
+        if self.every_n_epochs and self.layer is not None and hasattr(encoder, "check_layer"):
+            try:
+                encoder.check_layer(self.layer)
+            except ValueError as error:
+                raise ValueError(f"{error} (--probe.layer)") from error
+
     def state_dict(self) -> dict[str, Any]:
         """Keep the numbers, so that a resumed run can still compare."""
         return {"untrained": self.untrained, "pretrained": self.pretrained}

@@ -106,7 +106,7 @@ class Vitals(L.Callback):
             better = min if less_is_better(name) else max
             key = name.replace("val/", "best/", 1)
             self.best[key] = better(self.best.get(key, value), value)
-        pl_module.log_dict(self.best, sync_dist=False, rank_zero_only=True)
+        pl_module.log_dict(self.best, sync_dist=trainer.world_size > 1)  # equal on all
         if "val/loss" in scores and self._loss is not None:
             gap = scores["val/loss"] - self._loss / self._batches
             pl_module.log("gap/loss", gap, sync_dist=trainer.world_size > 1)

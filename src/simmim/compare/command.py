@@ -19,6 +19,7 @@ from simmim.compare.evidence import (
     SCRATCH,
     Result,
     Validation,
+    counted_steps,
     gaps,
     markdown,
     table,
@@ -82,7 +83,7 @@ def compare(
     weights: str,
     root: str | None = None,
     public: str | None = None,
-    budgets: list[int | float] | None = None,
+    budgets: int | float | list[int | float] | None = None,
     seeds: int = 3,
     mode: Literal["finetune", "probe", "both"] | None = None,
     config: str | None = None,
@@ -115,7 +116,8 @@ def compare(
         public: Other weights to compare with, such as timm:vit_small_patch16_224.augreg_in21k, with
             their own architecture and pixel statistics, and the image size of the first.
         budgets: Labels to train with: whole numbers are images of each class, numbers with a point
-            are shares (1.0 = all), at least one image of each class. [0.01, 0.1, 1.0] by default.
+            are shares (1.0 = all), at least one image of each class. One, or several: 0.01 0.1 1.0
+            by default.
         seeds: Number of seeds. With one there is no spread, and nothing can be shown.
         mode: finetune, probe (a linear classifier on the frozen encoder), or both; by default what
             the config does.
@@ -171,7 +173,16 @@ def compare(
         which: open_arms(weights, public, {**recipe.model, "trust": trust}, img_size)
         for which, recipe in recipes.items()
     }
-    return _compare(arms, recipes, budgets or BUDGETS, seeds, out, {OURS: weights, PUBLIC: public})
+    if isinstance(budgets, int | float):
+        budgets = [budgets]
+    return _compare(
+        arms,
+        recipes,
+        BUDGETS if budgets is None else budgets,
+        seeds,
+        out,
+        {OURS: weights, PUBLIC: public},
+    )
 
 
 def _compare(
@@ -519,6 +530,6 @@ def _introduction(
         other = arm.encoder["encoder"] != next(iter(arms.values()))[OURS].encoder["encoder"]
         lines.append(f"{name}: {arm.origin}{'; another architecture' if other else ''}")
     for mode, recipe in recipes.items():
-        steps = "; ".join(f"{recipe.steps(b.images):,} steps with {b}" for b in budgets)
+        steps = "; ".join(f"{counted_steps(recipe.steps(b.images))} with {b}" for b in budgets)
         lines.append(f"{mode}: {steps}")
     return lines

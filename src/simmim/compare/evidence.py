@@ -125,6 +125,11 @@ class Gap:
         return self.first - self.second
 
     @property
+    def is_bounded(self) -> bool:
+        """Whether the interval is one that accuracies can differ by: from -1 to 1."""
+        return self.seeds > 1 and abs(self.mean) + self.margin <= 1
+
+    @property
     def judgement(self) -> Judgement:
         """Better or worse where the interval leaves out 0; same where it leaves out a point."""
         if self.seeds < 2:
@@ -257,9 +262,11 @@ def _told(one: Gap, high: str, low: str) -> str:
     """`at 10 labels A reaches 41.2 % against 27.9 % of B (difference 13.3 ± 1.1 points ...)`."""
     backwards = one.judgement == "worse"
     top, other = (one.second, one.first) if backwards else (one.first, one.second)
-    margin = f" ± {100 * one.margin:.1f}" if one.seeds > 1 else ""
+    margin = f" ± {100 * one.margin:.1f}" if one.is_bounded else ""
     seeds = f"{one.seeds} seeds" if one.seeds > 1 else "one seed"
-    length = f", {one.steps:,} steps each" if one.steps else ""
+    if one.seeds > 1 and not one.is_bounded:
+        seeds += ", too few for an interval,"
+    length = f", {counted_steps(one.steps)} each" if one.steps else ""
     return (
         f"at {one.labels} {high} reaches {100 * top:.1f} % against {100 * other:.1f} % {low} "
         f"(difference {100 * (top - other):.1f}{margin} points over {seeds} and {one.images:,} "
@@ -285,6 +292,11 @@ def _also(by: Mapping[Judgement, Sequence[Gap]]) -> str:
     return "".join(parts)
 
 
+def counted_steps(steps: int) -> str:
+    """A number of optimiser steps in words: `1 step`, `1,200 steps`."""
+    return f"{steps:,} step{'' if steps == 1 else 's'}"
+
+
 def unlearned(results: Sequence[Result], words: Callable[[int], str]) -> list[str]:
     """Sentences about budgets at which training ended before an arm had learned its own images."""
     notes = []
@@ -293,10 +305,11 @@ def unlearned(results: Sequence[Result], words: Callable[[int], str]) -> list[st
         shares = {arm: _learned([r for r in runs if r.arm == arm]) for arm in _arms(runs)}
         if min(shares.values()) < LEARNED:
             told = ", ".join(f"{arm} {100 * share:.0f} %" for arm, share in shares.items())
+            verb = "was" if runs[0].steps == 1 else "were"
             notes.append(
-                f"At {words(images)}, {runs[0].steps:,} steps were short: of their own training "
-                f"images {told} are recognised. Longer training (epochs, min_steps) may change the "
-                "difference."
+                f"At {words(images)}, {counted_steps(runs[0].steps)} {verb} short: of their own "
+                f"training images {told} are recognised. Longer training (epochs, min_steps) may "
+                "change the difference."
             )
     return notes
 
@@ -388,5 +401,7 @@ def _signed(one: Gap) -> str:
 
 
 def _interval(one: Gap) -> str:
+    if not one.is_bounded:
+        return "too few seeds" if one.seeds > 1 else ""
     low, high = one.mean - one.margin, one.mean + one.margin
-    return f"{100 * low:+.1f} to {100 * high:+.1f}" if one.seeds > 1 else ""
+    return f"{100 * low:+.1f} to {100 * high:+.1f}"

@@ -100,6 +100,12 @@ class ClassificationData(ImageFolderData):
             return SplitSummary(len(data), labelled, data.label_counts)
         return super()._count(data)
 
+    def number_classes_as(self, classes: list[str]) -> None:
+        """Number the classes as a model does that was trained with these and perhaps with more."""
+        for data in {id(data): data for data in self.sets.values()}.values():
+            data.number_classes_as(classes)
+        self.classes = classes
+
     def _setup_parts(self) -> None:
         """Split as pretraining does, whatever the labels; then label, and choose."""
         super()._setup_parts()
@@ -168,6 +174,12 @@ class LabelledImages(ImageData):
         sample = super().__getitem__(key)
         row = int(self.rows[self._place(sample["index"])])
         return {**sample, "label": self.table.presence(row)}
+
+    def number_classes_as(self, classes: list[str]) -> None:
+        """Give each label the number that it has in `classes`, which holds all of them."""
+        new = torch.tensor([classes.index(name) for name in self.table.classes])
+        self.table = replace(self.table, numbers=new[self.table.numbers], classes=classes)
+        self.files = replace(self.files, classes=classes)
 
     @property
     def label_counts(self) -> list[int]:

@@ -1,6 +1,7 @@
 """One sample: file -> pixels -> transform -> a dict; and samples -> a batch."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from hashlib import blake2b
 from itertools import compress
@@ -154,6 +155,12 @@ class ImageData(Dataset[dict[str, Any]]):
         """(path, label) of each image, as torchvision's `ImageFolder` has them; made when asked."""
         labels = [0] * len(self) if self.labels is None else self.labels.tolist()
         return [(self.path(i), label) for i, label in enumerate(labels)]
+
+    def number_classes_as(self, classes: list[str]) -> None:
+        """Give each label the number that its class has in `classes`, which holds all of them."""
+        if self.files.labels is not None:
+            new = torch.tensor([classes.index(name) for name in self.files.classes])
+            self.files = replace(self.files, labels=new[self.files.labels], classes=classes)
 
     def why_unreadable(self, index: int) -> str:
         """Read a file once more, and say what is wrong with it."""

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from math import inf
 from typing import Any, Literal
 
@@ -189,6 +190,15 @@ class DetectionData(LoaderModule):
             known = zip(places, table.ids, strict=True)
             self._ids = {place[1]: identity for place, identity in known if place is not None}
         return self._ids.get(index, index + 1)
+
+    def number_classes_as(self, classes: list[str]) -> None:
+        """Number the classes as a model does that was trained with these and perhaps with more."""
+        new = torch.tensor([classes.index(name) for name in self.classes])
+        for data in self.sets.values():
+            if isinstance(data, Annotated):
+                objects = data.annotations
+                data.annotations = replace(objects, labels=new[objects.labels])
+        self.classes = classes
 
     def _setup_parts(self) -> None:
         options = self.val_fraction, self.split_seed, self.group_pattern

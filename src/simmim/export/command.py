@@ -95,6 +95,7 @@ def export(
         graph = None if format == "timm" else graphs.Graph(source, output, normalize)
         with status(f"Writing and checking {FILES[format]}"):
             checks, notes = _write(format, graph, source, part)
+        notes = [*([source.left_out] if source.left_out else []), *notes]
         for check in checks:
             if not check.passed:
                 raise ValueError(f"the export gives other numbers and was not kept: {check}")

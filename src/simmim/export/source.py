@@ -32,6 +32,7 @@ class Source:
         multi_label: Whether an image can have several.
         history: How it was trained, in a sentence.
         report: What became of each tensor of the file.
+        left_out: What of a checkpoint is not exported, as a sentence; "" where nothing is.
     """
 
     weights: str
@@ -44,6 +45,7 @@ class Source:
     multi_label: bool
     history: str
     report: Report
+    left_out: str = ""
 
     @property
     def is_classifier(self) -> bool:
@@ -116,6 +118,7 @@ def open_source(weights: str, *, trust: bool = False) -> Source:
         multi_label=bool(hparams.get("multi_label")),
         history=_history(weights, ours, opened.architecture.encoder),
         report=model.report,
+        left_out=_left_out(hparams),
     )
 
 
@@ -132,6 +135,16 @@ def _probe(ours: Mapping[str, Any], model: Any) -> Probed | None:
     probe = Probe(width, classes, hparams["pooling"], hparams["batch_norm"])
     probe.load_state_dict(tensors)
     return Probed(model, probe, layers).eval()
+
+
+def _left_out(hparams: Mapping[str, Any]) -> str:
+    """Say that the head of a Segmenter or Detector, which no format holds, stays behind."""
+    for option, head in (("decoder_channels", "segmentation head"), ("fpn_channels", "detector")):
+        if option in hparams:
+            return (
+                f"this is the encoder alone: the {head} on it is not exported, and stays in the run"
+            )
+    return ""
 
 
 def _is_classifier(hparams: Mapping[str, Any]) -> bool:
