@@ -120,6 +120,15 @@ def test_bar_says_loss_speed_and_time_left(
     assert shown[12]["images/s"] == pytest.approx(32 / 0.25)  # of training alone
 
 
+def test_the_bar_shows_the_whole_loss_where_gradients_are_accumulated(tmp_path: Path) -> None:
+    bar = ProgressBar()
+    fit = trainer(tmp_path, bar, max_epochs=1, accumulate_grad_batches=4, enable_progress_bar=True)
+    model = MiniSimMIM()
+    fit.fit(model, datamodule=DigitsData())
+    shown = bar.get_metrics(fit, model)["loss"]
+    assert shown == pytest.approx(float(fit.callback_metrics["train/loss"]), rel=1e-5)
+
+
 def test_bar_does_not_wait_for_the_device_at_every_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

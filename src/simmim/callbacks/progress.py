@@ -173,7 +173,9 @@ class ProgressBar(TQDMProgressBar):
         batch_idx: int,
     ) -> None:
         """Redraw if it is time."""
-        self._loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+        # Lightning divides it, so that the gradients of an accumulated step are their mean.
+        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+        self._loss = None if loss is None else loss * trainer.accumulate_grad_batches
         self._images += images_in(batch) * trainer.world_size
         self._speed = self._images / max(time.monotonic() - self._epoch_began, 1e-9)
         last = batch_idx + 1 == trainer.num_training_batches
