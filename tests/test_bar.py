@@ -1,6 +1,8 @@
 """Whoever waits sees that something goes on; a log file gets whole lines."""
 
+import csv
 import io
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -167,11 +169,14 @@ def test_a_file_gets_a_line_a_minute(clock: Callable[[float], None]) -> None:
 def test_lines_of_several_bars_do_not_hide_each_other(clock: Callable[[float], None]) -> None:
     log = io.StringIO()
     for epoch in range(1, 4):
-        for text in (f"\rEpoch {epoch}/3   0%|  | 0/2", "\rValidation: 50%| | 1/2", "\n\x1b[A"):
-            Lines(log).write(text)
-    assert log.getvalue() == "Epoch 1/3   0%|  | 0/2\nValidation: 50%| | 1/2\n"
+        for text in (f"\rEpoch {epoch}/3   0%|  | 0/2", "\n\x1b[A"):
+            Lines(log, ends=True).write(text)
+        Lines(log).write("\rValidation: 50%| | 1/2")  # leaves no line unless it takes a minute
+    assert log.getvalue() == "Epoch 1/3   0%|  | 0/2\n"
     clock(60.0)
-    Lines(log).write("\rEpoch 4/9   0%|")
+    Lines(log).write("\rValidation: 60%| | 1/2")
+    assert log.getvalue().endswith("Validation: 60%| | 1/2\n")
+    Lines(log, ends=True).write("\rEpoch 4/9   0%|")
     assert log.getvalue().endswith("Epoch 4/9   0%|\n")
     ends = Lines(log, ends=True)
     for text in ("\rEpoch 4/9 100%| | 2/2", "\rEpoch 4/9 100%| | 2/2, loss=1", "\r"):
@@ -192,8 +197,15 @@ def test_a_run_whose_output_goes_to_a_file_leaves_whole_lines(
     assert [line.split("|")[0].split() for line in epochs] == [
         ["Epoch", f"{epoch}/3", "100%"] for epoch in (1, 2, 3)
     ]
-    assert all("loss=" in line for line in epochs)
-    assert out.count("Validation") == 1
+    metrics = max(Path("runs/tiny").glob("*/metrics.csv"), key=lambda path: path.stat().st_mtime)
+    with metrics.open(newline="") as file:
+        losses = [row["val/loss"] for row in csv.DictReader(file) if row["val/loss"]]
+    shown = [re.search(r"val/loss=([0-9.]+)", line) for line in epochs]
+    assert [float(found[1]) for found in shown if found] == pytest.approx(
+        [float(loss) for loss in losses], abs=0.01
+    )
+    assert "Validation" not in out
+    assert "flops" not in (out + error).lower()
 
 
 def test_a_bar_of_a_code_page_is_drawn_in_ascii() -> None:

@@ -48,7 +48,6 @@ ALL_LOGGERS = json.dumps(
 CURVES = {
     "train/loss",
     "val/loss",
-    "gap/loss",
     "best/loss",
     "lr",
     "throughput/images_per_s",

@@ -120,6 +120,32 @@ def test_bar_says_loss_speed_and_time_left(
     assert shown[12]["images/s"] == pytest.approx(32 / 0.25)  # of training alone
 
 
+def test_the_bar_shows_the_whole_loss_where_gradients_are_accumulated(tmp_path: Path) -> None:
+    bar = ProgressBar()
+    fit = trainer(tmp_path, bar, max_epochs=1, accumulate_grad_batches=4, enable_progress_bar=True)
+    model = MiniSimMIM()
+    fit.fit(model, datamodule=DigitsData())
+    shown = bar.get_metrics(fit, model)["loss"]
+    assert shown == pytest.approx(float(fit.callback_metrics["train/loss"]), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:You.re resuming from a checkpoint")  # the bar matters here
+def test_the_bar_of_a_run_resumed_within_an_epoch_knows_its_length(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(tmp_path / "within.ckpt")
+
+    trainer(tmp_path, Save(), max_epochs=1).fit(MiniSimMIM(), datamodule=DigitsData())
+    second = trainer(tmp_path, ProgressBar(seconds=0), max_epochs=2, enable_progress_bar=True)
+    second.fit(MiniSimMIM(), datamodule=DigitsData(), ckpt_path=str(tmp_path / "within.ckpt"))
+    text = capsys.readouterr().out
+    assert re.search(r"Epoch 1/2 100%.* 8/8 .*loss=", text)
+    assert "/?" not in text.replace("0/?", "")
+
+
 def test_bar_does_not_wait_for_the_device_at_every_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

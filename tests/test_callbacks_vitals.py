@@ -46,7 +46,7 @@ def read(logger: CSVLogger, name: str) -> list[float]:
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_gap_best_and_gradients(tmp_path: Path, accumulate: int) -> None:
+def test_best_and_gradients(tmp_path: Path, accumulate: int) -> None:
     logger, watch, model = CSVLogger(tmp_path), Watch(), Telling()
     fit = trainer(
         tmp_path,
@@ -58,11 +58,7 @@ def test_gap_best_and_gradients(tmp_path: Path, accumulate: int) -> None:
         accumulate_grad_batches=accumulate,
     )
     fit.fit(model, datamodule=DigitsData())
-    validation, batches = read(logger, "val/loss"), 8
-    means = [sum(model.losses[i : i + batches]) / batches for i in range(0, 3 * batches, batches)]
-    assert read(logger, "gap/loss") == pytest.approx(
-        [v - t for v, t in zip(validation, means, strict=True)], rel=1e-4, abs=1e-6
-    )
+    validation = read(logger, "val/loss")
     assert read(logger, "best/loss") == [min(validation[: i + 1]) for i in range(3)]
     assert read(logger, "train/grad_norm") == pytest.approx(watch.norms[1::2], rel=1e-4)
     assert all(0.05 < gib < 100 for gib in read(logger, "memory/max_gib"))
@@ -106,7 +102,6 @@ def test_no_step_between_logs_reads_the_device(
     for batch_idx in range(3):
         vitals.on_train_batch_end(between, module, outputs, {}, batch_idx)  # type: ignore[arg-type]
         vitals.on_before_optimizer_step(between, module, None)  # type: ignore[arg-type]
-    assert vitals._batches == 3
     assert reads == []
     float(outputs["loss"])
     assert reads == ["__float__"]  # which would have been seen

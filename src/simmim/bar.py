@@ -72,7 +72,9 @@ class Lines:
         before, ends, _ = line.partition(" 100%")
         ends = ends if self.ends and before != self._ended else ""
         now = time.monotonic()
-        if line and (ends or abs(now - _written.get(kind, -EVERY)) >= EVERY):
+        # A bar that leaves nothing behind has no line unless it takes longer than a minute.
+        since = _written.setdefault(kind, -EVERY if self.ends else now)
+        if line and (ends or abs(now - since) >= EVERY):
             _written[kind] = now
             self._ended = before if " 100%" in line else ""
             self.stream.write(f"{line}\n")

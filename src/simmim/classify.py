@@ -452,9 +452,11 @@ def _check(hparams: Mapping[str, Any]) -> None:
     check_training(hparams, "linear_probe")
     if hparams["compile"] and (hparams["frozen"] or hparams["pooling"] == "attention"):
         raise ValueError("compile is for fine-tuning with timm's head: leave it out")
-    for name in ("label_smoothing", "random_erasing"):
-        if not 0 <= hparams[name] < 1 + (name == "random_erasing"):
-            raise ValueError(f"{name} {hparams[name]} is no share: use 0 for none, or 0.1")
+    smoothing, erasing = hparams["label_smoothing"], hparams["random_erasing"]
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"label_smoothing {smoothing} is no share below 1: use 0, or 0.1")
+    if not 0 <= erasing <= 1:
+        raise ValueError(f"random_erasing {erasing} is no probability: use 0 for none, or 0.25")
 
 
 def _classifier_came_along(missing: Mapping[str, str]) -> bool:

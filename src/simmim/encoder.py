@@ -303,7 +303,8 @@ class Encoder(nn.Module):
 
 def check_skip(
     encoder: Encoder,
-    head: str,
+    head: nn.Module,
+    head_name: str,
     masking: str,
     mask_ratio: float | Sequence[float],
     hidden_count: int | None,
@@ -315,10 +316,10 @@ def check_skip(
             all of them.
     """
     cells = encoder.mask_grid[0] * encoder.mask_grid[1]
-    if head in POINTWISE_HEADS:
+    if is_pointwise(head, encoder):
         raise ValueError(
-            f"head {head!r} looks at one place alone, where hidden_tokens 'skip' leaves the same "
-            "mask token everywhere: use head transformer"
+            f"head {head_name!r} looks at one place alone, where hidden_tokens 'skip' leaves the "
+            "same mask token everywhere: use head transformer"
         )
     if masking == "foreground" or isinstance(mask_ratio, Sequence):
         raise ValueError(
@@ -331,6 +332,24 @@ def check_skip(
             f"mask_ratio {mask_ratio} hides all {cells} cells, and hidden_tokens 'skip' would "
             "leave the encoder nothing: use a lower one"
         )
+
+
+@torch.no_grad()
+def is_pointwise(head: nn.Module, encoder: Encoder) -> bool:
+    """Whether a head predicts each place from its own feature alone.
+
+    NaN in one feature spreads to all predictions that it has a part in, whatever the weights.
+    """
+    modes = [(module, module.training) for module in head.modules()]
+    device = next((p.device for p in head.parameters()), torch.device("cpu"))
+    features = torch.zeros(1, encoder.num_features, *encoder.grid_size, device=device)
+    features[..., 0, 0] = nan
+    prediction = head.eval()(features)[0].isnan().any(0)
+    for module, training in modes:
+        module.training = training
+    rows, columns = (n // g for n, g in zip(prediction.shape, encoder.grid_size, strict=True))
+    prediction[:rows, :columns] = False
+    return not bool(prediction.any())
 
 
 def _skipping_kind(model: nn.Module, name: str) -> type[VisibleTokens] | type[VisibleInWindows]:

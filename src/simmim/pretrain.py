@@ -175,10 +175,17 @@ class SimMIM(Recipe):
             raw = batch[0] if isinstance(batch, Sequence) else batch
             images, index = self.normalize(raw) if raw.dtype == torch.uint8 else raw, None
         if index is None:
-            ranks = self._trainer.world_size if self._trainer else 1
-            first = (batch_idx * ranks + (self.global_rank if self._trainer else 0)) * len(raw)
-            index = torch.arange(first, first + len(raw), device=raw.device)
+            index = self._places(batch_idx, len(raw), raw.device)
         return raw, images, index
+
+    def _places(self, batch_idx: int, size: int, device: torch.device) -> Tensor:
+        """Places in the epoch of a batch without an index, as DistributedSampler deals them out."""
+        ranks, rank, stage = 1, 0, None
+        if self._trainer:
+            ranks, rank, stage = self.trainer.world_size, self.global_rank, self.trainer.state.stage
+        # The last batch may be shorter: it begins where whole ones end.
+        whole = self._batch_sizes[stage] = max(size, self._batch_sizes.get(stage, 0))
+        return (batch_idx * whole + torch.arange(size, device=device)) * ranks + rank
 
     def _mean_over_processes(self, count: Tensor) -> Tensor:
         """The number of hidden elements, averaged over processes.

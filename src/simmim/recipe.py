@@ -193,8 +193,11 @@ class Recipe(Trainable):
         self.hidden_count = self._count_hidden()
         self._hidden_alone = self._may_see_hidden_alone()
         if hidden_tokens == "skip":
-            check_skip(self.encoder, head, masking, mask_ratio, self.hidden_count)
+            check_skip(self.encoder, self.head, head, masking, mask_ratio, self.hidden_count)
         self.val_loss = MeanMetric()
+        self._batch_sizes: dict[
+            Any, int
+        ] = {}  # of a stage's whole batches, where none has an index
         if compat == "official":
             init_official_(self.encoder)
         self.report: Report | None = None  # what became of each tensor of the weights

@@ -1,7 +1,8 @@
 """What is to be predicted: normalised images -> target, and a prediction back to a picture.
 
 A target says how many channels the head must give, how many pixels one element of it covers and
-which losses go with it. It is computed in float32, from visible and hidden pixels alike.
+which losses go with it. It is computed from visible and hidden pixels alike, in float32; only a
+teacher runs in the precision of the step.
 """
 
 import math

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import warnings
 from dataclasses import replace
@@ -266,7 +267,16 @@ def _quieten_lightning() -> None:
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     if not any(f is _no_tip for f in logger.filters):
         logger.addFilter(_no_tip)
+    logging.getLogger("lightning.pytorch.callbacks.model_summary").addFilter(_no_flops)
 
 
 def _no_tip(record: logging.LogRecord) -> bool:
     return "Tip:" not in record.getMessage()
+
+
+def _no_flops(record: logging.LogRecord) -> bool:
+    """Cut FLOPs out of Lightning's table of the model: it counts 0 for want of an example."""
+    lines = [line for line in record.getMessage().split("\n") if "Total Flops" not in line]
+    record.msg = "\n".join(re.sub(r" +\| (FLOPs|0 +)$", "", line) for line in lines)
+    record.args = ()
+    return True

@@ -4,7 +4,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from inspect import signature
-from typing import Any, Self, cast
+from math import inf
+from typing import Any, Self
 
 import lightning as L
 import numpy as np
@@ -87,8 +88,8 @@ class Trainable(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the optimiser's name and options as plain values, so that the file opens safely."""
-        optimizer = cast(Optimizer, self.optimizers(use_pl_optimizer=False))
-        checkpoint["optimizer_spec"] = optimizer_spec(optimizer)
+        if self.trainer.optimizers:  # a trainer that only validated has none
+            checkpoint["optimizer_spec"] = optimizer_spec(self.trainer.optimizers[0])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the optimiser that the checkpoint was made with."""
@@ -119,7 +120,15 @@ def global_batch_size(trainer: L.Trainer) -> int:
     """Images that one optimiser step sees, over all processes."""
     data: Any = getattr(trainer, "datamodule", None)
     loader: Any = trainer.train_dataloader
-    batch = int(getattr(data, "batch_size", None) or loader.batch_size)
+    sampler = getattr(loader, "batch_sampler", None)
+    batch = getattr(data, "batch_size", None) or getattr(loader, "batch_size", None)
+    batch = batch or getattr(sampler, "batch_size", None)
+    if batch is None:
+        raise ValueError(
+            "the learning rate follows the global batch, and neither the data module nor its "
+            "loader says a batch_size: give the data module an attribute batch_size"
+        )
+    batch = int(batch)
     if images := getattr(data, "num_train", None):  # a batch cannot be larger than what there is
         batch = min(batch, max(images // trainer.world_size, 1))
     return batch * trainer.world_size * int(trainer.accumulate_grad_batches)
@@ -139,9 +148,14 @@ def count_steps(trainer: L.Trainer) -> tuple[int, int]:
         whole, limit = data.batches_per_epoch(trainer.world_size), trainer.limit_train_batches
         batches = min(whole, limit) if isinstance(limit, int) else int(whole * limit)
     else:
-        total = int(trainer.estimated_stepping_batches)
+        estimate = trainer.estimated_stepping_batches
         trainer.fit_loop.setup_data()  # which the estimate leaves out where max_steps says it all
-        batches = int(trainer.num_training_batches)
+        if inf in (estimate, trainer.num_training_batches):
+            raise ValueError(
+                "the training data has no length, so that nothing says where an epoch ends: use "
+                "--trainer.limit_train_batches 1000 for one of 1,000 batches"
+            )
+        total, batches = int(estimate), int(trainer.num_training_batches)
     per_epoch = max(1, -(-batches // int(trainer.accumulate_grad_batches)))
     limits = (trainer.max_steps, (trainer.max_epochs or -1) * per_epoch)
     return per_epoch, total or min(steps for steps in limits if steps >= 0)

@@ -120,7 +120,7 @@ class ProgressBar(TQDMProgressBar):
         super().__init__()
         self.seconds = seconds
         self._drawn = self._run_began = self._epoch_began = 0.0  # by time.monotonic
-        self._first_step = 0
+        self._first_step, self._epoch = 0, -1
         self._images, self._speed = 0, 0.0  # of this epoch, over all processes
         self._loss: Tensor | None = None  # of the last step, in this process
 
@@ -128,7 +128,7 @@ class ProgressBar(TQDMProgressBar):
         """Start the clock of the time left."""
         super().on_train_start(*args)
         self._run_began = self._epoch_began = time.monotonic()
-        self._first_step, self._images = self.trainer.global_step, 0
+        self._first_step, self._epoch = self.trainer.global_step, -1
 
     def init_train_tqdm(self) -> Any:
         """Leave out tqdm's own speed and time left, which are the epoch's."""
@@ -159,8 +159,11 @@ class ProgressBar(TQDMProgressBar):
 
     def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
         """Say which epoch of how many."""
+        self._begin_epoch(trainer)
+
+    def _begin_epoch(self, trainer: L.Trainer) -> None:
         self.train_progress_bar.reset(convert_inf(self.total_train_batches))
-        self._epoch_began, self._images = time.monotonic(), 0
+        self._epoch_began, self._images, self._epoch = time.monotonic(), 0, trainer.current_epoch
         of = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
         self.train_progress_bar.set_description_str(f"Epoch {trainer.current_epoch + 1}{of}")
 
@@ -173,7 +176,11 @@ class ProgressBar(TQDMProgressBar):
         batch_idx: int,
     ) -> None:
         """Redraw if it is time."""
-        self._loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+        if self._epoch != trainer.current_epoch:  # resumed within an epoch
+            self._begin_epoch(trainer)
+        # Lightning divides it, so that the gradients of an accumulated step are their mean.
+        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+        self._loss = None if loss is None else loss * trainer.accumulate_grad_batches
         self._images += images_in(batch) * trainer.world_size
         self._speed = self._images / max(time.monotonic() - self._epoch_began, 1e-9)
         last = batch_idx + 1 == trainer.num_training_batches
@@ -181,7 +188,8 @@ class ProgressBar(TQDMProgressBar):
             bar = self.train_progress_bar  # drawn once, with what belongs to this step
             bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
             bar.n = batch_idx + 1
-            bar.refresh()
+            if not last or can_redraw(sys.stdout):  # a file has one line, with this epoch's scores
+                bar.refresh()
             self._drawn = time.monotonic()
 
     def get_metrics(

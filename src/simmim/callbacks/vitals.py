@@ -1,4 +1,4 @@
-"""Whether a run is healthy and worth going on: gap, best scores, gradients, memory."""
+"""Whether a run is healthy and worth going on: best scores, gradients, memory."""
 
 import sys
 from contextlib import suppress
@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
 
 from simmim.callbacks.look import is_logging_step
 from simmim.scores import less_is_better
@@ -21,41 +20,22 @@ class Vitals(L.Callback):
 
     At logging steps `train/grad_norm` (of the whole gradient, before clipping) and `memory/max_gib`
     (the most that this run has held so far: of the GPU, or of the process on a CPU). At the end of
-    an epoch with a validation `gap/loss`: val/loss less the mean of train/loss over the epoch,
-    which says something where both are the same loss (mixup, label smoothing and crops make the
-    training one larger). And `best/NAME` of each val/NAME, the least loss or error and the greatest
-    of anything else, over the whole run, also where it was interrupted: a board's summary shows the
-    last value of each curve, and so the last score and the best.
+    an epoch with a validation `best/NAME` of each val/NAME, the least loss or error and the
+    greatest of anything else, over the whole run, also where it was interrupted: a board's summary
+    shows the last value of each curve, and so the last score and the best.
     """
 
     def __init__(self) -> None:
         self.best: dict[str, float] = {}
-        self._loss: Tensor | None = None  # summed over the epoch's batches, on the device
-        self._batches = 0
         self._validated = False
-        self._trainer: L.Trainer | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep the best scores, and the epoch's losses so far."""
-        losses = self._loss
-        if losses is not None:  # every process has its own, and one of them writes
-            assert self._trainer is not None
-            losses = self._trainer.strategy.all_gather(losses).flatten().cpu()
-        epoch = {"losses": losses, "batches": self._batches, "validated": self._validated}
-        return {"best": self.best, "epoch": epoch}
+        """Keep the best scores."""
+        return {"best": self.best, "validated": self._validated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the best scores, and in the middle of an epoch with its losses."""
-        self.best, epoch = dict(state_dict["best"]), state_dict["epoch"]
-        self._batches, self._validated = epoch["batches"], epoch["validated"]
-        if (losses := epoch["losses"]) is not None:
-            assert self._trainer is not None
-            same = len(losses) == self._trainer.world_size
-            self._loss = losses[self._trainer.global_rank] if same else losses.mean()
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Know the processes, before their state is read."""
-        self._trainer = trainer
+        """Go on with the best scores."""
+        self.best, self._validated = dict(state_dict["best"]), state_dict["validated"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin anew."""
@@ -63,8 +43,8 @@ class Vitals(L.Callback):
             self.best = {}
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin the epoch's mean."""
-        self._loss, self._batches, self._validated = None, 0, False
+        """Wait for this epoch's scores."""
+        self._validated = False
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
@@ -81,13 +61,7 @@ class Vitals(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Add up the loss on the device, and read the memory's gauge at logging steps."""
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        several = len(getattr(pl_module, "heads", ())) > 1  # whose losses are added up
-        if isinstance(loss, Tensor) and not several:
-            loss = loss.detach() * trainer.accumulate_grad_batches  # Lightning has divided it
-            self._loss = loss if self._loss is None else self._loss.to(loss) + loss
-            self._batches += 1
+        """Read the memory's gauge at logging steps."""
         if is_logging_step(trainer) and (memory := held_memory(pl_module.device)) is not None:
             pl_module.log("memory/max_gib", memory / GIB, rank_zero_only=True)
 
@@ -96,20 +70,17 @@ class Vitals(L.Callback):
         self._validated = not trainer.sanity_checking
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Compare training with validation, and each score with the best."""
+        """Compare each score with the best."""
         if not self._validated:
             return
         scores = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         for name, value in scores.items():
-            if name.removeprefix("val/") in ("avg_dist",):  # says how hard the masks are
+            if name == "val/avg_dist" or name.count("/") > 1:  # how hard masks are; single classes
                 continue
             better = min if less_is_better(name) else max
             key = name.replace("val/", "best/", 1)
             self.best[key] = better(self.best.get(key, value), value)
         pl_module.log_dict(self.best, sync_dist=trainer.world_size > 1)  # equal on all
-        if "val/loss" in scores and self._loss is not None:
-            gap = scores["val/loss"] - self._loss / self._batches
-            pl_module.log("gap/loss", gap, sync_dist=trainer.world_size > 1)
 
 
 def held_memory(device: torch.device) -> int | None:

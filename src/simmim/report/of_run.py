@@ -29,7 +29,6 @@ PACKAGES = ("simmim", "torch", "torchvision", "lightning", "timm", "torchmetrics
 # What a diagram shows together. What none of them names gets one of its own.
 TOGETHER = {
     "loss": ("train/loss", "val/loss"),
-    "gap: val/loss - train/loss": ("gap/loss",),
     "top-1 accuracy on frozen features": ("val/knn_top1", "val/probe_top1"),
     "accuracy": ("val/top1", "val/top5", "val/top1_balanced"),
     "accuracy of each class": ("val/top1_class/*",),
