@@ -72,15 +72,17 @@ def test_the_best_score_outlives_an_interruption(tmp_path: Path) -> None:
     assert again.best == {"best/top1": 0.9}
 
 
-def test_what_is_logged_at_an_epochs_end_is_synchronised() -> None:
-    """Lightning would warn of each value, one a class."""
+def test_best_scores_are_synchronised_and_leave_out_single_classes() -> None:
+    """Lightning would warn of each value that is not."""
     logged: dict[str, Any] = {}
     module: Any = SimpleNamespace(log_dict=lambda values, **options: logged.update(options))
-    several: Any = SimpleNamespace(callback_metrics={"val/top1_class/a": 0.5}, world_size=2)
+    several: Any = SimpleNamespace(
+        callback_metrics={"val/top1": 0.5, "val/top1_class/a": 1}, world_size=2
+    )
     vitals = Vitals()
     vitals._validated = True
     vitals.on_train_epoch_end(several, module)
-    assert vitals.best == {"best/top1_class/a": 0.5}
+    assert vitals.best == {"best/top1": 0.5}
     assert logged == {"sync_dist": True}
 
 
