@@ -32,10 +32,9 @@ class Pairs:
     partners: Tensor
     places: npt.NDArray[np.int64] | None = None
 
-    def mask_paths(self) -> list[str]:
-        """Paths of the masks of the chosen images."""
-        partners = self.partners if self.places is None else self.partners[self.places]
-        return [self.masks.path(place) for place in partners.tolist()]
+    def mask_places(self) -> Tensor:
+        """Places of the masks of the chosen images."""
+        return self.partners if self.places is None else self.partners[self.places]
 
 
 def read_pairs(
