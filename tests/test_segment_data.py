@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from simmim.data import ImageFolderData, SegmentationData, value_counts
 from simmim.data.draws import uniforms
 from simmim.data.joint import PairCrop, Whole, crop_mask, random_window
 from simmim.data.legend import VOID, Legend, WrongMask, read_legend
+from simmim.data.pack import pack
 from simmim.data.segmentation import MaskedImages
 from simmim.data.transforms import Box, crop_and_resize
 from simmim.mistakes import explain
@@ -94,17 +96,29 @@ def test_folders_may_be_parted_above_or_below(tmp_path: Path, layout: str) -> No
     made = data(tmp_path, val_fraction=2 / 7)
     assert len(made.sets["training"]) == 5
     assert len(made.sets["validation"]) == 2
+    images = ImageFolderData(str(tmp_path), img_size=16, num_workers=0, val_fraction=2 / 7)
+    images.setup()
+    for part in ("training", "validation"):
+        assert names(images, part) == names(made, part)
+    assert len(images.sets["predict"]) == 7
+    assert not images.has_labels
+    pack(str(tmp_path), str(tmp_path.parent / f"{tmp_path.name}_packed"))
+    packed = ImageFolderData(f"{tmp_path}_packed", img_size=16, num_workers=0, val_fraction=2 / 7)
+    packed.setup("fit")
+    assert len(packed.sets["training"]) == 5
+    assert len(packed.sets["validation"]) == 2
 
 
 def test_without_val_the_split_is_that_of_pretraining_on_the_images(tmp_path: Path) -> None:
     make_pairs(tmp_path / "train", 20)
     made = data(tmp_path, val_fraction=0.25)
-    pretraining = ImageFolderData(
-        root=str(tmp_path / "train" / "images"), img_size=16, num_workers=0, val_fraction=0.25
-    )
-    pretraining.setup("fit")
-    assert names(made, "training") == names(pretraining, "training")
-    assert names(made, "validation") == names(pretraining, "validation")
+    for root in (tmp_path / "train" / "images", tmp_path / "train", tmp_path):
+        images = ImageFolderData(str(root), img_size=16, num_workers=0, val_fraction=0.25)
+        images.setup()
+        assert names(made, "training") == names(images, "training")
+        assert names(made, "validation") == names(images, "validation")
+        assert len(images.sets["predict"]) == 20
+        assert not images.has_labels
     assert len(made.sets["validation"]) == 5
 
 
@@ -300,8 +314,10 @@ def test_masks_with_soft_edges_are_refused_with_the_remedy(tmp_path: Path, how: 
     with pytest.raises(ValueError, match=remedy):
         data(tmp_path)
     (tmp_path / "classes.json").write_text(json.dumps({**named, "values": [0, 255]}))
-    with pytest.warns(UserWarning, match="pixels of (train|val) have values that are no class"):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         made = data(tmp_path)
+    assert "of the pixels of train have values that are no class" in str(told[0].message)
     mask = made.sets["validation"][0]["mask"]
     assert (mask == 1).float().mean() > 0.2
     assert 0 < (mask == VOID).float().mean() < 0.3
@@ -309,7 +325,9 @@ def test_masks_with_soft_edges_are_refused_with_the_remedy(tmp_path: Path, how: 
 
 def test_value_of_val_alone_is_ignored_and_told(folder: Path) -> None:
     write(folder / "val" / "masks", "001", np.full((24, 32), 7, np.uint8))
-    with pytest.warns(UserWarning, match=r"768 of the pixels of val have values .* \(7\).*001\.png"):
+    with pytest.warns(
+        UserWarning, match=r"768 of the pixels of val have values .* \(7\).*001\.png"
+    ):
         made = data(folder)
     assert made.values == [0, 1, 2]
     assert made.sets["validation"][1]["mask"].unique().tolist() == [VOID]
