@@ -340,8 +340,8 @@ def test_masks_are_read_once_and_again_when_they_change(
     for path in (tmp_path / "masks").iterdir():
         os.utime(path, (10**9, 10**9))
     monkeypatch.setattr(value_counts, "WORTH", 10)
-    read = Mock(side_effect=value_counts.read_values)
-    monkeypatch.setattr(value_counts, "read_values", read)
+    read = Mock(side_effect=value_counts.decode_values)
+    monkeypatch.setattr(value_counts, "decode_values", read)
     counts = data(tmp_path).class_counts
     assert read.call_count == 12
     assert data(tmp_path).class_counts == counts

@@ -139,16 +139,21 @@ def read_values(path: str) -> Values:
         UnreadableImage: If the file is damaged, or no image.
         WrongMask: If it is of a kind that cannot be a mask.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of sizes, which we check
+        return decode_values(path)
+
+
+def decode_values(path: str) -> Values:
+    """Do what `read_values` does, in any thread: the caller has to silence warnings for all."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes, which we check
-            with Image.open(path, formats=FORMATS) as image:
-                check_size(*image.size)
-                if image.mode.startswith("F"):
-                    raise WrongMask(f"{path!r} holds fractions, no numbers of classes")
-                if image.mode in ("RGB", "RGBA", "CMYK", "YCbCr"):
-                    return np.asarray(image.convert("RGB"))
-                pixels = np.asarray(image)  # of a palette the numbers, not the colours
+        with Image.open(path, formats=FORMATS) as image:
+            check_size(*image.size)
+            if image.mode.startswith("F"):
+                raise WrongMask(f"{path!r} holds fractions, no numbers of classes")
+            if image.mode in ("RGB", "RGBA", "CMYK", "YCbCr"):
+                return np.asarray(image.convert("RGB"))
+            pixels = np.asarray(image)  # of a palette the numbers, not the colours
     except WrongMask:
         raise
     except Exception as error:  # decoders raise whatever they like

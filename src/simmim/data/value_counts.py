@@ -1,6 +1,7 @@
 """How often each value occurs in each mask: every mask is read once, and the counts are kept."""
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from simmim.bar import Bar
 from simmim.data.decode import UnreadableImage
 from simmim.data.index import FileIndex
 from simmim.data.index_cache import Kept, digest_of, file_stamp, keep
-from simmim.data.legend import MOST, VOID, Legend, Totals, read_values
+from simmim.data.legend import MOST, VOID, Legend, Totals, decode_values
 
 WORTH = 100  # masks; the counts of fewer are not kept
 CHUNK = 1024  # masks whose counts are waited for at a time
@@ -93,7 +94,10 @@ def _fits(masks: int, kept: dict[str, Tensor], _: dict[str, str]) -> bool:
 
 def _count(masks: FileIndex, legend: Legend | None) -> Kept:
     paths = [masks.path(place) for place in range(len(masks))]
-    rows = list(_map(partial(_count_mask, legend or Legend([], [])), paths, "Values of the masks"))
+    count = partial(_count_mask, legend or Legend([], []))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of sizes, which are checked
+        rows = list(_map(count, paths, "Values of the masks"))
     columns = np.concatenate(rows, axis=1) if rows else np.zeros((3, 0), np.int64)
     starts = np.cumsum([0, *(row.shape[1] for row in rows)])
     named = dict(zip(("values", "pixels", "blocks"), columns, strict=True))
@@ -104,7 +108,7 @@ def _count(masks: FileIndex, legend: Legend | None) -> Kept:
 def _count_mask(legend: Legend, path: str) -> "np.ndarray[Any, np.dtype[np.int64]]":
     """The values of a mask, the pixels and the blocks of each, (3, n)."""
     try:
-        mask = read_values(path)
+        mask = decode_values(path)
     except UnreadableImage:  # reported when its image's turn comes
         return np.zeros((3, 0), np.int64)
     if mask.ndim == 3:
