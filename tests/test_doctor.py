@@ -350,11 +350,12 @@ def test_images_and_masks_are_pairs_and_no_classes(tmp_path: Path) -> None:
         _photos(tmp_path / "root" / part / "images", 4, first=first)
         for i in range(first, first + 4):
             mask = np.zeros((48, 64), np.uint8)
+            mask[:20] = 255
             _save(mask, tmp_path / "root" / part / "masks" / f"{i:03d}.png")
     found = _diagnose(tmp_path / "root", tmp_path)
     assert found["summary"]["images"] == {"train": 4, "val": 4}
     assert found["summary"]["classes"] == {}
-    assert "4 train, 4 val" in found["by_kind"]["masks"]["text"]
+    assert "4 train, 4 val; 0, 255" in found["by_kind"]["masks"]["text"]
     assert "constant" not in found["by_kind"]
     (tmp_path / "root/train/masks/000.png").unlink()
     assert _diagnose(tmp_path / "root", tmp_path)["by_kind"]["masks"]["level"] == "bad"

@@ -173,6 +173,24 @@ def test_what_users_get_wrong_is_one_sentence(
     assert "have no mask, such as" in fit("--data.root=d")
 
 
+def test_names_of_masks_of_0_and_255_are_learned(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for path in folder.glob("*/masks/*.png"):
+        mask = np.asarray(Image.open(path))
+        Image.fromarray(np.where(mask == 4, 255, 0).astype(np.uint8)).save(path)
+    (folder / "classes.json").write_text(json.dumps({"classes": ["ground", "box"]}))
+    tiny = ["--model.encoder=vit_tiny_patch16_224", "--model.img_size=32", "--model.head=linear"]
+    tiny += [f"--model.encoder_kwargs={TINY_VIT}", "--model.base_lr=0.5", "--data.jitter=false"]
+    tiny += ["--model.warmup_epochs=0", "--trainer.max_epochs=8", "--data.batch_size=4"]
+    run("segment", "fit", "--data.root=d", *tiny, "--trainer.log_every_n_steps=1", "--name=seg")
+    assert ["box", "3,200", "1,200"] in [line.split() for line in caplog.text.splitlines()]
+    with Path("runs/seg/version_0/metrics.csv").open() as file:
+        scores = [row for row in csv.DictReader(file) if row["val/miou"]][-1]
+    assert float(scores["val/iou/box"]) > 0.3
+    assert float(scores["val/iou/ground"]) > 0.5
+
+
 def test_a_frozen_encoder_has_the_recipe_of_the_linear_head(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

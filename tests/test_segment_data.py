@@ -1,19 +1,23 @@
 """Images with masks: pairs, classes, joint transforms, and mistakes in one sentence."""
 
 import json
+import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from simmim.data import ImageFolderData, SegmentationData
+from simmim.data import ImageFolderData, SegmentationData, value_counts
 from simmim.data.draws import uniforms
 from simmim.data.joint import PairCrop, Whole, crop_mask, random_window
-from simmim.data.legend import VOID, Legend, WrongMask, count_classes, read_legend
+from simmim.data.legend import VOID, Legend, WrongMask, read_legend
+from simmim.data.pack import pack
 from simmim.data.segmentation import MaskedImages
 from simmim.data.transforms import Box, crop_and_resize
 from simmim.mistakes import explain
@@ -32,7 +36,7 @@ def make_pairs(folder: Path, n: int, size: tuple[int, int] = (24, 32), values: A
     for i in range(n):
         rng = np.random.default_rng(i)
         mask = np.asarray(values)[rng.integers(0, len(values), (height // 4, width // 4))]
-        mask = mask.repeat(4, 0).repeat(4, 1).astype(np.uint8)
+        mask = mask.repeat(4, 0).repeat(4, 1).astype(np.uint8 if max(values) < 256 else np.uint16)
         image = np.stack([mask * 20, mask * 0 + i, mask * 0 + 99], -1).astype(np.uint8)
         write(folder / "images", f"{i:03d}", image)
         write(folder / "masks", f"{i:03d}", mask)
@@ -92,17 +96,29 @@ def test_folders_may_be_parted_above_or_below(tmp_path: Path, layout: str) -> No
     made = data(tmp_path, val_fraction=2 / 7)
     assert len(made.sets["training"]) == 5
     assert len(made.sets["validation"]) == 2
+    images = ImageFolderData(str(tmp_path), img_size=16, num_workers=0, val_fraction=2 / 7)
+    images.setup()
+    for part in ("training", "validation"):
+        assert names(images, part) == names(made, part)
+    assert len(images.sets["predict"]) == 7
+    assert not images.has_labels
+    pack(str(tmp_path), str(tmp_path.parent / f"{tmp_path.name}_packed"))
+    packed = ImageFolderData(f"{tmp_path}_packed", img_size=16, num_workers=0, val_fraction=2 / 7)
+    packed.setup("fit")
+    assert len(packed.sets["training"]) == 5
+    assert len(packed.sets["validation"]) == 2
 
 
 def test_without_val_the_split_is_that_of_pretraining_on_the_images(tmp_path: Path) -> None:
     make_pairs(tmp_path / "train", 20)
     made = data(tmp_path, val_fraction=0.25)
-    pretraining = ImageFolderData(
-        root=str(tmp_path / "train" / "images"), img_size=16, num_workers=0, val_fraction=0.25
-    )
-    pretraining.setup("fit")
-    assert names(made, "training") == names(pretraining, "training")
-    assert names(made, "validation") == names(pretraining, "validation")
+    for root in (tmp_path / "train" / "images", tmp_path / "train", tmp_path):
+        images = ImageFolderData(str(root), img_size=16, num_workers=0, val_fraction=0.25)
+        images.setup()
+        assert names(made, "training") == names(images, "training")
+        assert names(made, "validation") == names(images, "validation")
+        assert len(images.sets["predict"]) == 20
+        assert not images.has_labels
     assert len(made.sets["validation"]) == 5
 
 
@@ -169,16 +185,170 @@ def test_without_a_file_the_values_of_the_training_masks_are_the_classes(folder:
     assert data(folder).classes == ["0", "1", "2"]  # 255 is void
     write(folder / "train" / "masks", "000", np.full((24, 32), 300, np.uint16))
     made = data(folder)
-    assert (len(made.classes), made.values[-1]) == (301, 300)
+    assert made.values == [0, 1, 2, 300]
 
 
-def test_masks_of_0_and_255_have_two_classes(tmp_path: Path) -> None:
-    make_pairs(tmp_path / "train", 6, values=(0, 255))
-    made = data(tmp_path)
-    assert (made.classes, made.values) == (["0", "255"], [0, 255])
-    assert made.sets["training"][0]["mask"].max() == 1
-    with pytest.raises(ValueError, match="nothing to tell apart"):
-        data(tmp_path, void=255)
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0, 255], [0, 255]),
+        ([0, 128, 255], [0, 128, 255]),
+        ([0, 1, 255], [0, 1]),
+        ([0, 100, 200], [0, 100, 200]),
+        ([0, 300], [0, 300]),
+        ([0, 255, 300], [0, 255, 300]),
+        ([5, 9, 255], [5, 9]),
+    ],
+)
+def test_without_a_file_each_value_that_occurs_is_a_class(
+    tmp_path: Path, values: list[int], expected: list[int]
+) -> None:
+    made = data(make_pairs(tmp_path, 8, values=values))
+    assert (made.classes, made.values) == ([str(v) for v in expected], expected)
+    made = data(tmp_path, void=values[-1]) if len(values) > 2 else made
+    assert made.legend is not None
+    assert made.values == (values[:-1] if len(values) > 2 else values)
+
+
+@pytest.mark.parametrize(
+    ("values", "content", "void", "expected"),
+    [
+        ([0, 255], {}, None, [0, 255]),
+        ([0, 1], {}, None, [0, 1]),
+        ([0, 128, 255], {}, None, [0, 128, 255]),
+        ([0, 128, 255], {}, 255, [0, 128]),
+        ([0, 128, 255], {"classes": ["x", "y", "z"]}, 0, [128, 255]),
+        ([1, 2], {}, None, [1, 2]),
+        ([1, 2, 255], {"classes": ["x", "y"]}, None, [1, 2]),
+        ([0, 50, 100], {}, None, [0, 50, 100]),
+        ([0, 300], {}, None, [0, 300]),
+        ([0, 1, 255], {"classes": ["x", "y"]}, None, [0, 1]),
+        ([0, 1], {"classes": ["x", "y", "z"]}, None, [0, 1, 2]),
+        ([0, 255], {"values": [0, 255]}, None, [0, 255]),
+        ([0, 255, 7], {"classes": ["x", "y"], "values": [255, 0], "ignore_index": 7}, None,
+         [255, 0]),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:1 of 3 classes have no pixels:UserWarning")
+def test_names_belong_to_the_values_that_occur(
+    tmp_path: Path, values: list[int], content: Any, void: int | None, expected: list[int]
+) -> None:
+    named = [f"class {v}" for v in values if v != void]
+    make_pairs(tmp_path, 8, values=values)
+    (tmp_path / "classes.json").write_text(json.dumps({"classes": named, **content}))
+    made = data(tmp_path, void=void)
+    assert made.values == expected
+    counts = made.summary().splits["train"].class_counts
+    paths = [tmp_path / "masks" / name for name in names(made, "training")]
+    stored = np.stack([np.asarray(Image.open(path)) for path in paths])
+    assert list(counts) == [int((stored == v).sum()) for v in expected]
+    assert made.class_counts == list(counts)
+
+
+@pytest.mark.parametrize(
+    ("values", "content", "sentence"),
+    [
+        ([0, 255], {"ignore_index": 255}, r"no pixel of 'b'.* of the values 255, which are ignor"),
+        ([1, 255], {}, r"no pixel of 'a'.* of the values 255, which are ignored"),
+        ([0, 255], {"classes": ["a", "b", "c"]}, r"no pixel of 'b'.* of the values 255, which are"),
+        ([0, 7, 9], {}, r"has the value 7, which is neither one of the 2 classes"),
+    ],
+)
+def test_names_that_leave_a_class_without_pixels_are_refused(
+    tmp_path: Path, values: list[int], content: Any, sentence: str
+) -> None:
+    make_pairs(tmp_path, 8, values=values)
+    (tmp_path / "classes.json").write_text(json.dumps({"classes": ["a", "b"], **content}))
+    with pytest.raises(ValueError, match=sentence):
+        data(tmp_path)
+
+
+def test_named_class_without_pixels_is_told_where_others_are_ignored(tmp_path: Path) -> None:
+    make_pairs(tmp_path, 8, values=(0, 1, 255))
+    (tmp_path / "classes.json").write_text('{"classes": ["a", "b", "c"]}')
+    with (
+        pytest.warns(UserWarning, match=r"no pixel of 'c', but [\d,]+ pixels of the values 255"),
+        pytest.warns(UserWarning, match="1 of 3 classes have no pixels in train, such as 'c'"),
+        pytest.warns(UserWarning, match="1 of 3 classes have no pixels in val"),
+    ):
+        summary = data(tmp_path).summary()
+    assert "pixels left out: ignored, as data.void says (255)" in summary.table()
+
+
+def soften(folder: Path, how: str) -> None:
+    """Give all masks below a folder soft edges."""
+    for path in folder.rglob("masks/*.png"):
+        mask = Image.open(path)
+        if how == "bilinear":
+            large = mask.resize((mask.width * 3 - 1, mask.height * 3 - 1), Image.Resampling.BOX)
+            mask = large.resize(mask.size, Image.Resampling.BILINEAR)
+        elif how == "enlarged":
+            small = mask.resize((mask.width // 4, mask.height // 4), Image.Resampling.NEAREST)
+            mask = small.resize(mask.size, Image.Resampling.BICUBIC)
+        else:
+            mask.save(folder / "mask.jpg", quality=90)
+            mask = Image.open(folder / "mask.jpg").convert("L")
+        mask.save(path)
+
+
+def make_discs(root: Path) -> None:
+    """Write images of a disc whose masks are 0 and 255."""
+    y, x = np.mgrid[:64, :64]
+    for part, n in (("train", 4), ("val", 2)):
+        for i in range(n):
+            mask = np.where((y - 30 - i) ** 2 + (x - 34) ** 2 < 20**2, 255, 0).astype(np.uint8)
+            write(root / part / "images", str(i), mask[..., None].repeat(3, 2))
+            write(root / part / "masks", str(i), mask)
+
+
+@pytest.mark.parametrize("how", ["bilinear", "enlarged", "jpeg"])
+def test_masks_with_soft_edges_are_refused_with_the_remedy(tmp_path: Path, how: str) -> None:
+    make_discs(tmp_path)
+    assert data(tmp_path).values == [0, 255]
+    soften(tmp_path, how)
+    remedy = r'occur at edges alone.*nearest neighbours.*"values" in classes.json, such as \[0, 255'
+    with pytest.raises(ValueError, match=remedy):
+        data(tmp_path)
+    named = {"classes": ["ground", "disc"]}
+    (tmp_path / "classes.json").write_text(json.dumps(named))
+    with pytest.raises(ValueError, match=remedy):
+        data(tmp_path)
+    (tmp_path / "classes.json").write_text(json.dumps({**named, "values": [0, 255]}))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        made = data(tmp_path)
+    assert "of the pixels of train have values that are no class" in str(told[0].message)
+    mask = made.sets["validation"][0]["mask"]
+    assert (mask == 1).float().mean() > 0.2
+    assert 0 < (mask == VOID).float().mean() < 0.3
+
+
+def test_value_of_val_alone_is_ignored_and_told(folder: Path) -> None:
+    write(folder / "val" / "masks", "001", np.full((24, 32), 7, np.uint8))
+    with pytest.warns(
+        UserWarning, match=r"768 of the pixels of val have values .* \(7\).*001\.png"
+    ):
+        made = data(folder)
+    assert made.values == [0, 1, 2]
+    assert made.sets["validation"][1]["mask"].unique().tolist() == [VOID]
+
+
+def test_masks_are_read_once_and_again_when_they_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_pairs(tmp_path, 12)
+    for path in (tmp_path / "masks").iterdir():
+        os.utime(path, (10**9, 10**9))
+    monkeypatch.setattr(value_counts, "WORTH", 10)
+    read = Mock(side_effect=value_counts.decode_values)
+    monkeypatch.setattr(value_counts, "decode_values", read)
+    counts = data(tmp_path).class_counts
+    assert read.call_count == 12
+    assert data(tmp_path).class_counts == counts
+    assert read.call_count == 12
+    write(tmp_path / "masks", "003", np.full((24, 32), 9, np.uint8))
+    assert data(tmp_path).values == [0, 1, 2, 9]
+    assert read.call_count == 24
 
 
 def test_a_legend_numbers_values_and_drops_what_is_void(tmp_path: Path) -> None:
@@ -189,7 +359,6 @@ def test_a_legend_numbers_values_and_drops_what_is_void(tmp_path: Path) -> None:
     assert (legend.classes, legend.values) == (["a", "b"], [128, 255])
     write(tmp_path, "m", np.array([[0, 128], [255, 128]], np.uint8))
     assert legend.read(str(tmp_path / "m.png")).tolist() == [[VOID, 0], [1, 0]]
-    assert count_classes([str(tmp_path / "m.png")], legend) == [2, 1]
     colors = np.array([[[0, 0, 0], [9, 0, 0]], [[0, 9, 0], [9, 0, 0]]], np.uint8)
     write(tmp_path, "rgb", colors)
     assert legend.read(str(tmp_path / "rgb.png")).tolist() == [[VOID, 0], [1, 0]]
@@ -260,6 +429,23 @@ def test_sizes_that_differ_stop_the_run_and_damaged_masks_are_skipped(folder: Pa
     assert made.sets["training"].unreadable[2] == 1
     with pytest.raises(ValueError, match="cannot be read"):
         data(folder, bad_files="raise").sets["training"][2]
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+@pytest.mark.parametrize("kind", ["jpg", "png", "tif"])
+def test_image_that_exif_turns_is_left_as_stored_for_a_mask_of_that_size(
+    tmp_path: Path, orientation: int, kind: str
+) -> None:
+    stored = np.zeros((24, 32, 3), np.uint8)
+    stored[:8, 16:] = 200
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "images").mkdir()
+    Image.fromarray(stored).save(tmp_path / "images" / f"0.{kind}", exif=exif)
+    write(tmp_path / "masks", "0", (stored[..., 0] > 0).astype(np.uint8))
+    image, mask = data(tmp_path, val_fraction=0).sets["training"].read(0)
+    assert image.shape == (3, 24, 32)
+    assert torch.equal((image[0] > 100).long(), mask.long())
 
 
 def test_a_wrong_mask_in_a_worker_is_one_sentence(folder: Path) -> None:

@@ -104,7 +104,7 @@ def _read_parts(
     years = {e.name: e.path for e in os.scandir(root) if re.fullmatch(r"(train|val)\d{4}", e.name)}
     trains = sorted(name for name in years if name.startswith("train"))
     if not trains:
-        return read_parts(root, val_fraction, split_seed, group_pattern)
+        return read_parts(root, val_fraction, split_seed, group_pattern, masks_apart=False)
     train = Part(read_folder(years[trains[0]]))
     val = years.get(trains[0].replace("train", "val"))
     if val is not None:

@@ -19,6 +19,7 @@ from simmim.data.checks import (
 from simmim.data.dataset import ImageData, Loader, Transform, WholeFolder
 from simmim.data.layout import Part, read_folder, read_parts
 from simmim.data.loaders import Batch, LoaderModule
+from simmim.data.pairs import without_masks
 from simmim.data.remote import fetch, is_url, newest_copy
 from simmim.data.sampler import EvenSampler, choose
 from simmim.data.scans import Intensity
@@ -189,7 +190,8 @@ class ImageFolderData(LoaderModule):
             self._resumed_step = 0
             self.mean, self.std = self._statistics()
         if stage in ("predict", None) and "predict" not in self.sets:
-            whole = Part(read_folder(self.root))
+            files = read_folder(self.root)
+            whole = Part(files, without_masks(files))
             self.sets["predict"] = self._make(whole, self.val_transform, WholeFolder)
         self._add_report()
 

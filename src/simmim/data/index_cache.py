@@ -47,7 +47,7 @@ VERSION = 1
 WORTH = 10_000  # files; fewer are read, and split, in less than a second
 COARSE = 2 * 10**9  # ns; the times of FAT, the coarsest that there are
 DAYS = 90  # after which what nobody used is deleted
-KINDS = ("index", "split", "labels", "pairs", "boxes")
+KINDS = ("index", "split", "labels", "pairs", "values", "boxes")
 
 Places = npt.NDArray[np.int64]
 Kept = tuple[dict[str, Tensor], dict[str, str]]
@@ -147,18 +147,20 @@ def keep(
     key: Sequence[object],
     make: Callable[[], Kept],
     fits: Callable[[dict[str, Tensor], dict[str, str]], bool],
+    worth: int = WORTH,
 ) -> Kept:
     """Make tensors of an index, or open those that were made of the same before.
 
     Args:
         kind: What they are, one of KINDS.
-        files: How many files they are about: of few nothing is kept.
+        files: How many files they are about.
         key: All that they depend on.
         make: Gives them by name, and notes.
         fits: Whether what was kept is whole: what is read there must not go astray.
+        worth: Of fewer files nothing is kept.
     """
     cache = cache_folder()
-    if cache is None or files < WORTH:
+    if cache is None or files < worth:
         return make()
     file = cache / f"{kind}-{_hash(*key)}.safetensors"
 

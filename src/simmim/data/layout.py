@@ -7,13 +7,15 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from simmim.data.index import PARTS, FileIndex, check_folder, find_parts
 from simmim.data.index_cache import keep_split, read_index
 from simmim.data.scans import check_pydicom
 from simmim.data.shards import is_packed, join_packed, read_packed
 from simmim.data.split import validation_mask
+
+IMAGES, MASKS = "images", "masks"  # folders beside each other, for segmentation
 
 
 @dataclass(frozen=True)
@@ -41,17 +43,49 @@ def read_folder(folder: str) -> FileIndex:
     )
 
 
-def read_split(root: str) -> dict[str, FileIndex]:
-    """Index the folders train/, val/ and test/, where there is a train/; none otherwise."""
+def read_split(root: str, masks_apart: bool = True) -> dict[str, FileIndex]:
+    """Index the folders train/, val/ and test/, where there is a train/; none otherwise.
+
+    Args:
+        root: The folder; they may lie below its images/, where masks/ lies beside that.
+        masks_apart: Whether masks/ beside images/ is left out, as it is for all but segmentation.
+    """
     check_folder(root)
-    if not is_packed(root):
+    if is_packed(root):
+        parts = read_packed(root)
+        return {part: _readable(files) for part, files in parts.items() if files.root != root}
+    if not masks_apart:
         return {part: read_folder(folder) for part, folder in find_parts(root).items()}
-    parts = read_packed(root)
-    return {part: _readable(files) for part, files in parts.items() if files.root != root}
+    folders = find_parts(image_folder(root))
+    if folders and image_folder(root) != root:
+        _tell_of_masks(root)
+    return {part: _read_images(folder) for part, folder in folders.items()}
+
+
+def image_folder(folder: str) -> str:
+    """The images/ of a folder that has masks/ beside it, as segmentation reads it; else itself."""
+    images = os.path.join(folder, IMAGES)
+    both = os.path.isdir(images) and os.path.isdir(os.path.join(folder, MASKS))
+    return images if both else folder
+
+
+def _read_images(folder: str) -> FileIndex:
+    images = image_folder(folder)
+    if images != folder:
+        _tell_of_masks(folder)
+    return read_folder(images)
+
+
+def _tell_of_masks(folder: str) -> None:
+    rank_zero_info(f"{os.path.join(folder, MASKS)} is left out: it holds masks of {IMAGES}/")
 
 
 def read_parts(
-    root: str, val_fraction: float, split_seed: int = 0, group_pattern: str | None = None
+    root: str,
+    val_fraction: float,
+    split_seed: int = 0,
+    group_pattern: str | None = None,
+    masks_apart: bool = True,
 ) -> dict[str, Part]:
     """Find the parts of a folder, the same for every task.
 
@@ -64,6 +98,7 @@ def read_parts(
             `validation_mask` for this and the rest.
         split_seed: Which share.
         group_pattern: What belongs together.
+        masks_apart: As in `read_split`.
 
     Returns:
         "train", and "val" and "test" where there are images for them.
@@ -71,7 +106,7 @@ def read_parts(
     Raises:
         ValueError: If a part is empty, or the pattern does not match.
     """
-    files = read_split(root) or {"train": read_unsplit(root)}
+    files = read_split(root, masks_apart) or {"train": read_unsplit(root, masks_apart)}
     split = [index for part, index in files.items() if part != "test"]
     classes: list[str] = []
     if all(index.classes for index in split):
@@ -86,13 +121,13 @@ def read_parts(
     return parts
 
 
-def read_unsplit(root: str) -> FileIndex:
-    """Index a folder without a train/, all of which trains or is to be split.
+def read_unsplit(root: str, masks_apart: bool = True) -> FileIndex:
+    """Index a folder without a train/, all of which trains or is to be split; see `read_split`.
 
     Raises:
         ValueError: If it has a val/ and nothing else.
     """
-    files = read_folder(root)
+    files = _read_images(root) if masks_apart else read_folder(root)
     _check_names(root, files.classes)
     return files
 

@@ -1,10 +1,8 @@
 """What the pixels of a mask mean: its values or colours -> classes."""
 
 import json
-import os
 import warnings
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,18 +14,21 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
 
-from simmim.bar import Bar
 from simmim.data.decode import UnreadableImage
 from simmim.data.scans import check_size
 
 Color = tuple[int, int, int]
 Values = npt.NDArray[np.integer[Any]]
+Totals = Mapping[int, tuple[int, int]]  # pixels of each value, and squares of 2 x 2 of it alone
 
 FILE = "classes.json"
 VOID = -1  # in batches: a pixel without a class
 UNKNOWN = -2
 ANY_VOID = 255  # in masks, where nobody says otherwise
 MOST = 2**16  # values of a mask
+AREA = 0.2  # of a class's pixels at least lie in squares of 2 x 2; of an edge's values fewer do
+EDGES = 3  # values at least that are taken for those of soft edges
+SHOWN = 8  # values in a message
 FORMATS = ("PNG", "TIFF", "BMP", "GIF", "PPM")  # not JPEG, which changes values
 
 
@@ -75,15 +76,24 @@ class Legend:
         """
         mask = read_values(path)
         if mask.ndim == 3:
-            return torch.from_numpy(self._of_colors(mask, path))
+            return torch.from_numpy(self.of_colors(mask, path))
         number = self._table[mask]
         if (number == UNKNOWN).any():
-            raise WrongMask(
-                f"{path!r} has the value {int(mask[number == UNKNOWN][0])}, which is neither one "
-                f"of the {len(self.classes)} classes of {self.source} nor void: correct the mask, "
-                f"name the class in {FILE}, or give data.void"
-            )
+            raise self.unknown(path, int(mask[number == UNKNOWN][0]))
         return torch.from_numpy(number)
+
+    @property
+    def known(self) -> set[int]:
+        """All values that a mask may have."""
+        return {*self.values, *self.void}
+
+    def unknown(self, path: str, value: int) -> WrongMask:
+        """The error of a mask with a value that is neither of a class nor void."""
+        return WrongMask(
+            f"{path!r} has the value {value}, which is neither one of the {len(self.classes)} "
+            f"classes of {self.source} nor void: correct the mask, name the class in {FILE}, or "
+            "give data.void"
+        )
 
     @cached_property
     def _table(self) -> npt.NDArray[np.int16]:
@@ -93,8 +103,12 @@ class Legend:
         table[list(self.void)] = VOID
         return table
 
-    def _of_colors(self, mask: Values, path: str) -> npt.NDArray[np.int16]:
-        """Colours, (H, W, 3) -> classes, (H, W)."""
+    def of_colors(self, mask: Values, path: str) -> npt.NDArray[np.int16]:
+        """Colours, (H, W, 3) -> classes, (H, W).
+
+        Raises:
+            WrongMask: If there are no colours, or others.
+        """
         if self.colors is None:
             raise WrongMask(
                 f"{path!r} is a colour image, and a mask holds numbers of classes: convert it to a "
@@ -125,16 +139,21 @@ def read_values(path: str) -> Values:
         UnreadableImage: If the file is damaged, or no image.
         WrongMask: If it is of a kind that cannot be a mask.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of sizes, which we check
+        return decode_values(path)
+
+
+def decode_values(path: str) -> Values:
+    """Do what `read_values` does, in any thread: the caller has to silence warnings for all."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes, which we check
-            with Image.open(path, formats=FORMATS) as image:
-                check_size(*image.size)
-                if image.mode.startswith("F"):
-                    raise WrongMask(f"{path!r} holds fractions, no numbers of classes")
-                if image.mode in ("RGB", "RGBA", "CMYK", "YCbCr"):
-                    return np.asarray(image.convert("RGB"))
-                pixels = np.asarray(image)  # of a palette the numbers, not the colours
+        with Image.open(path, formats=FORMATS) as image:
+            check_size(*image.size)
+            if image.mode.startswith("F"):
+                raise WrongMask(f"{path!r} holds fractions, no numbers of classes")
+            if image.mode in ("RGB", "RGBA", "CMYK", "YCbCr"):
+                return np.asarray(image.convert("RGB"))
+            pixels = np.asarray(image)  # of a palette the numbers, not the colours
     except WrongMask:
         raise
     except Exception as error:  # decoders raise whatever they like
@@ -146,26 +165,31 @@ def read_values(path: str) -> Values:
     return pixels.astype(np.uint16) if pixels.dtype.itemsize > 1 else pixels.astype(np.uint8)
 
 
-def read_legend(path: str, void: Sequence[int] | None = None) -> Legend:
+def read_legend(
+    path: str, void: Sequence[int] | None = None, totals: Totals | None = None
+) -> Legend:
     """Read a file of classes.
 
     Args:
         path: JSON: `{"classes": [names], "ignore_index": 255, "palette_rgb": [[r, g, b], ...],
-            "values": [...]}`. Without `values` the classes are 0, 1, 2, ...; one whose number is
-            the ignore_index is no class. Colours beyond those of the classes are void.
+            "values": [...]}`. Without `values` the classes are 0, 1, 2, ..., or where the training
+            masks have other values and as many as there are names, these in order; one whose
+            value is the ignore_index is no class. Colours beyond those of the classes are void.
         void: Values without a class, instead of the file's.
+        totals: The values of the training masks.
 
     Raises:
-        ValueError: If it is not such a file.
+        ValueError: If it is not such a file, or the training masks do not go with it.
     """
     try:
         with open(path, encoding="utf-8") as file:
             said = json.load(file)
         names = [str(name) for name in said["classes"]]
-        values = [int(v) for v in said.get("values", range(len(names)))]
+        values = [int(v) for v in said["values"]] if "values" in said else None
         colors = [_color(c) for c in said.get("palette_rgb") or ()]
-        ignored = said.get("ignore_index", ANY_VOID)
-        ignored = tuple(int(v) for v in (ignored if isinstance(ignored, list) else [ignored]))
+        if void is None and "ignore_index" in said:
+            ignored = said["ignore_index"]
+            void = [int(v) for v in (ignored if isinstance(ignored, list) else [ignored])]
     except OSError as error:
         raise ValueError(f"data.classes {path!r} cannot be read: {error.strerror}") from error
     except Exception as error:  # valid json can hold anything in any place
@@ -173,7 +197,10 @@ def read_legend(path: str, void: Sequence[int] | None = None) -> Legend:
             f'{path!r} is no file of classes such as {{"classes": ["road", "tree"], '
             f'"ignore_index": 255}}: {type(error).__name__} {error}'
         ) from error
-    void = ignored if void is None else tuple(void)
+    if values is None:
+        values = _number(len(names), void, totals or {}, path)
+    if void is None:
+        void = [ANY_VOID] if ANY_VOID not in values else []
     kept = [i for i, value in enumerate(values) if value not in void]
     if len(values) != len(names) or len({*values}) != len(values) or len(names) != len({*names}):
         raise ValueError(f"{path!r}: give each class one name and one value of its own")
@@ -189,80 +216,112 @@ def read_legend(path: str, void: Sequence[int] | None = None) -> Legend:
     return Legend(
         [names[i] for i in kept],
         [values[i] for i in kept],
-        void,
+        tuple(void),
         [colors[i] for i in kept] if colors else None,
         tuple(dropped),
         path,
     )
 
 
-def find_legend(root: str, paths: Sequence[str], void: Sequence[int] | None = None) -> Legend:
-    """Number the classes by the values that occur in masks: 0 to the greatest.
-
-    Masks of nothing but 0 and 255, as many tools write them, have these two classes.
+def find_legend(root: str, totals: Totals, void: Sequence[int] | None = None) -> Legend:
+    """Make a class of each value that occurs in the training masks.
 
     Args:
         root: The folder, for the errors.
-        paths: The masks.
-        void: Values without a class; None: 255.
+        totals: The values of the training masks.
+        void: Values without a class; None: 255, unless it is one of several gray levels.
 
     Raises:
-        ValueError: If there are not two classes.
+        ValueError: If there are not two classes, or most of the values are those of soft edges.
     """
-    counts = np.zeros(MOST, np.int64)
-    masks = _map(_values_or_nothing, paths, "Classes of the masks")
-    for path, mask in zip(paths, masks, strict=True):
-        if mask.ndim == 3:
-            Legend([], [])._of_colors(mask, path)
-        counts += np.bincount(mask.ravel(), minlength=MOST)
-    found = np.flatnonzero(counts).tolist()
-    if void is None and found == [0, ANY_VOID]:
-        return Legend(["0", str(ANY_VOID)], [0, ANY_VOID], (), source=root)
-    ignored = (ANY_VOID,) if void is None else tuple(void)
-    if void is None and found and max(found) > ANY_VOID:  # of 16 bits: a number like the others
-        ignored = ()
-    known = [value for value in found if value not in ignored]
-    if len(known) < 2:
+    found = _values(totals)
+    ignored = tuple(_usual_void(found) if void is None else void)
+    values = [value for value in found if value not in ignored]
+    if len(values) < 2:
         raise ValueError(
             f"the masks of {root!r} hold {' and '.join(map(str, found)) or 'nothing'} alone, which "
             f"leaves nothing to tell apart: give {FILE} with the names and values of two classes"
         )
-    values = [value for value in range(known[-1] + 1) if value not in ignored]
-    missing = len(values) - len(known)
+    check_edges(totals, root)
     rank_zero_info(
-        f"{len(values)} classes: the values {values[0]} to {values[-1]} of the training masks"
-        + (f", of which {missing} do not occur" if missing else "")
-        + f"; {FILE} in {root!r} would name them"
+        f"{len(values)} classes: the values {shortened(values)} of the training masks; {FILE} in "
+        f"{root!r} would name them"
     )
     return Legend([str(value) for value in values], values, ignored, source=root)
 
 
-def count_classes(paths: Sequence[str], legend: Legend) -> list[int]:
-    """Count the pixels of each class."""
-    counts = np.zeros(len(legend.classes), np.int64)
-    for mask in _map(legend.read, paths, "Pixels of each class"):
-        classes = mask[mask >= 0].numpy()
-        counts += np.bincount(classes, minlength=len(counts))
-    return [int(n) for n in counts]
+def edge_values(totals: Totals) -> list[int]:
+    """Find the values of soft edges: many, between others, and hardly ever side by side.
+
+    Classes have areas. What interpolation or JPEG puts between them has not: of its pixels few
+    have the same value as those beside and below them.
+    """
+    areas = [v for v, (pixels, blocks) in totals.items() if blocks >= AREA * pixels and v != VOID]
+    if not areas:
+        return []
+    edges = [v for v in totals if v not in areas and min(areas) < v < max(areas)]
+    return edges if len(edges) >= max(EDGES, len(areas)) else []
 
 
-def _values_or_nothing(path: str) -> Values:
-    try:
-        return read_values(path)
-    except UnreadableImage:  # reported when its image's turn comes
-        return np.zeros((0, 0), np.uint8)
+def check_edges(totals: Totals, source: str) -> None:
+    """Refuse masks with soft edges, whose values are no classes.
+
+    Raises:
+        ValueError: With the remedy.
+    """
+    if not (edges := edge_values(totals)):
+        return
+    share = sum(totals[v][0] for v in edges) / sum(pixels for pixels, _ in totals.values())
+    main = sorted(sorted(totals, key=lambda v: -totals[v][0])[:2])
+    raise ValueError(
+        f"{len(edges)} of the {len(totals)} values in the training masks ({shortened(edges)}) "
+        f"occur at edges alone, in {share:.1%} of the pixels of {source!r}: the masks were "
+        "interpolated or compressed. Make them with nearest neighbours, or give the classes' own "
+        f'"values" in {FILE}, such as {main}: all others are then ignored'
+    )
 
 
-def _map(function: Any, paths: Sequence[str], desc: str) -> Iterable[Any]:
-    """Apply a function to files, several at a time: decoders leave Python's lock alone."""
-    with (
-        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-        Bar(total=len(paths), desc=desc, leave=False, delay=1.0) as bar,
-    ):
-        for start in range(0, len(paths), 1024):  # not all results at once
-            for result in pool.map(function, paths[start : start + 1024]):
-                bar.update()
-                yield result
+def shortened(values: Sequence[int]) -> str:
+    """Write numbers in one line, of many the first and the last."""
+    texts = [str(value) for value in values]
+    return ", ".join(texts if len(texts) <= SHOWN else [*texts[: SHOWN - 2], "...", texts[-1]])
+
+
+def _number(names: int, void: Sequence[int] | None, totals: Totals, path: str) -> list[int]:
+    """The values of named classes: 0, 1, 2, ..., or those of the training masks in order."""
+    found = _values(totals)
+    ignored = _usual_void(found) if void is None else void
+    known = [value for value in found if value not in ignored]
+    if all(value < names for value in known):
+        return list(range(names))
+    choices = [known, found]
+    if void is None:
+        choices.append([value for value in found if value != ANY_VOID])
+    for values in choices:
+        if len(values) == names:
+            rank_zero_info(
+                f"the {names} classes of {path!r} are the values {shortened(values)} of the "
+                'training masks, in this order ("values" there would say otherwise)'
+            )
+            return values
+    check_edges(totals, path)
+    return list(range(names))
+
+
+def _usual_void(found: Sequence[int]) -> list[int]:
+    """What has no class if nobody says so: 255, unless it is a number like the others.
+
+    It is in masks of 16 bits with greater ones, and as the last of evenly spaced gray levels, such
+    as 0, 255 or 0, 128, 255.
+    """
+    if len(found) > 1 and found[0] == 0 and found[-1] == ANY_VOID:
+        gaps = np.diff(found)
+        return [] if max(gaps) <= 2 * min(gaps) else [ANY_VOID]
+    return [] if found and found[-1] > ANY_VOID else [ANY_VOID]
+
+
+def _values(totals: Totals) -> list[int]:
+    return sorted(value for value in totals if value != VOID)
 
 
 def _color(values: Sequence[int]) -> Color:

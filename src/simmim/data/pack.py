@@ -26,7 +26,7 @@ from simmim.bar import Bar
 from simmim.data.bad_files import escape
 from simmim.data.decode import UnreadableImage, decode_pixels, is_dicom, reason_of
 from simmim.data.index import FileIndex, check_folder
-from simmim.data.layout import read_split, read_unsplit
+from simmim.data.layout import IMAGES, read_split, read_unsplit
 from simmim.data.scans import Intensity
 from simmim.data.shards import (
     Packed,
@@ -214,7 +214,8 @@ def _plan(root: str) -> tuple[dict[str, FileIndex], dict[str, PackedPart]]:
     files = split or {"train": read_unsplit(root)}
     parts = {
         name: PackedPart(
-            os.path.basename(index.root) if split else "",
+            # train of train/images and of images/train, where there are masks
+            os.path.basename(index.root.removesuffix(f"{os.sep}{IMAGES}")) if split else "",
             index.classes,
             sorted(index.suffixes),
             len(index),

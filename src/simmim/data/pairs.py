@@ -11,9 +11,7 @@ from torch import Tensor
 
 from simmim.data.index import FileIndex, check_folder, find_parts
 from simmim.data.index_cache import Kept, digest_of, keep, lies_within
-from simmim.data.layout import read_folder, split_off
-
-IMAGES, MASKS = "images", "masks"
+from simmim.data.layout import IMAGES, MASKS, read_folder, split_off
 
 
 @dataclass(frozen=True)
@@ -32,10 +30,9 @@ class Pairs:
     partners: Tensor
     places: npt.NDArray[np.int64] | None = None
 
-    def mask_paths(self) -> list[str]:
-        """Paths of the masks of the chosen images."""
-        partners = self.partners if self.places is None else self.partners[self.places]
-        return [self.masks.path(place) for place in partners.tolist()]
+    def mask_places(self) -> Tensor:
+        """Places of the masks of the chosen images."""
+        return self.partners if self.places is None else self.partners[self.places]
 
 
 def read_pairs(
@@ -71,6 +68,11 @@ def read_pairs(
         if len(validates):
             parts["val"] = Pairs(whole.images, whole.masks, whole.partners, validates)
     return parts
+
+
+def has_pairs(root: str) -> bool:
+    """Whether a folder has images/ and masks/, or its train/ has."""
+    return all(map(os.path.isdir, _find_folders(root)["train"]))
 
 
 def without_masks(files: FileIndex) -> npt.NDArray[np.int64] | None:

@@ -1,9 +1,11 @@
 """The data module of segmentation: images with masks, crops to train with, whole ones to score."""
 
 import os
+from dataclasses import replace
 from math import inf
 from typing import Any, Literal
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -20,19 +22,26 @@ from simmim.data.joint import PairCrop, Whole
 from simmim.data.layout import read_folder
 from simmim.data.legend import (
     FILE,
+    VOID,
     Color,
     Legend,
+    Totals,
     WrongMask,
-    count_classes,
+    edge_values,
     find_legend,
     read_legend,
+    shortened,
 )
-from simmim.data.loaders import LoaderModule
+from simmim.data.loaders import SPLITS, LoaderModule
 from simmim.data.pairs import Pairs, read_pairs, without_masks
 from simmim.data.scans import Intensity
 from simmim.data.split import check_group_pattern
 from simmim.data.statistics import check_statistics
+from simmim.data.summary import DataSummary, LeftOut, SplitSummary
 from simmim.data.transforms import CenterCrop
+from simmim.data.value_counts import ValueCounts, count_values
+
+MANY = 0.001  # of the pixels: ignored ones that may be those of a class which has none
 
 
 class SegmentationData(LoaderModule):
@@ -50,9 +59,9 @@ class SegmentationData(LoaderModule):
             and masks/. For predict any folder of images.
         classes: JSON file of class names: {"classes": ["road", ...], "ignore_index": 255,
             "palette_rgb": [[128, 64, 128], ...]}; the two last, and "values", are optional. By
-            default classes.json in root; without it the values of the training masks are numbered.
+            default classes.json in root; without it each value of the training masks is a class.
         void: Value, or values, of pixels without a class, which have no loss and no score; by
-            default the ignore_index of the classes, or 255.
+            default the ignore_index of the classes, or 255 unless that is one of the classes.
         img_size: Height and width of a training crop and of the window that slides over an image
             that is evaluated; one number, or [height, width]. For a model it is said there.
         in_chans: Channels: gray images become three equal ones, colour its luminance.
@@ -153,10 +162,10 @@ class SegmentationData(LoaderModule):
         self.std: tuple[float, ...] | None = None
 
     def prepare_data(self) -> None:
-        """Measure statistics, once on each machine."""
-        if self._measures():  # into the cache, for the other processes
-            self._setup_parts()
-            if self._trains():
+        """Read the masks and measure statistics, once on each machine."""
+        if self.trainer is None or self.trainer.state.fn != "predict":
+            self._setup_parts()  # into the cache, for the other processes
+            if self._measures() and self._trains():
                 self._statistics()
 
     def setup(self, stage: str | None = None) -> None:
@@ -197,32 +206,89 @@ class SegmentationData(LoaderModule):
 
     @property
     def class_counts(self) -> list[int]:
-        """Training pixels of each class; all masks are read for it."""
-        training = self.sets["training"]
+        """Training pixels of each class."""
+        return list(self._count(self.sets["training"]).class_counts)
+
+    def summary(self) -> DataSummary:
+        """Count the pixels of each class, and those without one."""
+        return replace(super().summary(), unit="pixels", classes=self.classes, needs_labels=True)
+
+    def _count(self, data: ImageData) -> SplitSummary:
+        assert isinstance(data, MaskedImages)
         assert self.legend is not None
-        assert isinstance(training, MaskedImages)
-        paths = [training.mask_path(index) for index in range(len(training))]
-        return count_classes(paths, self.legend)
+        totals, void = data.totals, self.legend.void
+        ignored = [(v, totals[v][0]) for v in void if v in totals]
+        pixels = sum(n for _, n in ignored) + totals.get(VOID, (0, 0))[0]
+        left_out = []
+        if pixels:
+            values = shortened([v for v, _ in ignored]) or "colours without a class"
+            left_out = [LeftOut("pixels", f"ignored, as data.void says ({values})", pixels)]
+        if unreadable := data.counts.unreadable(data.pairs.mask_places()):
+            first = data.pairs.masks.path(unreadable[0])
+            left_out.append(LeftOut("masks", "cannot be read", len(unreadable), first))
+        counts = [totals.get(value, (0, 0))[0] for value in self.legend.values]
+        return SplitSummary(len(data), {}, counts, left_out)
 
     def _setup_parts(self) -> None:
         parts = read_pairs(self.root, self.val_fraction, self.split_seed, self.group_pattern)
-        self.legend = self._find_legend(parts["train"])
-        self.sets["training"] = self._make(parts["train"], self.train_transform)
-        for part, name in {"val": "validation", "test": "test"}.items():
-            if part in parts:
-                self.sets[name] = self._make(parts[part], self.val_transform)
+        file = os.path.expanduser(self.classes_file or os.path.join(self.root, FILE))
+        named = self.classes_file is not None or os.path.exists(file)
+        colors = read_legend(file, self.void) if named else None
+        masks = {pairs.masks.root: pairs.masks for pairs in parts.values()}
+        counted = {root: count_values(index, colors) for root, index in masks.items()}
+        counts = {part: counted[pairs.masks.root] for part, pairs in parts.items()}
+        totals = {part: counts[part].totals(pairs.mask_places()) for part, pairs in parts.items()}
+        if named:
+            self.legend = read_legend(file, self.void, totals["train"])
+            self._check_classes(self.legend, totals["train"])
+        else:
+            self.legend = find_legend(self.root, totals["train"], self.void)
+        may_ignore = not named or bool(edge_values(totals["train"]))
+        for part, pairs in parts.items():
+            strange = [v for v in totals[part] if v not in (*self.legend.known, VOID)]
+            if not strange:
+                continue
+            path = pairs.masks.path(counts[part].first_with(strange[0], pairs.mask_places()))
+            if may_ignore:
+                n = sum(totals[part][value][0] for value in strange)
+                rank_zero_warn(
+                    f"{n:,} of the pixels of {part} have values that are no class "
+                    f"({shortened(strange)}), first in {path!r}: they are ignored"
+                )
+                self.legend = replace(self.legend, void=(*self.legend.void, *strange))
+            elif part != "test":
+                raise self.legend.unknown(path, strange[0])
+        for part, pairs in parts.items():
+            transform = self.train_transform if part == "train" else self.val_transform
+            data = self._make(pairs, counts[part], transform)
+            self.sets[SPLITS[part]] = data
         self._measure_window()
 
-    def _find_legend(self, training: Pairs) -> Legend:
-        file = self.classes_file or os.path.join(self.root, FILE)
-        if self.classes_file is not None or os.path.exists(file):
-            return read_legend(os.path.expanduser(file), self.void)
-        return find_legend(self.root, training.mask_paths(), self.void)
+    def _check_classes(self, legend: Legend, totals: Totals) -> None:
+        """Refuse, or warn of, named classes without a pixel where other pixels are ignored."""
+        ignored = [value for value in totals if value in legend.void]
+        missing = [
+            name
+            for name, value in zip(legend.classes, legend.values, strict=True)
+            if value not in totals
+        ]
+        pixels = sum(totals[value][0] for value in ignored)
+        if not missing or pixels < MANY * sum(n for n, _ in totals.values()):
+            return
+        sentence = (
+            f"the training masks have no pixel of {missing[0]!r}, but {pixels:,} pixels of the "
+            f"values {shortened(ignored)}, which are ignored: if these are the class, give "
+            f'"values" in {legend.source!r}, one for each class, and no such ignore_index'
+        )
+        if len(legend.classes) - len(missing) < 2 and self._trains():
+            raise ValueError(sentence)
+        rank_zero_warn(sentence)
 
-    def _make(self, pairs: Pairs, transform: Transform) -> ImageData:
+    def _make(self, pairs: Pairs, counts: ValueCounts, transform: Transform) -> ImageData:
         assert self.legend is not None
         return MaskedImages(
             pairs,
+            counts,
             self.legend,
             transform,
             in_chans=self.in_chans,
@@ -261,25 +327,43 @@ class MaskedImages(ImageData):
 
     Args:
         pairs: Which.
+        counts: The values of all masks.
         legend: What the masks mean.
         transform: Takes ((C, H, W), (H, W)) and uniform random numbers, gives a dict.
         kwargs: As in `ImageData`.
     """
 
-    def __init__(self, pairs: Pairs, legend: Legend, transform: Transform, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        pairs: Pairs,
+        counts: ValueCounts,
+        legend: Legend,
+        transform: Transform,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(
             pairs.images, transform, pairs.places, labelled=False, whole=True, **kwargs
         )
-        self.masks, self.partners, self.legend = pairs.masks, pairs.partners, legend
+        self.pairs, self.counts, self.legend = pairs, counts, legend
+
+    @property
+    def totals(self) -> Totals:
+        """Pixels of each value in all masks."""
+        return self.counts.totals(self.pairs.mask_places())
 
     def mask_path(self, index: int) -> str:
         """Path of the mask of a sample."""
-        return self.masks.path(int(self.partners[self._place(index)]))
+        return self.pairs.masks.path(int(self.pairs.partners[self._place(index)]))
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """Read an image, (C, H, W), and its mask, (H, W)."""
-        image, path = super().read(index), self.mask_path(index)
+        """Read an image, (C, H, W), and its mask, (H, W).
+
+        The image is left as it is stored where EXIF would turn it away from its mask's size.
+        """
+        image, path = self.read_image(index), self.mask_path(index)
         mask = self.legend.read(path)
+        if mask.shape != image.shape[1:] and mask.shape == image.shape[:0:-1]:
+            image = self.read_image(index, oriented=False)
         if mask.shape != image.shape[1:]:
             (height, width), (rows, columns) = image.shape[1:], mask.shape
             raise WrongMask(

@@ -176,12 +176,9 @@ def find_files(
         for place in places[choose(len(places), sample)].tolist():
             label = -1 if labels is None else int(labels[place])
             files.append(File(name, place, below(data.root, part.files, place), label))
-    if "images" in classes and set(classes) <= {"images", "masks"}:
-        # Of segmentation or detection: these are no classes, and masks are no images.
-        kept = [file for file in files if classes[file.label] == "images"]
-        number = classes.index("images")
-        counts = {name: Counter({-1: labelled[number]}) for name, labelled in counts.items()}
-        files, classes = [replace(file, label=-1) for file in kept], []
+    if classes == ["images"]:  # of detection: it is no class
+        counts = {name: Counter({-1: labelled.total()}) for name, labelled in counts.items()}
+        files, classes = [replace(file, label=-1) for file in files], []
     crop = data.train_transform
     assert isinstance(crop, RandomCrop)
     indices = {name: part.files for name, part in parts.items()}
