@@ -86,6 +86,16 @@ def test_parts_that_exist_are_taken(tmp_path: Path, make_images: Make) -> None:
     assert len(module.test_dataloader().dataset) == 6
 
 
+def test_training_and_testing_are_train_and_test(tmp_path: Path, make_images: Make) -> None:
+    for folder in ("Training/glioma", "Training/none", "Testing/glioma", "Testing/none"):
+        make_images(tmp_path / folder, 10 if folder[1] == "r" else 4)
+    module = data(tmp_path)
+    counts = {name: len(images) for name, images in module.sets.items()}
+    assert (module.classes, counts["training"], counts["validation"]) == (["glioma", "none"], 18, 2)
+    assert all("Testing" in module.sets["test"].path(i) for i in range(counts["test"]))
+    assert (counts["test"], module.has_labels) == (8, True)
+
+
 def test_a_folder_without_parts_is_split(classes: Path) -> None:
     module = data(classes, val_fraction=0.2)
     train, val = names(module, "training"), names(module, "validation")
@@ -111,7 +121,7 @@ def test_labels_only_where_all_parts_have_them(tmp_path: Path, make_images: Make
     assert not data(tmp_path).has_labels
 
 
-@pytest.mark.parametrize("parts", [["val"], ["Valid", "test"]])
+@pytest.mark.parametrize("parts", [["val"], ["Valid", "test"], ["Testing", "dev", "tst_set"]])
 def test_parts_without_a_train_are_no_classes(
     tmp_path: Path, make_images: Make, parts: list[str]
 ) -> None:
@@ -122,6 +132,15 @@ def test_parts_without_a_train_are_no_classes(
     data = ImageFolderData(str(tmp_path), img_size=32)
     data.setup("predict")  # which reads all there is
     assert len(data.sets["predict"]) == 4 * len(parts)
+
+
+def test_folders_that_mention_splits_are_no_classes(tmp_path: Path, make_images: Make) -> None:
+    for name in ("seg_train", "seg_test"):
+        make_images(tmp_path / name / "forest", 4)
+    with pytest.raises(ValueError, match=r"seg_test/, seg_train/ in .* call them train/, val/"):
+        data(tmp_path)
+    make_images(tmp_path / "shoes", 4)
+    assert data(tmp_path).classes == ["seg_test", "seg_train", "shoes"]
 
 
 def test_a_val_among_classes_is_said_to_be_one(tmp_path: Path, make_images: Make) -> None:

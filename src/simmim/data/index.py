@@ -6,6 +6,7 @@ spawned ones map the file that index_cache.py keeps, or get the tensors through 
 """
 
 import os
+import re
 import stat
 from array import array
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,14 @@ SUFFIXES = (
 )
 MAX_BYTES = 2**30  # of a file
 CHUNK = 2**16  # names that are made into text at a time
-PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+SPLIT_WORDS = {  # what the folder of a split is called; of two, the first is read
+    "train": ("train", "training", "trn", "trainval"),
+    "val": ("val", "valid", "validation", "dev", "eval", "evaluation"),
+    "test": ("test", "testing", "tests", "tst", "holdout"),
+}
+SPLIT_OF = {word: split for split, words in SPLIT_WORDS.items() for word in words}
+FILLERS = "(?:data|folder|images?|imgs?|part|set|split)*"  # as in train_set and images_val
+SPLIT_NAME = re.compile(rf"({FILLERS})({'|'.join(SPLIT_OF)})({FILLERS}(?:(?:19|20)\d\d)?)")
 
 
 @dataclass(frozen=True)
@@ -125,26 +133,62 @@ def check_folder(root: str, option: str = "data.root") -> None:
         raise ValueError(f"{option} {root!r} does not exist: give a folder of images")
 
 
+def split_of(folder: str) -> str | None:
+    """The split that a folder is by its name: "train", "val" or "test"; None if it is another.
+
+    Upper and lower case, separators, words such as "set" or "images", and a year at the end do not
+    matter: TRAIN, training_set, images-val, test2017.
+    """
+    match = _match_split(folder)
+    return SPLIT_OF[match[2]] if match else None
+
+
 def find_parts(root: str) -> dict[str, str]:
-    """Find the folders train/, val/ (or valid/, validation/) and test/, in upper or lower case.
+    """Find the folders of the splits by their names, see `split_of`.
 
     Returns:
-        The folders there are, by "train", "val" and "test"; empty unless there is a train/, for
-        then the folder is to be split by us.
+        The folders there are, by "train", "val" and "test"; empty unless there is one to train on,
+        for then the folder is to be split by us.
     """
-    entries = sorted(os.scandir(root), key=lambda entry: entry.name)
-    folders = [entry.path for entry in entries if _is_folder(entry)]
-    parts: dict[str, list[str]] = {}
-    for part, names in PARTS.items():
-        of_part = [f for name in names for f in folders if os.path.basename(f).lower() == name]
-        if of_part:
-            parts[part] = of_part
-    if "train" not in parts:
+    folders = sorted(e.name for e in os.scandir(root) if _is_folder(e) and e.name[0] != ".")
+    matches = {name: match for name in folders if (match := _match_split(name))}
+    parts: dict[str, list[str]] = {split: [] for split in SPLIT_WORDS}
+    for name in sorted(matches, key=lambda name: (list(SPLIT_OF).index(matches[name][2]), name)):
+        parts[SPLIT_OF[matches[name][2]]].append(name)
+    if not parts["train"]:
         return {}
-    for first, *others in parts.values():
+    # Of several, those that are called alike: val2017 goes with train2017, not val2014.
+    like = min(matches[name].group(1, 3) for name in parts["train"])
+    for of_split in parts.values():
+        of_split.sort(key=lambda name: matches[name].group(1, 3) != like)
+    beside = [f for f in folders if f not in matches and _has_images(os.path.join(root, f))]
+    train = parts["train"][0]
+    alone = len(matches) == 1 and matches[train][0] in SPLIT_WORDS["train"][1:]
+    if alone and beside and _has_images(os.path.join(root, train)):
+        return {}  # a class like those beside it
+    for first, *others in filter(None, parts.values()):
         for other in others:
-            rank_zero_warn(f"{other} is not read: {first} is the same part, and comes before it")
-    return {part: of_part[0] for part, of_part in parts.items()}
+            rank_zero_warn(
+                f"{os.path.join(root, other)} is not read: {os.path.join(root, first)} is the same "
+                "part, and comes before it"
+            )
+    if beside:
+        unread = ", ".join(f"{name}/" for name in beside)
+        rank_zero_warn(f"{unread} in {root} is not read: {train}/ beside it is what is trained on")
+    return {split: os.path.join(root, names[0]) for split, names in parts.items() if names}
+
+
+def _match_split(folder: str) -> re.Match[str] | None:
+    return SPLIT_NAME.fullmatch(re.sub(r"[\W_]+", "", folder.lower()))
+
+
+def _has_images(folder: str) -> bool:
+    """Whether an image lies right in a folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return any(e.name.lower().endswith(SUFFIXES) and e.name[0] != "." for e in entries)
+    except OSError:  # no right to: told when it is read
+        return False
 
 
 def scan(root: str) -> FileIndex:
