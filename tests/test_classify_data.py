@@ -112,6 +112,13 @@ def test_impossible_choices_are_refused_in_one_sentence(folder: Path, tmp_path: 
             data(folder, labels_per_class=amount)
     with pytest.raises(ValueError, match="no labels"):
         data(folder / "cat")
+    with pytest.raises(ValueError, match=r"only folder below .* which holds the folders .*cat"):
+        data(folder.parent)
+    stray = min((folder / "cat").iterdir())
+    stray.rename(folder / stray.name)
+    with pytest.raises(ValueError, match=rf"\({stray.name}\) lies beside the class folders"):
+        data(folder)
+    (folder / stray.name).rename(stray)
     with pytest.raises(ValueError, match="timm's notation"):
         data(folder, randaugment="strong")
     with pytest.raises(ValueError, match=r"needs data\.labels"):

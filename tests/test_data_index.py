@@ -11,6 +11,7 @@ import torch
 from torchvision.datasets import ImageFolder
 
 from simmim.data.index import find_parts, scan, split_of
+from simmim.data.summary import LeftOut
 
 TREE = [
     "b/2.png", "b/10.PNG", "b/x/1.jpg", "b/x-y/1.jpg", "b/x/z/1.webp", "b/Z.jpeg",
@@ -46,6 +47,50 @@ def test_shared_data_is_indexed_as_by_torchvision() -> None:
     assert index.labels is not None
     assert index.labels.tolist() == theirs.targets
     assert [index.path(i) for i in range(len(index))] == [path for path, _ in theirs.samples]
+
+
+@pytest.mark.parametrize("ending", ["jfif", "JPE", "jif", "apng", "dib", "pbm", "j2k"])
+def test_other_endings_of_formats_that_can_be_read(ending: str, tmp_path: Path) -> None:
+    index = scan(str(touch(tmp_path, ["apple/1.png", f"plum/1.{ending}"])))
+    assert (index.classes, list(index.left_out)) == (["apple", "plum"], [])
+
+
+@pytest.mark.parametrize("ending", ["heic", "HEIF", "jxl", "svg", "psd", "dng", "exr", "nii.gz"])
+def test_images_that_are_not_read_are_counted(ending: str, tmp_path: Path) -> None:
+    touch(tmp_path, ["a/1.png", f"a/2.{ending}", "a/3.txt", f"plum/1.{ending}", "b/.hidden.heic"])
+    reason = f".{ending.lower()} is not read here"
+    assert list(scan(str(tmp_path)).left_out) == [
+        LeftOut("files", reason, 2, f"a/2.{ending}"), LeftOut("class folders", reason, 1, "plum/")
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=rf"holds no images: 1 files left out: {reason}"):
+        scan(str(tmp_path / "plum"))
+
+
+def test_pictures_that_runs_and_doctor_draw_are_no_data(tmp_path: Path) -> None:
+    run = [f"runs/x/{name}" for name in ("config.yaml", "metrics.csv", "checkpoints/last.ckpt")]
+    drawn = ["runs/x/reconstructions/1.png", "contact_sheet.png", "doctor.json"]
+    touch(tmp_path, ["cat/1.png", "dog/1.png", *run, *drawn])
+    assert names(tmp_path) == ["cat/1.png", "dog/1.png"]
+
+
+@pytest.mark.parametrize(
+    ("files", "hint"),
+    [
+        ("cat/1.png cat/2.png dog/1.png cover.png",
+         "1 of 4 images (cover.png) lies beside the class folders, so they are not taken for "
+         "classes: move it"),
+        ("cat/1.png cat/2.png dog/1.png dog/2.png a.png b.png",
+         "2 of 6 images (a.png and others) lie beside the class folders, so they are not taken for "
+         "classes: move them"),
+        ("set/cat/1.png set/dog/1.png",
+         "the only folder below {0} is set/, which holds the folders cat, dog: give {0}/set"),
+        ("a.png b.png c.png cat/1.png dog/1.png", ""),
+        ("cat/1.png dog/1.png", ""),
+        ("images/1.png", ""),
+    ],
+)  # fmt: skip
+def test_what_keeps_folders_from_being_classes(files: str, hint: str, tmp_path: Path) -> None:
+    assert scan(str(touch(tmp_path, files.split()))).hint == hint.format(tmp_path)
 
 
 def test_loose_images_mean_no_classes(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import os
 import re
 import stat
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -18,11 +19,19 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from simmim.bar import Bar
+from simmim.data.summary import LeftOut
 
 # torchvision's nine endings, and what else people keep scans and pictures in.
 SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
-    *(".gif", ".avif", ".jp2", ".dcm", ".npy"),
+    *(".gif", ".avif", ".jp2", ".dcm", ".npy", *(".jfif", ".jpe", ".jif", ".mpo", ".apng", ".dib")),
+    *(".pbm", ".pnm", ".j2k", ".jpc", ".jpf", ".jpx"),
+)
+UNREAD = (  # images all the same, but not of formats that decode.py reads
+    *(".heic", ".heif", ".hif", ".jxl", ".svg", ".svgz", ".psd", ".psb", ".eps", ".ico", ".icns"),
+    *(".exr", ".hdr", ".tga", ".pcx", ".dds", ".sgi", ".xcf", ".pfm", ".avifs"),
+    *(".cr2", ".cr3", ".nef", ".nrw", ".arw", ".dng", ".orf", ".rw2", ".raf", ".pef", ".srw"),
+    *(".nii", ".nii.gz", ".nrrd", ".mha", ".mhd", ".svs", ".ndpi", ".czi", ".lif", ".nd2"),
 )
 MAX_BYTES = 2**30  # of a file
 CHUNK = 2**16  # names that are made into text at a time
@@ -50,6 +59,8 @@ class FileIndex:
             the root.
         suffixes: Endings that occur, in lower case.
         digest: Hash of the names, where it is known already; "" otherwise.
+        left_out: Images that are not read, by their endings.
+        hint: What is wrong with the folders that might be classes; "" where nothing is.
     """
 
     root: str
@@ -59,6 +70,8 @@ class FileIndex:
     classes: list[str]
     suffixes: frozenset[str]
     digest: str = field(default="", kw_only=True)
+    left_out: Sequence[LeftOut] = field(default=(), kw_only=True)
+    hint: str = field(default="", kw_only=True)
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -214,6 +227,7 @@ class Folder:
         suffixes: Their endings.
         stamp: What `folder_stamp` said just before it was read.
         refused: Why it could not be read; "" where it could.
+        unread: Relative paths of images that are not read, by their endings.
     """
 
     relative: str
@@ -222,6 +236,7 @@ class Folder:
     suffixes: set[str] = field(default_factory=set)
     stamp: tuple[int, int] = (0, 0)
     refused: str = ""
+    unread: dict[str, list[str]] = field(default_factory=dict, compare=False)
 
 
 def folder_stamp(path: str) -> tuple[int, int]:
@@ -272,14 +287,17 @@ def join_folders(root: str, visited: Sequence[Folder]) -> FileIndex:
         if classes:
             label = number[folder.relative.split("/")[0]]
             labels.extend(array("q", [label]) * len(folder.lengths))
+    left_out = _left_out(visited, {folder.relative.split("/")[0] for folder in folders})
     if len(lengths) == 1:
         if any(name.endswith(".arrow") for name in os.listdir(root)):
             raise ValueError(
                 f"{root!r} holds shards, but no packed.json, which says what is in them: copy that "
                 "as well, or pack the images anew"
             )
+        unread = "".join(f"{one}; " for one in left_out)
         raise ValueError(
-            f"{root!r} holds no images: give a folder with files that end in {', '.join(SUFFIXES)}"
+            f"{root!r} holds no images: {unread}give a folder with files that end in "
+            f"{', '.join(SUFFIXES)}"
         )
     return FileIndex(
         root,
@@ -288,7 +306,56 @@ def join_folders(root: str, visited: Sequence[Folder]) -> FileIndex:
         torch.frombuffer(labels, dtype=torch.int64) if classes else None,
         classes,
         frozenset(suffix for folder in folders for suffix in folder.suffixes),
+        left_out=left_out,
+        hint=_hint(root, folders),
     )
+
+
+def _left_out(visited: Sequence[Folder], read: set[str]) -> list[LeftOut]:
+    """Count the images that are not read, and the folders right below the root without others."""
+    files: dict[str, list[str]] = {}
+    classes: dict[str, str] = {}
+    for folder in sorted(visited):
+        for suffix, names in folder.unread.items():
+            files.setdefault(suffix, []).extend(names)
+            top = folder.relative.split("/")[0]
+            if top and top not in read:
+                classes.setdefault(top, suffix)
+    of_suffix = [LeftOut("files", f"{s} is not read here", len(n), n[0]) for s, n in files.items()]
+    reasons = Counter(classes.values())
+    return of_suffix + [
+        LeftOut(
+            "class folders",
+            f"{suffix} is not read here",
+            n,
+            next(f"{top}/" for top, of_top in classes.items() if of_top == suffix),
+        )
+        for suffix, n in reasons.items()
+        if read
+    ]
+
+
+def _hint(root: str, folders: Sequence[Folder]) -> str:
+    """What keeps folders from being classes, if little does."""
+    count = sum(len(folder.lengths) for folder in folders)
+    loose = sum(len(folder.lengths) for folder in folders if not folder.relative)
+    tops = _classes([folder for folder in folders if folder.relative])
+    if loose and len(tops) > 1 and loose < count / 2:
+        stray = next(f for f in folders if not f.relative)
+        name = os.fsdecode(stray.names[: stray.lengths[0]])
+        return (
+            f"{loose:,} of {count:,} images ({name}{' and others' * (loose > 1)}) "
+            f"{'lie' if loose > 1 else 'lies'} beside the class folders, so they are not taken for "
+            f"classes: move {'them' if loose > 1 else 'it'}"
+        )
+    below = sorted({"/".join(f.relative.split("/")[1:2]) for f in folders})
+    if len(tops) == 1 and not loose and len(below) > 1 and "" not in below:
+        some = ", ".join(below[:3]) + (", ..." if len(below) > 3 else "")
+        return (
+            f"the only folder below {root} is {tops[0]}/, which holds the folders {some}: "
+            f"give {os.path.join(root, tops[0])}"
+        )
+    return ""
 
 
 def _walk(root: str) -> Iterator[Folder]:
@@ -306,12 +373,23 @@ def _walk(root: str) -> Iterator[Folder]:
             continue  # a link to a folder that this one lies in
         prefix = f"{relative}/" if relative else ""
         visible = [e for e in entries if not e.name.startswith(".") and e.name != "__MACOSX"]
+        files = {e.name for e in visible}
+        if relative and files >= {"config.yaml", "metrics.csv", "checkpoints"}:
+            visible = []  # a run in the folder that it trains on: its pictures are no data
+        if "doctor.json" in files:
+            visible = [e for e in visible if e.name != "contact_sheet.png"]
         waiting += [(prefix + e.name, (*above, here)) for e in visible if _is_folder(e)]
         yield from (Folder(prefix + e.name) for e in visible if _leads_nowhere(e))
         images = [e.name for e in visible if e.name.lower().endswith(SUFFIXES) and _is_file(e)]
         encoded = [os.fsencode(prefix + name) for name in images]
         suffixes = {os.path.splitext(name)[1].lower() for name in images}
-        yield Folder(relative, b"".join(encoded), [len(e) for e in encoded], suffixes, stamp)
+        unread: dict[str, list[str]] = {}
+        for entry in visible:
+            if (name := entry.name.lower()).endswith(UNREAD) and _is_file(entry):
+                suffix = next(suffix for suffix in UNREAD if name.endswith(suffix))
+                unread.setdefault(suffix, []).append(prefix + entry.name)
+        lengths = [len(e) for e in encoded]
+        yield Folder(relative, b"".join(encoded), lengths, suffixes, stamp, unread=unread)
 
 
 def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
