@@ -104,7 +104,8 @@ def test_a_folder_without_parts_is_split(classes: Path) -> None:
     assert names(module, "probe") == train
     assert module.class_counts == [8, 8]
     assert names(data(classes, val_fraction=0.2, split_seed=1), "validation") != val
-    assert len(module.test_dataloader().dataset) == 4  # without test/, the validation images
+    with pytest.warns(UserWarning, match="has no test/, so test/ scores its validation images"):
+        assert len(module.test_dataloader().dataset) == 4
 
 
 def test_no_class_folders_no_labels(tmp_path: Path, make_images: Make) -> None:
@@ -113,6 +114,29 @@ def test_no_class_folders_no_labels(tmp_path: Path, make_images: Make) -> None:
     assert (module.has_labels, module.classes, module.class_counts) == (False, [], [])
     for loader in (module.train_dataloader(), module.val_dataloader(), module.probe_dataloader()):
         assert "label" not in next(iter(loader))
+
+
+def test_a_stray_image_and_a_class_without_reader_are_told(classes: Path) -> None:
+    (classes / "plum").mkdir()
+    (classes / "plum" / "1.heic").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"class folders left out: .heic is not read .*plum/"):
+        summary = data(classes).summary()
+    assert "train: 1 files left out: .heic is not read here" in summary.table()
+    (classes / "plum" / "1.heic").unlink()
+    min((classes / "dog").iterdir()).rename(classes / "cover.jpg")
+    with pytest.warns(UserWarning, match=r"1 of 20 images \(cover.jpg\) lies beside the class"):
+        assert not data(classes).has_labels
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "told"), [(14, "4 of 18 .* --data.batch_size 9 leaves out 0"), (9, "")]
+)
+def test_a_batch_of_more_than_half_the_folder_is_told(
+    classes: Path, batch_size: int, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        data(classes, batch_size=batch_size).train_dataloader()
+    assert re.search(told, caplog.text) if told else "left out of each epoch" not in caplog.text
 
 
 def test_labels_only_where_all_parts_have_them(tmp_path: Path, make_images: Make) -> None:
