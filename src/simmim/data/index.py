@@ -280,7 +280,7 @@ def join_folders(root: str, visited: Sequence[Folder]) -> FileIndex:
     classes = [] if any(not f.relative for f in folders) else _classes(folders)
     number = {name: i for i, name in enumerate(classes)}
     # Names of files may be any bytes; those of classes go into tables, pictures and checkpoints.
-    classes = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in classes]
+    classes = [_as_text(name) for name in classes]
     for folder in folders:
         names += folder.names
         lengths.extend(folder.lengths)
@@ -311,6 +311,11 @@ def join_folders(root: str, visited: Sequence[Folder]) -> FileIndex:
     )
 
 
+def _as_text(name: str) -> str:
+    """A name of a file, which may be any bytes, as it can be printed."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def _left_out(visited: Sequence[Folder], read: set[str]) -> list[LeftOut]:
     """Count the images that are not read, and the folders right below the root without others."""
     files: dict[str, list[str]] = {}
@@ -321,14 +326,17 @@ def _left_out(visited: Sequence[Folder], read: set[str]) -> list[LeftOut]:
             top = folder.relative.split("/")[0]
             if top and top not in read:
                 classes.setdefault(top, suffix)
-    of_suffix = [LeftOut("files", f"{s} is not read here", len(n), n[0]) for s, n in files.items()]
+    of_suffix = [
+        LeftOut("files", f"{suffix} is not read here", len(names), _as_text(names[0]))
+        for suffix, names in files.items()
+    ]
     reasons = Counter(classes.values())
     return of_suffix + [
         LeftOut(
             "class folders",
             f"{suffix} is not read here",
             n,
-            next(f"{top}/" for top, of_top in classes.items() if of_top == suffix),
+            next(f"{_as_text(top)}/" for top, of_top in classes.items() if of_top == suffix),
         )
         for suffix, n in reasons.items()
         if read
@@ -339,16 +347,16 @@ def _hint(root: str, folders: Sequence[Folder]) -> str:
     """What keeps folders from being classes, if little does."""
     count = sum(len(folder.lengths) for folder in folders)
     loose = sum(len(folder.lengths) for folder in folders if not folder.relative)
-    tops = _classes([folder for folder in folders if folder.relative])
+    tops = [_as_text(top) for top in _classes([f for f in folders if f.relative])]
     if loose and len(tops) > 1 and loose < count / 2:
         stray = next(f for f in folders if not f.relative)
-        name = os.fsdecode(stray.names[: stray.lengths[0]])
+        name = stray.names[: stray.lengths[0]].decode("utf-8", "backslashreplace")
         return (
             f"{loose:,} of {count:,} images ({name}{' and others' * (loose > 1)}) "
             f"{'lie' if loose > 1 else 'lies'} beside the class folders, so they are not taken for "
             f"classes: move {'them' if loose > 1 else 'it'}"
         )
-    below = sorted({"/".join(f.relative.split("/")[1:2]) for f in folders})
+    below = sorted({_as_text("/".join(f.relative.split("/")[1:2])) for f in folders})
     if len(tops) == 1 and not loose and len(below) > 1 and "" not in below:
         some = ", ".join(below[:3]) + (", ..." if len(below) > 3 else "")
         return (

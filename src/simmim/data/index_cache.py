@@ -104,7 +104,7 @@ def write_index(file: Path, index: FileIndex, folders: Sequence[Folder]) -> bool
         "refused": json.dumps([folder.refused for folder in folders if folder.refused]),
         "digest": digest_of(index),
         "left_out": json.dumps([astuple(one) for one in index.left_out]),
-        "hint": index.hint,
+        "hint": json.dumps(index.hint),
     }
     relative = b"\0".join(os.fsencode(folder.relative) for folder in folders)
     tensors = {
@@ -226,7 +226,7 @@ def _open(file: Path, root: str) -> FileIndex:
         frozenset(json.loads(notes["suffixes"])),
         digest=notes["digest"],
         left_out=[LeftOut(*one) for one in json.loads(notes["left_out"])],
-        hint=notes["hint"],
+        hint=json.loads(notes["hint"]),
     )
     _check(index)
     relative = tensors["folders"].numpy().tobytes().split(b"\0")
