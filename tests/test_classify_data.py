@@ -112,6 +112,13 @@ def test_impossible_choices_are_refused_in_one_sentence(folder: Path, tmp_path: 
             data(folder, labels_per_class=amount)
     with pytest.raises(ValueError, match="no labels"):
         data(folder / "cat")
+    with pytest.raises(ValueError, match=r"only folder below .* which holds the folders .*cat"):
+        data(folder.parent)
+    stray = min((folder / "cat").iterdir())
+    stray.rename(folder / stray.name)
+    with pytest.raises(ValueError, match=rf"\({stray.name}\) lies beside the class folders"):
+        data(folder)
+    (folder / stray.name).rename(stray)
     with pytest.raises(ValueError, match="timm's notation"):
         data(folder, randaugment="strong")
     with pytest.raises(ValueError, match=r"needs data\.labels"):
@@ -166,9 +173,10 @@ def test_several_labels_an_image(flat: Path, tmp_path: Path, columns: str) -> No
 
 def test_images_that_are_not_in_the_table_are_left_out_aloud(flat: Path, tmp_path: Path) -> None:
     rows = "".join(f"{i:03d}.png,{i % 2}\n" for i in range(15))
-    labels = write(tmp_path / "labels.csv", "path,label\n" + rows)
+    labels = write(tmp_path / "labels.csv", f"path,label\n{rows}gone.png,1\n")
     with pytest.warns(UserWarning, match="left out"):
         made = data(flat, labels=labels)
+    assert f"train: 1 rows left out: {labels} names no image there" in made.summary().table()
     assert len(names(made) | names(made, "validation")) == 15
 
 

@@ -86,6 +86,16 @@ def test_parts_that_exist_are_taken(tmp_path: Path, make_images: Make) -> None:
     assert len(module.test_dataloader().dataset) == 6
 
 
+def test_training_and_testing_are_train_and_test(tmp_path: Path, make_images: Make) -> None:
+    for folder in ("Training/glioma", "Training/none", "Testing/glioma", "Testing/none"):
+        make_images(tmp_path / folder, 10 if folder[1] == "r" else 4)
+    module = data(tmp_path)
+    counts = {name: len(images) for name, images in module.sets.items()}
+    assert (module.classes, counts["training"], counts["validation"]) == (["glioma", "none"], 18, 2)
+    assert all("Testing" in module.sets["test"].path(i) for i in range(counts["test"]))
+    assert (counts["test"], module.has_labels) == (8, True)
+
+
 def test_a_folder_without_parts_is_split(classes: Path) -> None:
     module = data(classes, val_fraction=0.2)
     train, val = names(module, "training"), names(module, "validation")
@@ -94,7 +104,8 @@ def test_a_folder_without_parts_is_split(classes: Path) -> None:
     assert names(module, "probe") == train
     assert module.class_counts == [8, 8]
     assert names(data(classes, val_fraction=0.2, split_seed=1), "validation") != val
-    assert len(module.test_dataloader().dataset) == 4  # without test/, the validation images
+    with pytest.warns(UserWarning, match="has no test/, so test/ scores its validation images"):
+        assert len(module.test_dataloader().dataset) == 4
 
 
 def test_no_class_folders_no_labels(tmp_path: Path, make_images: Make) -> None:
@@ -105,13 +116,36 @@ def test_no_class_folders_no_labels(tmp_path: Path, make_images: Make) -> None:
         assert "label" not in next(iter(loader))
 
 
+def test_a_stray_image_and_a_class_without_reader_are_told(classes: Path) -> None:
+    (classes / "plum").mkdir()
+    (classes / "plum" / "1.heic").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"class folders left out: .heic is not read .*plum/"):
+        summary = data(classes).summary()
+    assert "train: 1 files left out: .heic is not read here" in summary.table()
+    (classes / "plum" / "1.heic").unlink()
+    min((classes / "dog").iterdir()).rename(classes / "cover.jpg")
+    with pytest.warns(UserWarning, match=r"1 of 20 images \(cover.jpg\) lies beside the class"):
+        assert not data(classes).has_labels
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "told"), [(14, "4 of 18 .* --data.batch_size 9 leaves out 0"), (9, "")]
+)
+def test_a_batch_of_more_than_half_the_folder_is_told(
+    classes: Path, batch_size: int, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        data(classes, batch_size=batch_size).train_dataloader()
+    assert re.search(told, caplog.text) if told else "left out of each epoch" not in caplog.text
+
+
 def test_labels_only_where_all_parts_have_them(tmp_path: Path, make_images: Make) -> None:
     make_images(tmp_path / "train" / "a", 4)
     make_images(tmp_path / "val", 2)
     assert not data(tmp_path).has_labels
 
 
-@pytest.mark.parametrize("parts", [["val"], ["Valid", "test"]])
+@pytest.mark.parametrize("parts", [["val"], ["Valid", "test"], ["Testing", "dev", "tst_set"]])
 def test_parts_without_a_train_are_no_classes(
     tmp_path: Path, make_images: Make, parts: list[str]
 ) -> None:
@@ -122,6 +156,15 @@ def test_parts_without_a_train_are_no_classes(
     data = ImageFolderData(str(tmp_path), img_size=32)
     data.setup("predict")  # which reads all there is
     assert len(data.sets["predict"]) == 4 * len(parts)
+
+
+def test_folders_that_mention_splits_are_no_classes(tmp_path: Path, make_images: Make) -> None:
+    for name in ("seg_train", "seg_test"):
+        make_images(tmp_path / name / "forest", 4)
+    with pytest.raises(ValueError, match=r"seg_test/, seg_train/ in .* call them train/, val/"):
+        data(tmp_path)
+    make_images(tmp_path / "shoes", 4)
+    assert data(tmp_path).classes == ["seg_test", "seg_train", "shoes"]
 
 
 def test_a_val_among_classes_is_said_to_be_one(tmp_path: Path, make_images: Make) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torchvision.datasets import ImageFolder
 
-from simmim.data.index import find_parts, scan
+from simmim.data.index import find_parts, scan, split_of
+from simmim.data.summary import LeftOut
 
 TREE = [
     "b/2.png", "b/10.PNG", "b/x/1.jpg", "b/x-y/1.jpg", "b/x/z/1.webp", "b/Z.jpeg",
@@ -46,6 +47,50 @@ def test_shared_data_is_indexed_as_by_torchvision() -> None:
     assert index.labels is not None
     assert index.labels.tolist() == theirs.targets
     assert [index.path(i) for i in range(len(index))] == [path for path, _ in theirs.samples]
+
+
+@pytest.mark.parametrize("ending", ["jfif", "JPE", "jif", "apng", "dib", "pbm", "j2k"])
+def test_other_endings_of_formats_that_can_be_read(ending: str, tmp_path: Path) -> None:
+    index = scan(str(touch(tmp_path, ["apple/1.png", f"plum/1.{ending}"])))
+    assert (index.classes, list(index.left_out)) == (["apple", "plum"], [])
+
+
+@pytest.mark.parametrize("ending", ["heic", "HEIF", "jxl", "svg", "psd", "dng", "exr", "nii.gz"])
+def test_images_that_are_not_read_are_counted(ending: str, tmp_path: Path) -> None:
+    touch(tmp_path, ["a/1.png", f"a/2.{ending}", "a/3.txt", f"plum/1.{ending}", "b/.hidden.heic"])
+    reason = f".{ending.lower()} is not read here"
+    assert list(scan(str(tmp_path)).left_out) == [
+        LeftOut("files", reason, 2, f"a/2.{ending}"), LeftOut("class folders", reason, 1, "plum/")
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=rf"holds no images: 1 files left out: {reason}"):
+        scan(str(tmp_path / "plum"))
+
+
+def test_pictures_that_runs_and_doctor_draw_are_no_data(tmp_path: Path) -> None:
+    run = [f"runs/x/{name}" for name in ("config.yaml", "metrics.csv", "checkpoints/last.ckpt")]
+    drawn = ["runs/x/reconstructions/1.png", "contact_sheet.png", "doctor.json"]
+    touch(tmp_path, ["cat/1.png", "dog/1.png", *run, *drawn])
+    assert names(tmp_path) == ["cat/1.png", "dog/1.png"]
+
+
+@pytest.mark.parametrize(
+    ("files", "hint"),
+    [
+        ("cat/1.png cat/2.png dog/1.png cover.png",
+         "1 of 4 images (cover.png) lies beside the class folders, so they are not taken for "
+         "classes: move it"),
+        ("cat/1.png cat/2.png dog/1.png dog/2.png a.png b.png",
+         "2 of 6 images (a.png and others) lie beside the class folders, so they are not taken for "
+         "classes: move them"),
+        ("set/cat/1.png set/dog/1.png",
+         "the only folder below {0} is set/, which holds the folders cat, dog: give {0}/set"),
+        ("a.png b.png c.png cat/1.png dog/1.png", ""),
+        ("cat/1.png dog/1.png", ""),
+        ("images/1.png", ""),
+    ],
+)  # fmt: skip
+def test_what_keeps_folders_from_being_classes(files: str, hint: str, tmp_path: Path) -> None:
+    assert scan(str(touch(tmp_path, files.split()))).hint == hint.format(tmp_path)
 
 
 def test_loose_images_mean_no_classes(tmp_path: Path) -> None:
@@ -110,25 +155,62 @@ def test_names_of_classes_are_text(tmp_path: Path) -> None:
     assert [Path(index.path(i)).read_bytes() for i in index.labels.tolist()] == [b"here"] * 3
 
 
-def test_parts(tmp_path: Path) -> None:
-    touch(tmp_path, ["Train/1.png", "validation/1.png"])
-    assert find_parts(str(tmp_path)) == {
-        "train": str(tmp_path / "Train"),
-        "val": str(tmp_path / "validation"),
-    }
-    touch(tmp_path / "x", ["val/1.png", "cats/1.png"])
-    assert find_parts(str(tmp_path / "x")) == {}  # without train/, `val` is a class
+SPLIT_NAMES = {
+    "train": "train TRAIN Training training_set train-set trainset trn train_images images_train "
+    "train_data TrainImgs train2017 train_2014 trainval",
+    "val": "val valid validation Validation_Set VAL val-images valset dev dev_set eval val2017",
+    "test": "test tests Testing test_set testset tst TEST images_test test2017 holdout test-data",
+    None: "cat images set data trained contest training_shoes latest val1 strain devices 2017",
+}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="others do not tell Train from train")
-def test_a_part_that_is_there_twice_is_told(tmp_path: Path) -> None:
-    touch(tmp_path, ["Train/1.png", "train/1.png", "val/1.png", "validation/1.png"])
+@pytest.mark.parametrize(
+    ("split", "name"), [(split, name) for split, row in SPLIT_NAMES.items() for name in row.split()]
+)
+def test_splits_are_known_by_many_names(split: str | None, name: str) -> None:
+    assert split_of(name) == split
+
+
+@pytest.mark.parametrize(
+    ("files", "parts"),
+    [
+        ("Train/a/1.png validation/a/1.png", "train=Train val=validation"),
+        ("Training/a/1.png Testing/a/1.png", "train=Training test=Testing"),
+        ("images/train2017/1.png", ""),
+        ("val/1.png cats/1.png", ""),  # without train/, `val` is a class
+        ("dev/1.png test/1.png cats/1.png", ""),
+        (".train/1.png cats/1.png", ""),
+        ("Training/1.png Running/1.png Walking/1.png", ""),  # a class among others
+        ("Training/a/1.png Training/b/1.png", "train=Training"),
+        ("train2017/1.png val2017/1.png test2017/1.png annotations/x.json",
+         "train=train2017 val=val2017 test=test2017"),
+    ],
+)  # fmt: skip
+def test_parts(files: str, parts: str, tmp_path: Path) -> None:
+    touch(tmp_path, files.split())
+    expected = dict(part.split("=") for part in parts.split())
+    assert find_parts(str(tmp_path)) == {k: str(tmp_path / v) for k, v in expected.items()}
+
+
+@pytest.mark.parametrize(
+    ("files", "train", "val", "unread"),
+    [
+        ("train/1.png train_set/1.png val/1.png validation/1.png", "train", "val",
+         "train_set validation"),
+        ("train2014/1.png train2017/1.png val2014/1.png val2017/1.png", "train2014", "val2014",
+         "train2017 val2017"),
+        ("train2017/1.png val2014/1.png val2017/1.png", "train2017", "val2017", "val2014"),
+        ("train/1.png val/1.png car/1.png", "train", "val", "car/"),
+    ],
+)  # fmt: skip
+def test_what_is_not_read_beside_the_splits_is_told(
+    files: str, train: str, val: str, unread: str, tmp_path: Path
+) -> None:
+    touch(tmp_path, files.split())
     with pytest.warns(UserWarning, match="is not read") as warned:
         parts = find_parts(str(tmp_path))
-    assert parts == {"train": str(tmp_path / "Train"), "val": str(tmp_path / "val")}
-    assert [str(w.message).partition(":")[0] for w in warned] == [
-        f"{tmp_path / 'train'} is not read", f"{tmp_path / 'validation'} is not read"
-    ]  # fmt: skip
+    assert parts == {"train": str(tmp_path / train), "val": str(tmp_path / val)}
+    assert [Path(str(w.message).split()[0]).name for w in warned] == unread.replace("/", "").split()
 
 
 def test_a_folder_that_is_gone_when_it_is_read_is_left_out(

@@ -67,7 +67,10 @@ def never(_: str) -> None:
 
 
 def test_an_unchanged_folder_is_not_read_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / "a" / "1.heic").touch()
+    settle(root)
     fresh, first = scan(str(root)), read_index(str(root))
+    assert [one.count for one in fresh.left_out] == [1]
     monkeypatch.setattr(index_cache, "visit_folders", never)
     second = read_index(str(root))
     for index in (first, second):
@@ -78,6 +81,7 @@ def test_an_unchanged_folder_is_not_read_again(root: Path, monkeypatch: pytest.M
         assert fresh.labels is not None
         assert index.labels.tolist() == fresh.labels.tolist()
         assert (index.classes, index.suffixes) == (fresh.classes, fresh.suffixes)
+        assert (list(index.left_out), index.hint) == (list(fresh.left_out), fresh.hint)
         assert index.path(3) == fresh.path(3)
 
 

@@ -345,6 +345,21 @@ def test_files_that_are_not_read_are_counted(tmp_path: Path) -> None:
         assert kind in text
 
 
+def test_it_begins_with_the_table_and_warnings_of_the_tasks(tmp_path: Path) -> None:
+    for name, first in (("Training/a", 0), ("Training/b", 10), ("Testing/a", 20)):
+        _photos(tmp_path / "root" / name, 6, first=first)
+    _photos(tmp_path / "root" / "Training", 1, first=30)
+    (tmp_path / "root" / "Training" / "plum").mkdir()
+    (tmp_path / "root" / "Training" / "plum" / "1.heic").write_bytes(b"x")
+    found = _diagnose(tmp_path / "root", tmp_path)
+    rows = [line.split() for line in found["text"].splitlines()]
+    assert rows[1:3] == [["train", "val", "test"], ["images", "12", "1", "6"]]
+    texts = [finding["text"] for finding in found["findings"] if finding["kind"] == "data"]
+    assert any("1 of 13 images (030.jpg) lies beside the class folders" in text for text in texts)
+    assert any(".heic is not read here (first: plum/)" in text for text in texts)
+    assert found["text"].startswith(found["table"])
+
+
 def test_images_and_masks_are_pairs_and_no_classes(tmp_path: Path) -> None:
     for part, first in (("train", 0), ("val", 20)):
         _photos(tmp_path / "root" / part / "images", 4, first=first)

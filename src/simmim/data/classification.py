@@ -20,7 +20,7 @@ from simmim.data.dataset import ImageData, Key
 from simmim.data.image_folder import ImageFolderData
 from simmim.data.labels import LabelTable, label_files
 from simmim.data.layout import Part
-from simmim.data.summary import DataSummary, SplitSummary
+from simmim.data.summary import DataSummary, LeftOut, SplitSummary
 from simmim.data.transforms import Box, CenterCrop, RandomCrop, Size, center_box, random_box
 
 Places = npt.NDArray[np.int64]
@@ -75,6 +75,7 @@ class ClassificationData(ImageFolderData):
             )
         self.labels_per_class, self.multi_label = labels_per_class, multi_label
         self.labels = labels
+        self._unused_rows: list[LeftOut] = []
         crop, middle = self.train_transform, self.val_transform
         assert isinstance(crop, RandomCrop)
         assert isinstance(middle, CenterCrop)
@@ -92,12 +93,20 @@ class ClassificationData(ImageFolderData):
 
     def summary(self) -> DataSummary:
         """Count images and labels of each split; without labels there is nothing to learn."""
-        return replace(super().summary(), needs_labels=True)
+        summary = replace(super().summary(), needs_labels=True)
+        if self.labels is None:
+            return summary
+        train = summary.splits["train"]
+        train = replace(train, left_out=[*train.left_out, *self._unused_rows])
+        return replace(summary, notes=[], splits={**summary.splits, "train": train})
 
     def _count(self, data: ImageData) -> SplitSummary:
         if isinstance(data, LabelledImages):
-            labelled = {"with labels": len(data)}
-            return SplitSummary(len(data), labelled, data.label_counts)
+            return replace(
+                super()._count(data),
+                counts={"with labels": len(data)},
+                class_counts=data.label_counts,
+            )
         return super()._count(data)
 
     def number_classes_as(self, classes: list[str]) -> None:
@@ -119,6 +128,12 @@ class ClassificationData(ImageFolderData):
             for name in names:
                 self._label(name, *tables[self.sets[name].files.root])
             self.classes, self.has_labels = found[0][0].classes, True
+            used = torch.cat([rows for _, rows in found]).unique()
+            if unused := len(found[0][0].counts) - int((used >= 0).sum()):
+                reason = f"{self.labels} names no image there"
+                self._unused_rows = [LeftOut("rows", reason, unused)]
+        elif len(self.classes) < 2 and (hints := self._hints()):
+            raise ValueError(hints[0])
         if not self.has_labels:
             raise ValueError(
                 f"{self.root!r} has no labels: put each class's images into a folder of its own, "

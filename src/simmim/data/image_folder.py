@@ -18,7 +18,7 @@ from simmim.data.checks import (
 )
 from simmim.data.dataset import ImageData, Loader, Transform, WholeFolder
 from simmim.data.layout import Part, read_folder, read_parts
-from simmim.data.loaders import Batch, LoaderModule
+from simmim.data.loaders import SPLITS, Batch, LoaderModule
 from simmim.data.pairs import without_masks
 from simmim.data.remote import fetch, is_url, newest_copy
 from simmim.data.sampler import EvenSampler, choose
@@ -233,14 +233,22 @@ class ImageFolderData(LoaderModule):
 
     def summary(self) -> DataSummary:
         """Count images and labels of each split."""
-        return replace(super().summary(), classes=self.classes)
+        notes = self._hints()
+        return replace(super().summary(), classes=self.classes, notes=notes)
+
+    def _hints(self) -> list[str]:
+        """What is wrong with the class folders of the splits."""
+        found = [self.sets[name].files.hint for name in SPLITS.values() if name in self.sets]
+        return [hint for hint in dict.fromkeys(found) if hint]
 
     def _count(self, data: ImageData) -> SplitSummary:
-        labels = data.labels
+        labels, train = data.labels, self.sets["training"]
+        is_told = data is not train and data.files.root == train.files.root  # split off from it
+        left_out = [] if is_told else data.files.left_out
         if labels is None:
-            return SplitSummary(len(data))
+            return SplitSummary(len(data), left_out=left_out)
         counts = torch.bincount(labels, minlength=len(self.classes)).tolist()
-        return SplitSummary(len(data), {"with labels": len(labels)}, counts)
+        return SplitSummary(len(data), {"with labels": len(labels)}, counts, left_out)
 
     def _setup_parts(self) -> None:
         parts = read_parts(self.root, self.val_fraction, self.split_seed, self.group_pattern)

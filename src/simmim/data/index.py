@@ -6,8 +6,10 @@ spawned ones map the file that index_cache.py keeps, or get the tensors through 
 """
 
 import os
+import re
 import stat
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -17,15 +19,30 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from simmim.bar import Bar
+from simmim.data.summary import LeftOut
 
 # torchvision's nine endings, and what else people keep scans and pictures in.
 SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
-    *(".gif", ".avif", ".jp2", ".dcm", ".npy"),
+    *(".gif", ".avif", ".jp2", ".dcm", ".npy", *(".jfif", ".jpe", ".jif", ".mpo", ".apng", ".dib")),
+    *(".pbm", ".pnm", ".j2k", ".jpc", ".jpf", ".jpx"),
+)
+UNREAD = (  # images all the same, but not of formats that decode.py reads
+    *(".heic", ".heif", ".hif", ".jxl", ".svg", ".svgz", ".psd", ".psb", ".eps", ".ico", ".icns"),
+    *(".exr", ".hdr", ".tga", ".pcx", ".dds", ".sgi", ".xcf", ".pfm", ".avifs"),
+    *(".cr2", ".cr3", ".nef", ".nrw", ".arw", ".dng", ".orf", ".rw2", ".raf", ".pef", ".srw"),
+    *(".nii", ".nii.gz", ".nrrd", ".mha", ".mhd", ".svs", ".ndpi", ".czi", ".lif", ".nd2"),
 )
 MAX_BYTES = 2**30  # of a file
 CHUNK = 2**16  # names that are made into text at a time
-PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+SPLIT_WORDS = {  # what the folder of a split is called; of two, the first is read
+    "train": ("train", "training", "trn", "trainval"),
+    "val": ("val", "valid", "validation", "dev", "eval", "evaluation"),
+    "test": ("test", "testing", "tests", "tst", "holdout"),
+}
+SPLIT_OF = {word: split for split, words in SPLIT_WORDS.items() for word in words}
+FILLERS = "(?:data|folder|images?|imgs?|part|set|split)*"  # as in train_set and images_val
+SPLIT_NAME = re.compile(rf"({FILLERS})({'|'.join(SPLIT_OF)})({FILLERS}(?:(?:19|20)\d\d)?)")
 
 
 @dataclass(frozen=True)
@@ -42,6 +59,8 @@ class FileIndex:
             the root.
         suffixes: Endings that occur, in lower case.
         digest: Hash of the names, where it is known already; "" otherwise.
+        left_out: Images that are not read, by their endings.
+        hint: What is wrong with the folders that might be classes; "" where nothing is.
     """
 
     root: str
@@ -51,6 +70,8 @@ class FileIndex:
     classes: list[str]
     suffixes: frozenset[str]
     digest: str = field(default="", kw_only=True)
+    left_out: Sequence[LeftOut] = field(default=(), kw_only=True)
+    hint: str = field(default="", kw_only=True)
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -125,26 +146,62 @@ def check_folder(root: str, option: str = "data.root") -> None:
         raise ValueError(f"{option} {root!r} does not exist: give a folder of images")
 
 
+def split_of(folder: str) -> str | None:
+    """The split that a folder is by its name: "train", "val" or "test"; None if it is another.
+
+    Upper and lower case, separators, words such as "set" or "images", and a year at the end do not
+    matter: TRAIN, training_set, images-val, test2017.
+    """
+    match = _match_split(folder)
+    return SPLIT_OF[match[2]] if match else None
+
+
 def find_parts(root: str) -> dict[str, str]:
-    """Find the folders train/, val/ (or valid/, validation/) and test/, in upper or lower case.
+    """Find the folders of the splits by their names, see `split_of`.
 
     Returns:
-        The folders there are, by "train", "val" and "test"; empty unless there is a train/, for
-        then the folder is to be split by us.
+        The folders there are, by "train", "val" and "test"; empty unless there is one to train on,
+        for then the folder is to be split by us.
     """
-    entries = sorted(os.scandir(root), key=lambda entry: entry.name)
-    folders = [entry.path for entry in entries if _is_folder(entry)]
-    parts: dict[str, list[str]] = {}
-    for part, names in PARTS.items():
-        of_part = [f for name in names for f in folders if os.path.basename(f).lower() == name]
-        if of_part:
-            parts[part] = of_part
-    if "train" not in parts:
+    folders = sorted(e.name for e in os.scandir(root) if _is_folder(e) and e.name[0] != ".")
+    matches = {name: match for name in folders if (match := _match_split(name))}
+    parts: dict[str, list[str]] = {split: [] for split in SPLIT_WORDS}
+    for name in sorted(matches, key=lambda name: (list(SPLIT_OF).index(matches[name][2]), name)):
+        parts[SPLIT_OF[matches[name][2]]].append(name)
+    if not parts["train"]:
         return {}
-    for first, *others in parts.values():
+    # Of several, those that are called alike: val2017 goes with train2017, not val2014.
+    like = min(matches[name].group(1, 3) for name in parts["train"])
+    for of_split in parts.values():
+        of_split.sort(key=lambda name: matches[name].group(1, 3) != like)
+    beside = [f for f in folders if f not in matches and _has_images(os.path.join(root, f))]
+    train = parts["train"][0]
+    alone = len(matches) == 1 and matches[train][0] in SPLIT_WORDS["train"][1:]
+    if alone and beside and _has_images(os.path.join(root, train)):
+        return {}  # a class like those beside it
+    for first, *others in filter(None, parts.values()):
         for other in others:
-            rank_zero_warn(f"{other} is not read: {first} is the same part, and comes before it")
-    return {part: of_part[0] for part, of_part in parts.items()}
+            rank_zero_warn(
+                f"{os.path.join(root, other)} is not read: {os.path.join(root, first)} is the same "
+                "part, and comes before it"
+            )
+    if beside:
+        unread = ", ".join(f"{name}/" for name in beside)
+        rank_zero_warn(f"{unread} in {root} is not read: {train}/ beside it is what is trained on")
+    return {split: os.path.join(root, names[0]) for split, names in parts.items() if names}
+
+
+def _match_split(folder: str) -> re.Match[str] | None:
+    return SPLIT_NAME.fullmatch(re.sub(r"[\W_]+", "", folder.lower()))
+
+
+def _has_images(folder: str) -> bool:
+    """Whether an image lies right in a folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return any(e.name.lower().endswith(SUFFIXES) and e.name[0] != "." for e in entries)
+    except OSError:  # no right to: told when it is read
+        return False
 
 
 def scan(root: str) -> FileIndex:
@@ -170,6 +227,7 @@ class Folder:
         suffixes: Their endings.
         stamp: What `folder_stamp` said just before it was read.
         refused: Why it could not be read; "" where it could.
+        unread: Relative paths of images that are not read, by their endings.
     """
 
     relative: str
@@ -178,6 +236,7 @@ class Folder:
     suffixes: set[str] = field(default_factory=set)
     stamp: tuple[int, int] = (0, 0)
     refused: str = ""
+    unread: dict[str, list[str]] = field(default_factory=dict, compare=False)
 
 
 def folder_stamp(path: str) -> tuple[int, int]:
@@ -221,21 +280,24 @@ def join_folders(root: str, visited: Sequence[Folder]) -> FileIndex:
     classes = [] if any(not f.relative for f in folders) else _classes(folders)
     number = {name: i for i, name in enumerate(classes)}
     # Names of files may be any bytes; those of classes go into tables, pictures and checkpoints.
-    classes = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in classes]
+    classes = [_as_text(name) for name in classes]
     for folder in folders:
         names += folder.names
         lengths.extend(folder.lengths)
         if classes:
             label = number[folder.relative.split("/")[0]]
             labels.extend(array("q", [label]) * len(folder.lengths))
+    left_out = _left_out(visited, {folder.relative.split("/")[0] for folder in folders})
     if len(lengths) == 1:
         if any(name.endswith(".arrow") for name in os.listdir(root)):
             raise ValueError(
                 f"{root!r} holds shards, but no packed.json, which says what is in them: copy that "
                 "as well, or pack the images anew"
             )
+        unread = "".join(f"{one}; " for one in left_out)
         raise ValueError(
-            f"{root!r} holds no images: give a folder with files that end in {', '.join(SUFFIXES)}"
+            f"{root!r} holds no images: {unread}give a folder with files that end in "
+            f"{', '.join(SUFFIXES)}"
         )
     return FileIndex(
         root,
@@ -244,7 +306,64 @@ def join_folders(root: str, visited: Sequence[Folder]) -> FileIndex:
         torch.frombuffer(labels, dtype=torch.int64) if classes else None,
         classes,
         frozenset(suffix for folder in folders for suffix in folder.suffixes),
+        left_out=left_out,
+        hint=_hint(root, folders),
     )
+
+
+def _as_text(name: str) -> str:
+    """A name of a file, which may be any bytes, as it can be printed."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _left_out(visited: Sequence[Folder], read: set[str]) -> list[LeftOut]:
+    """Count the images that are not read, and the folders right below the root without others."""
+    files: dict[str, list[str]] = {}
+    classes: dict[str, str] = {}
+    for folder in sorted(visited):
+        for suffix, names in folder.unread.items():
+            files.setdefault(suffix, []).extend(names)
+            top = folder.relative.split("/")[0]
+            if top and top not in read:
+                classes.setdefault(top, suffix)
+    of_suffix = [
+        LeftOut("files", f"{suffix} is not read here", len(names), _as_text(names[0]))
+        for suffix, names in files.items()
+    ]
+    reasons = Counter(classes.values())
+    return of_suffix + [
+        LeftOut(
+            "class folders",
+            f"{suffix} is not read here",
+            n,
+            next(f"{_as_text(top)}/" for top, of_top in classes.items() if of_top == suffix),
+        )
+        for suffix, n in reasons.items()
+        if read
+    ]
+
+
+def _hint(root: str, folders: Sequence[Folder]) -> str:
+    """What keeps folders from being classes, if little does."""
+    count = sum(len(folder.lengths) for folder in folders)
+    loose = sum(len(folder.lengths) for folder in folders if not folder.relative)
+    tops = [_as_text(top) for top in _classes([f for f in folders if f.relative])]
+    if loose and len(tops) > 1 and loose < count / 2:
+        stray = next(f for f in folders if not f.relative)
+        name = stray.names[: stray.lengths[0]].decode("utf-8", "backslashreplace")
+        return (
+            f"{loose:,} of {count:,} images ({name}{' and others' * (loose > 1)}) "
+            f"{'lie' if loose > 1 else 'lies'} beside the class folders, so they are not taken for "
+            f"classes: move {'them' if loose > 1 else 'it'}"
+        )
+    below = sorted({_as_text("/".join(f.relative.split("/")[1:2])) for f in folders})
+    if len(tops) == 1 and not loose and len(below) > 1 and "" not in below:
+        some = ", ".join(below[:3]) + (", ..." if len(below) > 3 else "")
+        return (
+            f"the only folder below {root} is {tops[0]}/, which holds the folders {some}: "
+            f"give {os.path.join(root, tops[0])}"
+        )
+    return ""
 
 
 def _walk(root: str) -> Iterator[Folder]:
@@ -262,12 +381,23 @@ def _walk(root: str) -> Iterator[Folder]:
             continue  # a link to a folder that this one lies in
         prefix = f"{relative}/" if relative else ""
         visible = [e for e in entries if not e.name.startswith(".") and e.name != "__MACOSX"]
+        files = {e.name for e in visible}
+        if relative and files >= {"config.yaml", "metrics.csv", "checkpoints"}:
+            visible = []  # a run in the folder that it trains on: its pictures are no data
+        if "doctor.json" in files:
+            visible = [e for e in visible if e.name != "contact_sheet.png"]
         waiting += [(prefix + e.name, (*above, here)) for e in visible if _is_folder(e)]
         yield from (Folder(prefix + e.name) for e in visible if _leads_nowhere(e))
         images = [e.name for e in visible if e.name.lower().endswith(SUFFIXES) and _is_file(e)]
         encoded = [os.fsencode(prefix + name) for name in images]
         suffixes = {os.path.splitext(name)[1].lower() for name in images}
-        yield Folder(relative, b"".join(encoded), [len(e) for e in encoded], suffixes, stamp)
+        unread: dict[str, list[str]] = {}
+        for entry in visible:
+            if (name := entry.name.lower()).endswith(UNREAD) and _is_file(entry):
+                suffix = next(suffix for suffix in UNREAD if name.endswith(suffix))
+                unread.setdefault(suffix, []).append(prefix + entry.name)
+        lengths = [len(e) for e in encoded]
+        yield Folder(relative, b"".join(encoded), lengths, suffixes, stamp, unread=unread)
 
 
 def _leads_nowhere(entry: os.DirEntry[str]) -> bool:

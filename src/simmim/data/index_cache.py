@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import astuple
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
@@ -41,9 +42,10 @@ from simmim.data.index import (
     warn_of_refused,
 )
 from simmim.data.mapped import as_array, cache_folder, open_tensors, write_tensors
+from simmim.data.summary import LeftOut
 from simmim.durable import UNFINISHED
 
-VERSION = 1
+VERSION = 2
 WORTH = 10_000  # files; fewer are read, and split, in less than a second
 COARSE = 2 * 10**9  # ns; the times of FAT, the coarsest that there are
 DAYS = 90  # after which what nobody used is deleted
@@ -101,6 +103,8 @@ def write_index(file: Path, index: FileIndex, folders: Sequence[Folder]) -> bool
         "suffixes": json.dumps(sorted(index.suffixes)),
         "refused": json.dumps([folder.refused for folder in folders if folder.refused]),
         "digest": digest_of(index),
+        "left_out": json.dumps([astuple(one) for one in index.left_out]),
+        "hint": json.dumps(index.hint),
     }
     relative = b"\0".join(os.fsencode(folder.relative) for folder in folders)
     tensors = {
@@ -223,6 +227,8 @@ def _open(file: Path, root: str) -> FileIndex:
         json.loads(notes["classes"]),
         frozenset(json.loads(notes["suffixes"])),
         digest=notes["digest"],
+        left_out=[LeftOut(*one) for one in json.loads(notes["left_out"])],
+        hint=json.loads(notes["hint"]),
     )
     _check(index)
     relative = tensors["folders"].numpy().tobytes().split(b"\0")

@@ -1,15 +1,15 @@
 """The parts of a folder: what is trained on, what validates, what tests, and the classes of all."""
 
 import os
+import re
 from dataclasses import dataclass, replace
-from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from simmim.data.index import PARTS, FileIndex, check_folder, find_parts
+from simmim.data.index import SPLIT_OF, FileIndex, check_folder, find_parts, split_of
 from simmim.data.index_cache import keep_split, read_index
 from simmim.data.scans import check_pydicom
 from simmim.data.shards import is_packed, join_packed, read_packed
@@ -138,16 +138,24 @@ def _check_names(root: str, classes: list[str]) -> None:
     Raises:
         ValueError: If there is nothing else.
     """
-    parts = [name for name in classes if name.lower() in chain(*PARTS.values())]
-    if not parts:
-        return
+    parts = [name for name in classes if split_of(name)]
     here = " and ".join(f"{name}/" for name in parts)
-    if len(parts) == len(classes):
+    if parts and len(parts) == len(classes):
         raise ValueError(
             f"{root!r} has {here}, but no train/ beside it: put the training images into train/, "
             f"or give {os.path.join(root, parts[0])} itself"
         )
-    rank_zero_warn(f"{here} in {root} is taken for a class: there is no train/ beside it")
+    named = [
+        {SPLIT_OF[word] for word in re.split(r"[\W\d_]+", name.lower()) if word in SPLIT_OF}
+        for name in classes
+    ]
+    if all(named) and {"train"} < set().union(*named):
+        raise ValueError(
+            f"the folders {', '.join(f'{name}/' for name in classes[:3])} in {root!r} are no "
+            "classes by their names: call them train/, val/ and test/"
+        )
+    if parts:
+        rank_zero_warn(f"{here} in {root} is taken for a class: there is no train/ beside it")
 
 
 def split_off(

@@ -99,6 +99,15 @@ class LoaderModule(L.LightningDataModule):
                 f"there are {len(data)} training images"
             )
         batches = self.batches_per_epoch(replicas)
+        if batches == 1 and (dropped := len(data) - batch_size * replicas):
+            # Of the smaller batches, down to a quarter, that which loses least.
+            sizes = range(batch_size, max(batch_size // 4, 1) - 1, -1)
+            best = min(sizes, key=lambda size: len(data) % (size * replicas))
+            rank_zero_info(
+                f"{dropped} of {len(data)} training images are left out of each epoch, by turns: "
+                f"a batch has {batch_size * replicas}; --data.batch_size {best} leaves out "
+                f"{len(data) % (best * replicas)}"
+            )
         sampler = EpochSampler(data, batch_size, batches, self.seed, replicas, rank, self._start)
         return self._loader(data, sampler, batch_size, drop_last=True)
 
@@ -108,7 +117,12 @@ class LoaderModule(L.LightningDataModule):
         return [] if data is None else self._in_order(data)
 
     def test_dataloader(self) -> Loader[Batch]:
-        """The images of test/, or else the validation images."""
+        """The images of test/, or else the validation images, with a warning."""
+        if "test" not in self.sets:
+            rank_zero_warn(
+                f"{self.root!r} has no test/, so test/ scores its validation images, which may "
+                "have chosen the checkpoint: use `validate`, or add a test/"
+            )
         return self._in_order(self.sets.get("test") or self.sets["validation"])
 
     def predict_dataloader(self) -> Loader[Batch]:

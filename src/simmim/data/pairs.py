@@ -108,7 +108,7 @@ def _pair(images: str, masks: str) -> Pairs:
                 "the same names, below train/ and val/ or right below data.root"
             )
     pictures, labels = read_folder(images), read_folder(masks)
-    if jpeg := labels.suffixes & {".jpg", ".jpeg"}:
+    if jpeg := labels.suffixes & {".jpg", ".jpeg", ".jfif", ".jpe"}:
         raise ValueError(
             f"{masks!r} holds {min(jpeg)} files, and JPEG changes the values of pixels: "
             "masks are PNG"

@@ -23,7 +23,7 @@ from simmim.data.sampler import choose
 from simmim.data.shards import is_packed
 from simmim.data.transforms import RandomCrop
 from simmim.data.workers import cpu_count
-from simmim.doctor.diagnosis import Diagnosis, summarise
+from simmim.doctor.diagnosis import Diagnosis, count_splits, summarise
 from simmim.doctor.estimate import estimate as estimate_cost
 from simmim.doctor.findings import Finding, Read, count_left_out, find_all, in_order
 from simmim.doctor.pictures import draw_sheet
@@ -114,6 +114,9 @@ def doctor(
         with status("Comparing the images"):
             found = find_all(read, classes, counts, data.group_pattern, left_out)
         found += [] if packed else target_findings(data, folders, left_out)
+        splits = count_splits(data.root, counts, classes, inspector.indices)
+        if table is None:
+            found += [Finding("data", "look", text) for text in splits.warnings()]
         summary = summarise(counts, read, classes)
         diagnosis = Diagnosis(
             root=data.root,
@@ -122,6 +125,7 @@ def doctor(
             summary=summary,
             findings=in_order(found),
             epochs=float(groups["trainer"].get("max_epochs") or 0),
+            table=splits.table(),
         )
         if estimate and summary.readable:
             diagnosis = with_estimate(diagnosis, read, groups, data.batch_size, estimate_seconds)
@@ -135,7 +139,7 @@ def doctor(
     finally:
         if out is None:
             leave_run(folder, failed)
-    return f"{render(diagnosis)}\n\n{_where(diagnosis, folder)}"
+    return f"{diagnosis.table}\n\n{render(diagnosis)}\n\n{_where(diagnosis, folder)}"
 
 
 # Before -------------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 """All that the doctor has to say of a folder, as plain data; how it is shown is another matter."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
+from simmim.data.index import FileIndex
+from simmim.data.summary import DataSummary, SplitSummary
 from simmim.doctor.estimate import Cost, Sizes
 from simmim.doctor.findings import Finding
 from simmim.doctor.record import Content, Counts, File, Header, Record
@@ -86,6 +88,7 @@ class Diagnosis:
         sizes: Legal sizes; None: they were not asked for.
         cost: Time and memory; None likewise.
         epochs: Of the config.
+        table: What each split holds, as every task prints it.
     """
 
     root: str
@@ -96,6 +99,7 @@ class Diagnosis:
     sizes: Sizes | None = None
     cost: Cost | None = None
     epochs: float = 0.0
+    table: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, for JSON."""
@@ -108,6 +112,24 @@ class Diagnosis:
             for name, reason in finding.files.items() if finding.quarantine else ():
                 listed.setdefault(name, []).append(reason)
         return {name: "; ".join(listed[name]) for name in sorted(listed)}
+
+
+def count_splits(
+    root: str, counts: Counts, classes: Sequence[str], indices: Mapping[str, FileIndex]
+) -> DataSummary:
+    """Count what each split holds, and what is left out, as the tasks do."""
+    train = indices["train"]
+    splits = {
+        name: SplitSummary(
+            labelled.total(),
+            {},
+            [labelled[label] for label in range(len(classes))],
+            indices[name].left_out if name == "train" or indices[name] is not train else (),
+        )
+        for name, labelled in counts.items()
+    }
+    hints = dict.fromkeys(index.hint for index in indices.values() if index.hint)
+    return DataSummary(root, splits, classes=classes, notes=list(hints))
 
 
 def summarise(

@@ -16,15 +16,16 @@ Level = Literal["bad", "look", "note"]
 Read = Sequence[tuple[File, Record]]
 
 SUFFIXES = {  # endings of each format; others are named wrongly
-    "JPEG": (".jpg", ".jpeg"),
-    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg", ".jfif", ".jpe", ".jif"),
+    "MPO": (".mpo", ".jpg", ".jpeg"),
+    "PNG": (".png", ".apng"),
     "TIFF": (".tif", ".tiff"),
     "WEBP": (".webp",),
     "GIF": (".gif",),
-    "BMP": (".bmp",),
-    "PPM": (".ppm", ".pgm"),
+    "BMP": (".bmp", ".dib"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
     "AVIF": (".avif",),
-    "JPEG2000": (".jp2",),
+    "JPEG2000": (".jp2", ".j2k", ".jpc", ".jpf", ".jpx"),
     "DICOM": (".dcm",),
     "NPY": (".npy",),
 }
