@@ -262,6 +262,23 @@ def test_sizes_that_differ_stop_the_run_and_damaged_masks_are_skipped(folder: Pa
         data(folder, bad_files="raise").sets["training"][2]
 
 
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+@pytest.mark.parametrize("kind", ["jpg", "png", "tif"])
+def test_image_that_exif_turns_is_left_as_stored_for_a_mask_of_that_size(
+    tmp_path: Path, orientation: int, kind: str
+) -> None:
+    stored = np.zeros((24, 32, 3), np.uint8)
+    stored[:8, 16:] = 200
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "images").mkdir()
+    Image.fromarray(stored).save(tmp_path / "images" / f"0.{kind}", exif=exif)
+    write(tmp_path / "masks", "0", (stored[..., 0] > 0).astype(np.uint8))
+    image, mask = data(tmp_path, val_fraction=0).sets["training"].read(0)
+    assert image.shape == (3, 24, 32)
+    assert torch.equal((image[0] > 100).long(), mask.long())
+
+
 def test_a_wrong_mask_in_a_worker_is_one_sentence(folder: Path) -> None:
     write(folder / "train" / "masks", "002", np.zeros((10, 32), np.uint8))
     made = data(folder, num_workers=1, batch_size=10)

@@ -90,12 +90,24 @@ class ImageData(Dataset[dict[str, Any]]):
         Raises:
             UnreadableImage: With the file's name and the reason.
         """
+        return self.read_image(index)
+
+    def read_image(self, index: int, oriented: bool = True) -> Tensor:
+        """Read an image, (C, H, W).
+
+        Args:
+            index: Of the sample.
+            oriented: Whether EXIF's orientation is applied.
+
+        Raises:
+            UnreadableImage: With the file's name and the reason.
+        """
         place = self._place(index)
         data: bytes | memoryview = b""
         try:
             data = self.files.read(place)
             name = self.files.name(place) if ".dcm" in self.files.suffixes else ""
-            return decode_image(data, self.in_chans, self.intensity, name, self.whole)
+            return decode_image(data, self.in_chans, self.intensity, name, self.whole, oriented)
         except Exception as error:  # decoders raise whatever they like
             raise unreadable(self.files.path(place), error, data) from error
 

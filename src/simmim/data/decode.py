@@ -93,6 +93,7 @@ def decode_image(
     intensity: Intensity,
     name: str = "",
     whole: bool = False,
+    oriented: bool = True,
 ) -> Tensor:
     """Decode the bytes of an image file; what they are is told by themselves, not by the name.
 
@@ -107,6 +108,8 @@ def decode_image(
         whole: Whether the pixels must be the file's own. Otherwise a JPEG of more than `MAX_PIXELS`
             is decoded at a half, a quarter or an eighth of its sides, which takes no memory for
             the rest; other files of such a size are refused.
+        oriented: Whether EXIF's orientation is applied. Otherwise the pixels are as they are
+            stored, which is how some tools that annotate images count them.
 
     Returns:
         uint8, or float32 in 0..1 from a deeper scan, (in_chans, H, W).
@@ -115,6 +118,8 @@ def decode_image(
         Exception: Of many kinds, where the file is no image, or a damaged one.
     """
     pixels = decode_pixels(data, in_chans, intensity, name, whole)
+    if not oriented and (orientation := _orientation(bytes(data))) != 1:
+        pixels = _rotate(pixels, {6: 8, 8: 6}.get(orientation, orientation))  # back
     pixels = np.ascontiguousarray(_to_channels(pixels, in_chans))
     return torch.from_numpy(pixels).permute(2, 0, 1)  # HWC -> CHW
 

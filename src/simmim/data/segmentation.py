@@ -277,9 +277,14 @@ class MaskedImages(ImageData):
         return self.masks.path(int(self.partners[self._place(index)]))
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """Read an image, (C, H, W), and its mask, (H, W)."""
-        image, path = super().read(index), self.mask_path(index)
+        """Read an image, (C, H, W), and its mask, (H, W).
+
+        The image is left as it is stored where EXIF would turn it away from its mask's size.
+        """
+        image, path = self.read_image(index), self.mask_path(index)
         mask = self.legend.read(path)
+        if mask.shape != image.shape[1:] and mask.shape == image.shape[:0:-1]:
+            image = self.read_image(index, oriented=False)
         if mask.shape != image.shape[1:]:
             (height, width), (rows, columns) = image.shape[1:], mask.shape
             raise WrongMask(
