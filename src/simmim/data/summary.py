@@ -61,6 +61,7 @@ class DataSummary:
         unit: What `class_counts` counts: images, objects or pixels.
         classes: Names of the classes.
         needs_labels: Whether there is nothing to learn without them.
+        notes: Further sentences to warn of.
     """
 
     root: str
@@ -68,6 +69,7 @@ class DataSummary:
     unit: str = "images"
     classes: Sequence[str] = ()
     needs_labels: bool = False
+    notes: Sequence[str] = ()
 
     def refusal(self) -> str | None:
         """Why nothing can be learned: not one label of the training images counts; else None."""
@@ -79,7 +81,7 @@ class DataSummary:
 
     def warnings(self) -> list[str]:
         """What counts for less than its owner may think, one sentence each."""
-        found = []
+        found = list(self.notes)
         for name, split in self.splits.items() if self.needs_labels else ():
             total, ignored = sum(split.class_counts), self._ignored(split)
             if not total:

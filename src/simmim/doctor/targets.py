@@ -1,11 +1,11 @@
 """Masks and annotations beside the images: whether `simmim segment` and `detect` find them."""
 
 from collections.abc import Mapping
+from typing import Any
 
-from simmim.data import ImageFolderData
-from simmim.data.annotated import read_annotated_parts
+from simmim.data import DetectionData, ImageFolderData
 from simmim.data.pairs import read_pairs
-from simmim.doctor.findings import Finding
+from simmim.doctor.findings import Finding, Level
 
 
 def target_findings(
@@ -29,13 +29,24 @@ def target_findings(
     loose = not folders or folders == ["images"]
     if not loose or not {"*.json", "*.xml"} & left_out.keys():
         return []
+    return _annotations(data)
+
+
+def _annotations(data: ImageFolderData) -> list[Finding]:
+    """Say of annotations what `simmim detect` says when it starts."""
+    split: dict[str, Any] = {
+        name: getattr(data, name) for name in ("val_fraction", "split_seed", "group_pattern")
+    }
     try:
-        parts, classes = read_annotated_parts(data.root, None, *split)
+        summary = DetectionData(data.root, img_size=list(data.img_size), **split).summary()
     except ValueError as error:
         return [Finding("annotations", "look", f"for simmim detect: {error}")]
-    each = {name: len(part.places) for name, part in parts.items()}
-    text = f"images with annotations, for simmim detect: {_list(each)}; {', '.join(classes.names)}"
-    return [Finding("annotations", "note", text)]
+    refusal = summary.refusal()
+    told = [(f"for simmim detect: {s}") for s in ([refusal] if refusal else summary.warnings())]
+    level: Level = "bad" if refusal else "look"
+    table = "\n".join(summary.table().splitlines()[1:])  # below the name of the folder
+    findings = [Finding("annotations", level, sentence) for sentence in told]
+    return [*findings, Finding("annotations", "note", f"for simmim detect:\n{table}")]
 
 
 def _list(counts: Mapping[str, int]) -> str:
