@@ -64,8 +64,8 @@ class DetectionData(LoaderModule):
         img_size: Height and width of the canvas in pixels: one number, or [height, width]. For a
             model it is said there (`--model.img_size`).
         in_chans: Channels: gray images become three equal ones, colour its luminance.
-        masks: Whether to read outlines; on the command line it is the model's. None: where all
-            objects have one.
+        masks: Whether to read outlines, and leave out objects without one; on the command line it
+            is the model's. None: where all objects have one, but a twentieth.
         batch_size: Images in a batch, of each process.
         num_workers: Processes that read images, of each process that trains; by default as many as
             there are CPU cores less one, up to 16, and none for less than 32 MB of images.
@@ -219,17 +219,18 @@ class DetectionData(LoaderModule):
         if self._parts:
             return
         options = self.val_fraction, self.split_seed, self.group_pattern
-        self._parts, classes = read_annotated_parts(self.root, self.annotations, *options)
+        parts, classes = read_annotated_parts(self.root, self.annotations, *options)
+        self.has_masks = self.masks is not False and self._have_outlines(parts)
         self.classes, self.category_ids = classes
-        self.has_masks = self.masks is not False and self._have_outlines()
+        self._parts = parts
 
-    def _have_outlines(self) -> bool:
+    def _have_outlines(self, parts: dict[str, AnnotatedPart]) -> bool:
         """Whether all objects have an outline, but the few that can be left out.
 
         Raises:
             ValueError: If masks are asked for, and a part has none.
         """
-        for name, part in self._parts.items():
+        for name, part in parts.items():
             lacking, n = part.lacking()
             if not len(lacking):
                 continue
@@ -250,7 +251,7 @@ class DetectionData(LoaderModule):
                         f"{'it' if len(lacking) == 1 else 'them'} out"
                     ]
                 return False
-        return any(part.lacking()[1] for part in self._parts.values())
+        return any(part.lacking()[1] for part in parts.values())
 
     def _setup_predict(self) -> None:
         if "predict" not in self.sets:
