@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from simmim.callbacks.boxes import COLOURS, SIDE, board_boxes, draw_boxes, draw_pairs, select
+from simmim.callbacks.boxes import (
+    COLOURS,
+    IGNORED,
+    SIDE,
+    board_boxes,
+    draw_boxes,
+    draw_pairs,
+    select,
+)
 from simmim.callbacks.detections import Detections, coco_results
 from simmim.callbacks.pictures import PictureNames
 
@@ -30,6 +38,19 @@ def test_boxes_are_drawn_where_they_are_in_the_colour_of_their_class() -> None:
         assert COLOURS[1] in map(tuple, near.tolist())
     assert tuple(pixels[round(75 * scale), round(40 * scale)]) == (200, 200, 200)  # inside
     assert tuple(pixels[round(58 * scale), round(21 * scale)]) == COLOURS[1]  # behind the name
+
+
+def test_ignored_objects_are_gray_and_named_so() -> None:
+    picture = torch.full((3, 100, 100), 200, dtype=torch.uint8)
+    truth = {**found(masks=True), "iscrowd": torch.tensor([1, 0])}
+    del truth["scores"]
+    pixels = np.asarray(draw_boxes(picture, truth, ["cat", "dog"], (100, 100))).reshape(-1, 3)
+    colours = set(map(tuple, pixels.tolist()))
+    assert IGNORED in colours
+    assert COLOURS[0] in colours
+    assert COLOURS[1] not in colours
+    (entry,) = board_boxes(truth, ["cat", "dog"], 1.0)["box_data"]
+    assert entry["class_id"] == 0
 
 
 def test_masks_are_laid_over_their_objects() -> None:

@@ -144,7 +144,27 @@ def test_masks_are_found_drawn_and_written(folder: Path) -> None:
         assert {"train/loss_mask", "val/mask_map"} <= set(next(csv.DictReader(file)))
     run("detect", "predict", "--ckpt_path=runs/det/version_0", f"--data.root={folder / 'val'}")
     results = json.loads((done / "predictions.json").read_text())
+    assert {(one["file_name"], one["image_id"]) for one in results} <= {
+        (f"{i:03d}.png", i) for i in range(3)
+    }
     assert results[0]["segmentation"]["size"] == [48, 64]
+
+
+def test_a_run_without_validation_objects_names_no_best_score(
+    folder: Path, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    file = folder / "val" / "annotations.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "annotations": []}))
+    options = [f"--model.encoder_kwargs={VIT}", "--model.encoder=vit_tiny_patch16_224"]
+    options += ["--model.img_size=[48, 64]", f"--data.root={folder}", "--name=det"]
+    caplog.set_level("INFO")
+    run("detect", "fit", *options, *FEW)
+    assert "val/map was never a number" in caplog.text
+    assert "best val/map" not in caplog.text
+    assert any("val has no objects that count" in str(w.message) for w in recwarn)
+    with Path("runs/det/version_0/metrics.csv").open() as table:
+        assert "best/map" not in next(csv.DictReader(table))
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """Images with boxes: what is read from COCO and VOC, what is left out aloud, and where boxes go."""
 
 import json
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,11 @@ from simmim.data.detection import Annotated
 from simmim.data.draws import uniforms
 from simmim.data.mapped import open_tensors, write_tensors
 
+# What most folders here are like, and nothing that these tests are about.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* classes have no objects"),
+    pytest.mark.filterwarnings("ignore:.* count for nothing"),
+]
 Make = Callable[..., Path]
 BLOOD = Path(__file__).parents[2] / "shared" / "data" / "detection"
 
@@ -165,15 +169,13 @@ def test_one_file_for_train_and_val(folder: Path, tmp_path: Path) -> None:
     for part in ("train", "val"):
         (folder / part / "annotations.json").unlink()
     names = [(i, f"{part}/{i % 4:03d}.png") for i, part in enumerate(["train"] * 4 + ["val"])]
-    file = coco(tmp_path / "all.json", names, [(4, 3, [1, 1, 2, 2])])
+    file = coco(tmp_path / "all.json", names, [(i, 3, [1, 1, 2, 2]) for i in (0, 4)])
     made = data(folder, annotations=str(file))
     assert truth(made) == {"000.png": ([[1, 1, 3, 3]], [0])}
     assert made.num_train == 4
 
 
-def test_what_is_wrong_is_left_out_and_told_in_one_line(
-    tmp_path: Path, make_images: Make, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_is_wrong_is_left_out_and_counted(tmp_path: Path, make_images: Make) -> None:
     make_images(tmp_path / "train", 4, size=40)
     images = [(0, "000.png"), (1, "001.png"), (1, "other.png"), (2, "gone.png"), (3, "000.png")]
     boxes: list[Any] = [
@@ -187,27 +189,25 @@ def test_what_is_wrong_is_left_out_and_told_in_one_line(
         (0, 3, [1, 1, float("nan"), 2]),
     ]
     coco(tmp_path / "train" / "annotations.json", images, boxes)
-    with caplog.at_level(logging.INFO):
-        made = data(tmp_path, val_fraction=0, scale_jitter=(1, 1), hflip=0)
+    made = data(tmp_path, val_fraction=0, scale_jitter=(1, 1), hflip=0)
     assert truth(made, "training") == {
         "000.png": ([[30, 30, 40, 40], [1, 1, 3, 3]], [0, 1]),
         "001.png": ([], []),
     }
-    said = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
-    assert len(said) == 1
-    for words in (
-        "1 boxes without any area were left out (first: 000.png)",
-        "1 boxes outside of their image",
-        "1 boxes reached out of their image and were clipped",
-        "1 objects of no known category",
-        "1 objects of images that are not listed",
-        "2 objects without a box",
-        "1 images with an id that another has",
-        "1 of 3 listed images are not on the disk and were left out (first: gone.png)",
-    ):
-        assert words in said[0]
-    unlisted = [r.getMessage() for r in caplog.records if "2 of 4 images" in r.getMessage()]
-    assert len(unlisted) == 1
+    split = made.summary().splits["train"]
+    assert (split.images, split.class_counts) == (2, [1, 1])
+    assert split.counts == {"with objects": 1, "objects": 2, "clipped to their image": 1}
+    file = tmp_path / "train" / "annotations.json"
+    assert {(one.what, one.reason): (one.count, one.example) for one in split.left_out} == {
+        ("objects", "box without any area"): (1, "000.png, annotation 0"),
+        ("objects", "box outside of its image"): (1, "000.png, annotation 1"),
+        ("objects", "no known category"): (1, "000.png, annotation 3"),
+        ("objects", "no box"): (2, "000.png, annotation 7"),
+        ("objects", f"of images that {file} does not list"): (1, "annotation 4"),
+        ("images", "an id that another image has"): (1, "other.png"),
+        ("images", f"listed in {file}, but not on the disk"): (1, "gone.png"),
+        ("images", f"not in {file}"): (2, "002.png"),
+    }
 
 
 @pytest.mark.parametrize(
@@ -254,6 +254,90 @@ def test_crowds_are_ignored(folder: Path) -> None:
     assert sample["truth"]["iscrowd"].tolist() == [1, 0]
 
 
+def change(folder: Path, n: int | None = None, **fields: Any) -> None:
+    """Give the first n objects of each part these fields."""
+    for part in ("train", "val"):
+        file = folder / part / "annotations.json"
+        content = json.loads(file.read_text())
+        for entry in content["annotations"][:n]:
+            entry.update(fields)
+        file.write_text(json.dumps(content))
+
+
+SPELLINGS = {
+    "no": (0, 0.0, False, None, "0", "0.0", "", " false ", "False", "no", "Unspecified", "none"),
+    "yes": (1, 1.0, True, "1", "1.0", "true", "True", "YES", "y"),
+}
+
+
+@pytest.mark.parametrize(("word", "value"), [(w, v) for w, vs in SPELLINGS.items() for v in vs])
+def test_yes_and_no_are_read_in_any_spelling(folder: Path, word: str, value: object) -> None:
+    change(folder, 1, iscrowd=value)
+    table = read_coco(str(folder / "val" / "annotations.json"))
+    assert [o.reason for o in table.objects[0]] == ["iscrowd" if word == "yes" else "", ""]
+    xml = folder / "val" / "0.xml"
+    voc(xml, [("cat", (1, 2, 11, 22), "" if value is None else value)])  # type: ignore[list-item]
+    ((found,),) = read_voc("xml", {"000.png": str(xml)}).objects
+    assert found.reason == ("difficult" if word == "yes" else "")
+
+
+@pytest.mark.parametrize("spell", [str, float, lambda i: f"{i}.0"])
+def test_ids_are_the_numbers_that_they_spell(folder: Path, spell: Callable[[int], Any]) -> None:
+    expected = truth(data(folder))
+    for part in ("train", "val"):
+        file = folder / part / "annotations.json"
+        content = json.loads(file.read_text())
+        for entry in content["annotations"]:
+            entry |= {key: spell(entry[key]) for key in ("image_id", "category_id")}
+        file.write_text(json.dumps(content))
+    made = data(folder)
+    assert truth(made) == expected
+    assert made.category_ids == [3, 7]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"iscrowd": 1}, "iscrowd"),
+        ({"bbox": [0.1, 0.2, 0.3, 0.8]}, "in shares of the image: multiply it by width and height"),
+        ({"bbox": [4, 4, 0.5, 9]}, r"under 1 px on the canvas of 40 x 40 px \(model.img_size\)"),
+        ({"category_id": 99}, "no known category"),
+        ({"bbox": None}, "no box"),
+        ({"image_id": 99}, "of images that .* does not list"),
+    ],
+)
+def test_what_has_no_object_to_learn_is_refused(
+    folder: Path, fields: dict[str, Any], reason: str
+) -> None:
+    change(folder, **fields)
+    said = f"no objects to train on in .*: 3 objects left out: .*{reason}.*first: "
+    with pytest.raises(ValueError, match=said):
+        data(folder)
+
+
+def test_validation_images_without_objects_are_told(folder: Path) -> None:
+    coco(folder / "val" / "annotations.json", [(0, "000.png")], [])
+    with pytest.warns(UserWarning, match="val has no objects that count, so it scores nothing"):
+        data(folder)
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_turned_images_are_read_as_they_were_annotated(folder: Path, orientation: int) -> None:
+    image = Image.new("RGB", (96, 64), "black")
+    image.paste("white", (8, 4, 40, 16))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(folder / "val" / "a.jpg", exif=exif, quality=95)
+    file = folder / "val" / "annotations.json"
+    coco(file, [(1, "a.jpg")], [(1, 3, [8, 4, 32, 12])], (96, 64))
+    sample = data(folder).sets["validation"][0]
+    assert sample["original"].tolist() == [64, 96]
+    bright = (data(folder, img_size=96).sets["validation"][0]["image"] > 127).all(0).nonzero()
+    assert bright.amin(0).tolist() == [4, 8]
+    coco(file, [(1, "a.jpg")], [(1, 3, [4, 8, 12, 32])], (64, 96))
+    assert data(folder).sets["validation"][0]["original"].tolist() == [96, 64]
+
+
 # Masks -------------------------------------------------------------------------------------------
 
 
@@ -291,6 +375,88 @@ def test_outlines_become_masks(folder: Path, compressed: bool) -> None:
     assert plain[0].sum() == 200
     assert made.sets["training"][2]["target"]["masks"].shape[0] == 0
     assert "masks" not in data(folder, masks=False).sets["training"][0]["target"]
+
+
+SQUARE = [1, 2, 11, 2, 11, 22, 1, 22]
+SQUARE_RUNS = {"size": [40, 40], "counts": [42, *[20, 20] * 9, 20, 1178]}
+TURNED = {"size": [20, 80], "counts": [42, 20, 1538]}
+
+
+@pytest.mark.parametrize(
+    "outline",
+    [
+        [SQUARE],
+        SQUARE,
+        [[x, y] for x, y in zip(SQUARE[::2], SQUARE[1::2], strict=True)],
+        [str(value) for value in SQUARE],
+        [SQUARE, [1, 2, 3, 4]],  # a line beside it
+        SQUARE_RUNS,
+        {**SQUARE_RUNS, "counts": [float(n) for n in SQUARE_RUNS["counts"]]},  # type: ignore[attr-defined]
+    ],
+)
+def test_outlines_are_read_as_people_write_them(folder: Path, outline: Any) -> None:
+    with_outlines(folder)
+    change(folder, 1, segmentation=outline)
+    made = data(folder)
+    assert made.has_masks
+    mask = made.sets["validation"][0]["truth"]["masks"][0]
+    assert mask[2:22, 1:11].all()
+    assert mask.sum() == 200
+
+
+@pytest.mark.parametrize(
+    ("outline", "reason"),
+    [
+        (None, "no segmentation"),
+        ([], "no segmentation"),
+        ([[1, 2, 11, 22]], "fewer than 3 points"),
+        ([[1, 2, 11, 22, 1, 2]], "without any area"),
+        ([[]], "fewer than 3 points"),
+        ([[*SQUARE, 5]], "odd number"),
+        ([[*SQUARE[:-1], float("nan")]], "other things than numbers"),
+        ([["a", *SQUARE[1:]]], "other things than numbers"),
+        ([[1e30, *SQUARE[1:]]], "other things than numbers"),
+        ([[0.1, 0.1, 0.5, 0.1, 0.5, 0.5]], "outside of its box"),
+        ({"size": [40, 40], "counts": [100, 50]}, "run lengths"),
+        ({"size": [40, 40], "counts": [100, 5000]}, "run lengths"),
+        ({"size": [40, 40], "counts": [1600]}, "run lengths"),
+        ({"size": [40, 40], "counts": [-1, 1601]}, "run lengths"),
+        ({"size": [40, 40], "counts": "abc"}, "run lengths"),
+        ({"size": [40, 40], "counts": "T3b1"}, "run lengths"),
+        ({"size": [40], "counts": [1600]}, "run lengths"),
+        (TURNED, "run lengths"),
+        ({"counts": [1600]}, "run lengths"),
+    ],
+)
+def test_an_object_with_a_bad_outline_is_named(folder: Path, outline: Any, reason: str) -> None:
+    with_outlines(folder)
+    change(folder, 1, segmentation=outline)
+    said = rf"1 of 3 objects of train has no outline \(.*{reason}.*; first: 000.png, annotation 0\)"
+    with pytest.warns(UserWarning, match=f"{said}, so boxes alone are learned: --model.masks true"):
+        assert not data(folder).has_masks
+    made = data(folder, masks=True, scale_jitter=(1, 1), hflip=0)
+    (left_out,) = made.summary().splits["train"].left_out
+    assert (left_out.what, left_out.count) == ("objects", 1)
+    assert left_out.example == "000.png, annotation 0"
+    assert reason in left_out.reason
+    assert made.sets["training"][0]["target"]["masks"].shape == (1, 40, 40)
+    whole = made.sets["validation"][0]["truth"]
+    assert whole["iscrowd"].tolist() == [1, 0]
+    assert whole["masks"][0].sum() == 200  # its box, which is ignored
+
+
+def test_a_few_objects_without_an_outline_do_not_turn_masks_off(folder: Path) -> None:
+    for part, n in (("train", 4), ("val", 2)):
+        names = [(i, f"{i:03d}.png") for i in range(n)]
+        coco(folder / part / "annotations.json", names, [(0, 3, [1, 2, 10, 20])] * 20)
+    with_outlines(folder)
+    change(folder, 1, segmentation=[])
+    made = data(folder)
+    assert made.has_masks
+    assert made.summary().splits["train"].counts["objects"] == 19
+    change(folder, 2, segmentation=[])
+    with pytest.warns(UserWarning, match="2 of 20 objects of train have no outline"):
+        assert not data(folder).has_masks
 
 
 def test_masks_that_are_not_there_are_refused(folder: Path) -> None:
@@ -340,12 +506,14 @@ def test_blood_cells_are_the_same_in_both_formats(part: str) -> None:
     as_coco = read_coco(str(BLOOD / f"instances_{part}.json"))
     xml = {p.stem + ".jpg": str(p) for p in (BLOOD / part / "annotations_voc").glob("*.xml")}
     as_voc = read_voc("xml", xml)
-    assert sum(map(len, as_coco.objects)) == {"train": 771, "val": 253}[part]
+    assert (
+        sum(not o.reason for each in as_coco.objects for o in each)
+        == {"train": 771, "val": 253}[part]
+    )
     rows = {name: row for row, name in enumerate(as_voc.names)}
     for name, objects in zip(as_coco.names, as_coco.objects, strict=True):
         mine = {(as_coco.classes[o.label], o.box) for o in objects}
         assert mine == {(as_voc.classes[o.label], o.box) for o in as_voc.objects[rows[name]]}
-    assert as_voc.faults.counts.total() == (part == "train")
 
 
 # Transforms --------------------------------------------------------------------------------------
@@ -461,9 +629,14 @@ def test_predict_reads_any_folder_and_knows_ids(folder: Path, tmp_path: Path) ->
     made = data(folder / "val", "predict")
     batch = next(iter(made.predict_dataloader()))
     assert [Path(path).name for path in batch["path"]] == ["000.png", "001.png"]
-    assert [made.image_id(i) for i in (0, 1)] == [1, 2]
-    named = data(folder / "val", "predict", annotations=str(folder / "val" / "annotations.json"))
-    assert [named.image_id(i) for i in (0, 1)] == [0, 10]
+    assert [made.image_id(i) for i in (0, 1)] == [0, 10]  # of the annotations.json beside them
+    file = coco(tmp_path / "one.json", [("2", "001.png")], [])
+    named = data(folder / "val", "predict", annotations=str(file))
+    assert named.image_id(1) == "2"
+    both = data(folder, "predict")  # whose ids are each two images'
+    assert [both.image_id(i) for i in range(6)] == [1, 2, 3, 4, 5, 6]
+    (folder / "val" / "annotations.json").write_text("{")
+    assert data(folder / "val", "predict").image_id(1) == 2
 
 
 def test_deep_and_gray_images_are_taken(tmp_path: Path) -> None:
@@ -471,7 +644,8 @@ def test_deep_and_gray_images_are_taken(tmp_path: Path) -> None:
     Image.fromarray(np.full((40, 40), 5, np.uint8)).save(tmp_path / "train" / "a.png")
     deep = (np.arange(1600).reshape(40, 40) * 40).astype(np.uint16)
     Image.fromarray(deep).save(tmp_path / "train" / "b.png")
-    coco(tmp_path / "train" / "annotations.json", [(1, "a.png"), (2, "b.png")], [])
+    names = [(1, "a.png"), (2, "b.png")]
+    coco(tmp_path / "train" / "annotations.json", names, [(1, 3, [1, 2, 10, 20])])
     made = data(tmp_path, val_fraction=0, in_chans=1, statistics="measured")
     batch = next(iter(made.train_dataloader()))
     assert batch["image"].dtype == torch.float32
@@ -534,7 +708,8 @@ def all_of(root: Path, **options: Any) -> list[Any]:
     """Everything that is read of a folder."""
     module = DetectionData(str(root), **options)
     module.setup("fit")
-    found: list[Any] = [module.classes, module.category_ids, module.has_masks]
+    table = module.summary().table()
+    found: list[Any] = [module.classes, module.category_ids, module.has_masks, table]
     for data in (module.sets["training"], module.sets["validation"]):
         assert isinstance(data, Annotated)
         for index in range(len(data)):
@@ -548,19 +723,27 @@ def never(*_: object) -> None:
     raise AssertionError("it was read once more")
 
 
-def test_annotations_are_read_once(
-    kept: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    first, said = all_of(kept), [m for m in caplog.messages if "gone.png" in m]
+def test_annotations_are_read_once(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = all_of(kept)
     assert first[:3] == [["cat", "dog", "owl"], [3, 7, 1], True]
-    assert len(said) == 2
+    assert first[3].count("gone.png") == 2
     monkeypatch.setattr("simmim.data.listed.read_coco", never)
     assert all_of(kept) == first
-    assert [m for m in caplog.messages if "gone.png" in m] == 2 * said
     monkeypatch.undo()
     monkeypatch.setenv("SIMMIM_CACHE", "off")
     assert all_of(kept) == first
+
+
+def test_annotations_are_parsed_once_before_all_processes(
+    kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    DetectionData(str(kept)).prepare_data()
+    monkeypatch.setattr("simmim.data.listed.read_coco", never)
+    module = DetectionData(str(kept))
+    module.setup("fit")
+    module = DetectionData(str(kept / "val"))
+    module.setup("predict")
+    assert [module.image_id(i) for i in range(2)] == [0, 1]
 
 
 @pytest.mark.parametrize("change", ["annotations", "images"])
@@ -592,9 +775,9 @@ def test_damaged_arrays_of_boxes_are_made_anew(kept: Path, name: str) -> None:
 
 def test_one_file_for_all_folders_is_kept_too(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = [(i, f"train/{i:03d}.png") for i in range(4)] + [(9, "val/000.png")]
-    path = coco(kept / "all.json", images, [(9, 7, [1.0, 1.0, 9.0, 9.0])])
+    path = coco(kept / "all.json", images, [(i, 7, [1.0, 1.0, 9.0, 9.0]) for i in (0, 9)])
     settle(kept)
     first = all_of(kept, annotations=str(path))
-    assert len(first) == 3 + 4 + 1
+    assert len(first) == 4 + 4 + 1
     monkeypatch.setattr("simmim.data.listed.read_coco", never)
     assert all_of(kept, annotations=str(path)) == first

@@ -360,6 +360,29 @@ def test_it_begins_with_the_table_and_warnings_of_the_tasks(tmp_path: Path) -> N
     assert found["text"].startswith(found["table"])
 
 
+def test_annotations_are_counted_as_detect_counts_them(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        image = np.full((40, 40, 3), 90, np.uint8)
+        _save(image, tmp_path / "root" / part / "0.png")
+        entry = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [4, 4, 20, 20]}
+        table = {
+            "images": [{"id": 1, "file_name": "0.png", "width": 40, "height": 40}],
+            "annotations": [{**entry, "iscrowd": int(part == "val")}],
+            "categories": [{"id": 1, "name": "cat"}],
+        }
+        (tmp_path / "root" / part / "annotations.json").write_text(json.dumps(table))
+    told = [
+        (finding["level"], finding["text"])
+        for finding in _diagnose(tmp_path / "root", tmp_path)["findings"]
+        if finding["kind"] == "annotations"
+    ]
+    (level, warning), (_, table_text) = told
+    assert level == "look"
+    assert "val has no objects that count" in warning
+    assert "iscrowd (first: 0.png, annotation 1)" in warning
+    assert "objects" in table_text
+
+
 def test_images_and_masks_are_pairs_and_no_classes(tmp_path: Path) -> None:
     for part, first in (("train", 0), ("val", 20)):
         _photos(tmp_path / "root" / part / "images", 4, first=first)

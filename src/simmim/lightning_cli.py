@@ -5,6 +5,7 @@ import os
 from argparse import ArgumentError
 from collections.abc import Mapping
 from inspect import signature
+from math import isfinite
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -302,7 +303,12 @@ class TaskCLI(LightningCLI):
         if isinstance(best, ModelCheckpoint) and best.best_model_score is not None:
             score, path = float(best.best_model_score), Path(best.best_model_path)
             where = f": {self.run.folder / CHECKPOINTS / path.name}" if self.run.folder else ""
-            rank_zero_info(f"best {best.monitor} {score:.4g}{where}")
+            if isfinite(score):
+                rank_zero_info(f"best {best.monitor} {score:.4g}{where}")
+            else:  # Lightning puts infinity in the place of what is not a number
+                rank_zero_info(
+                    f"{best.monitor} was never a number, so nothing tells which checkpoint is best"
+                )
         if self.start is not None and self.trainer.global_step == self.start.step:
             rank_zero_info(
                 f"{self.start.checkpoint} was complete, with {self.start.step} steps behind it: a "

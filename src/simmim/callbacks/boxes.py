@@ -18,6 +18,7 @@ COLOURS = (  # of the classes: Tableau's ten, and their lighter halves
     *((174, 199, 232), (255, 152, 150), (152, 223, 138), (255, 187, 120), (197, 176, 213)),
     *((158, 218, 229), (247, 182, 210), (219, 219, 141), (196, 156, 148), (199, 199, 199)),
 )
+IGNORED, DASH = (150, 150, 150), 6  # colour, and px of a dash and a gap
 
 
 def draw_boxes(
@@ -28,7 +29,7 @@ def draw_boxes(
     Args:
         picture: Of the image, at any size, uint8 or 0..1, (C, h, w); a small one is enlarged.
         found: boxes (n, 4) and masks (n, H, W) in pixels of the original, labels, and scores where
-            it is a prediction.
+            it is a prediction; iscrowd, true of what is ignored, where it is not.
         names: Of the classes.
         original: Height and width.
 
@@ -43,11 +44,17 @@ def draw_boxes(
     scores = found["scores"].tolist() if "scores" in found else None
     boxes = found["boxes"].float().cpu().numpy() * scale
     labels = found["labels"].tolist()
-    for box, label in zip(boxes, labels, strict=True):
-        draw.rectangle([*box], outline=COLOURS[label % len(COLOURS)], width=2)
+    ignored = _ignored(found)
+    colours = [
+        IGNORED if skip else COLOURS[label % len(COLOURS)]
+        for label, skip in zip(labels, ignored, strict=True)
+    ]
+    for box, colour, skip in zip(boxes, colours, ignored, strict=True):
+        _draw_dashes(draw, box) if skip else draw.rectangle([*box], outline=colour, width=2)
     for i, (box, label) in enumerate(zip(boxes, labels, strict=True)):  # above all lines
         text = names[label] if scores is None else f"{names[label]} {scores[i]:.2f}"
-        _draw_name(draw, text, box, COLOURS[label % len(COLOURS)], font)
+        text = f"{text} (ignored)" if ignored[i] else text
+        _draw_name(draw, text, box, colours[i], font)
     return canvas
 
 
@@ -98,7 +105,10 @@ def board_boxes(found: Mapping[str, Tensor], names: Sequence[str], scale: float)
     data = []
     scores = found["scores"].tolist() if "scores" in found else [None] * len(found["boxes"])
     labels = found["labels"].tolist()
-    for box, label, score in zip(found["boxes"].tolist(), labels, scores, strict=True):
+    each = zip(found["boxes"].tolist(), labels, scores, _ignored(found), strict=True)
+    for box, label, score, ignored in each:
+        if ignored:
+            continue
         left, top, right, bottom = (value * scale for value in box)
         position = {"minX": left, "minY": top, "maxX": right, "maxY": bottom}
         caption = names[label] if score is None else f"{names[label]} {score:.2f}"
@@ -107,8 +117,27 @@ def board_boxes(found: Mapping[str, Tensor], names: Sequence[str], scale: float)
     return {"box_data": data, "class_labels": dict(enumerate(names))}
 
 
+def _ignored(found: Mapping[str, Tensor]) -> list[bool]:
+    """Which objects count neither for nor against a detector."""
+    if "iscrowd" not in found:
+        return [False] * len(found["boxes"])
+    return [bool(crowd) for crowd in found["iscrowd"].tolist()]
+
+
+def _draw_dashes(draw: Any, box: Any) -> None:
+    left, top, right, bottom = (int(edge) for edge in box)
+    for x in range(left, right, 2 * DASH):
+        for y in (top, bottom):
+            draw.line([x, y, min(x + DASH, right), y], fill=IGNORED, width=2)
+    for y in range(top, bottom, 2 * DASH):
+        for x in (left, right):
+            draw.line([x, y, x, min(y + DASH, bottom)], fill=IGNORED, width=2)
+
+
 def _draw_masks(canvas: Image.Image, found: Mapping[str, Tensor]) -> Image.Image:
-    masks = found["masks"].cpu()[:, None].float()
+    counted = ~torch.tensor(_ignored(found), dtype=torch.bool)
+    found = {name: found[name].cpu()[counted] for name in ("masks", "labels")}
+    masks = found["masks"][:, None].float()
     size = (canvas.height, canvas.width)
     masks = torch.nn.functional.interpolate(masks, size, mode="nearest-exact")[:, 0] > 0.5
     colours = [COLOURS[label % len(COLOURS)] for label in found["labels"].tolist()]

@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import suppress
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,8 @@ class Vitals(L.Callback):
             return
         scores = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         for name, value in scores.items():
-            if name == "val/avg_dist" or name.count("/") > 1:  # how hard masks are; single classes
+            other = name == "val/avg_dist" or name.count("/") > 1  # how hard masks are; classes
+            if other or not isfinite(value):
                 continue
             better = min if less_is_better(name) else max
             key = name.replace("val/", "best/", 1)

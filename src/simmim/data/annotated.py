@@ -1,22 +1,28 @@
 """Which images of a folder have annotations, and what these say: arrays that workers share."""
 
 import os
-import re
-from collections.abc import Iterable, Sequence
+import posixpath
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
-from simmim.data.annotations import read_voc
+from simmim.data.annotations import LEARNED, OUTLINES, REASONS, count_left_out, read_voc
 from simmim.data.index import FileIndex, check_folder
-from simmim.data.layout import Part, read_folder, read_parts
+from simmim.data.layout import Part, read_parts, read_split
 from simmim.data.listed import Annotations, Classes, Listed, listed_in, read_listed
-from simmim.data.split import validation_mask
+from simmim.data.summary import LeftOut, SplitSummary
+from simmim.data.transforms import Size
 
 Sources = list[tuple[Sequence[FileIndex], Listed]]  # and the folders that each is about
+LEAST = 1.0  # px on the canvas, below which an object is no longer shown
 JSON = ("annotations.json", "_annotations.coco.json")  # beside the images: ours, Roboflow's
 XML_FOLDERS = ("annotations_voc", "annotations", "xml", "xmls")
 IMAGE_FOLDERS = ("images", "jpegimages", "imgs")
@@ -34,13 +40,30 @@ class AnnotatedPart:
         files: The index.
         places: Which of its files.
         annotations: Of all files.
-        has_outlines: Whether every object that counts has an outline.
+        left_out: Images without annotations; annotations without an image.
     """
 
     files: FileIndex
     places: npt.NDArray[np.int64]
     annotations: Annotations
-    has_outlines: bool
+    left_out: list[LeftOut]
+
+    @cached_property
+    def objects(self) -> Tensor:
+        """Places of these images' objects in the annotations, int64."""
+        chosen = torch.zeros(len(self.files), dtype=torch.bool)
+        chosen[self.places] = True
+        return chosen.repeat_interleave(self.annotations.starts.diff()).nonzero()[:, 0]
+
+    def lacking(self) -> tuple[Tensor, int]:
+        """Places of the objects that are learned, but have no outline; and how many are learned."""
+        learned = self.objects[self.annotations.reasons[self.objects] <= LEARNED]
+        return learned[self.annotations.no_outline[learned] > 0], len(learned)
+
+    def describe(self, place: int) -> str:
+        """Name an object by its image and its number in the annotations."""
+        file = int(torch.searchsorted(self.annotations.starts, place, right=True)) - 1
+        return f"{self.files.name(file)}, annotation {int(self.annotations.numbers[place])}"
 
 
 def read_annotated_parts(
@@ -69,14 +92,12 @@ def read_annotated_parts(
         ValueError: If annotations are missing, or list no image of a part.
     """
     check_folder(root)
-    parts = _read_parts(root, val_fraction, split_seed, group_pattern)
-    indexes = list({part.files.root: part.files for part in parts.values()}.values())
-    sources = _read_sources(root, annotations, indexes, parts["train"].files.root)
+    parts = read_parts(root, val_fraction, split_seed, group_pattern, masks_apart=False)
+    sources = _read_sources(root, annotations, parts)
     classes = _unite([source for _, source in sources])
     found = {}
     for folders, source in sources:
-        for sentence in source.said:
-            rank_zero_info(sentence)
+        left_out = source.left_out  # told of the first part that it is about
         number = [classes.names.index(name) for name in source.classes.names]
         rows = zip(folders, source.annotations, source.listed, strict=True)
         for files, objects, listed in rows:
@@ -87,50 +108,59 @@ def read_annotated_parts(
                 if part.files.root != files.root:
                     continue
                 places = np.arange(len(files)) if part.places is None else part.places
-                kept = places[listed.numpy()[places]]
-                if len(kept):
-                    found[name] = AnnotatedPart(part.files, kept, objects, source.has_outlines)
+                known = listed.numpy()[places]
+                if known.any():
+                    unlisted = [files.name(int(place)) for place in places[~known]]
+                    examples = {f"not in {source.source}": unlisted} if unlisted else {}
+                    told = left_out + count_left_out("images", examples)
+                    found[name] = AnnotatedPart(files, places[known], objects, told)
+                    left_out = []
     _check_found(found, sources, parts)
     return found, classes
+
+
+def read_image_ids(root: str, annotations: str | None, files: FileIndex) -> list[Any]:
+    """Ids that COCO's annotations give to the images below a folder; others count on from these.
+
+    Args:
+        root: The folder.
+        annotations: A COCO file; None: those beside the images, if they are any.
+        files: All images below the folder.
+    """
+    ids: dict[str, Any] = {}
+    if annotations is not None and os.path.isfile(path := os.path.expanduser(annotations)):
+        ids = dict(zip(files.all_names(), read_listed(path, [files]).ids[0], strict=True))
+    elif annotations is None:
+        for part, index in (read_split(root) or {"": files}).items():
+            with suppress(ValueError):  # another json, or a broken one: nobody asked for it
+                source = _find_source(root, part, index)
+                below = os.path.relpath(index.root, root).replace(os.sep, "/")
+                names = (posixpath.normpath(f"{below}/{name}") for name in index.all_names())
+                ids |= {} if source is None else dict(zip(names, source.ids[0], strict=True))
+    known = [identity for identity in ids.values() if identity is not None]
+    if len(set(known)) < len(known):  # train/ and val/ may both count from 1
+        ids, known = {}, []
+    last = max((identity for identity in known if isinstance(identity, int)), default=0)
+    each = [ids.get(name) for name in files.all_names()]
+    return [last + 1 + i if identity is None else identity for i, identity in enumerate(each)]
 
 
 # Finding -----------------------------------------------------------------------------------------
 
 
-def _read_parts(
-    root: str, val_fraction: float, split_seed: int, group_pattern: str | None
-) -> dict[str, Part]:
-    """As every task's; COCO's own folders are called train2017 and val2017."""
-    years = {e.name: e.path for e in os.scandir(root) if re.fullmatch(r"(train|val)\d{4}", e.name)}
-    trains = sorted(name for name in years if name.startswith("train"))
-    if not trains:
-        return read_parts(root, val_fraction, split_seed, group_pattern, masks_apart=False)
-    train = Part(read_folder(years[trains[0]]))
-    val = years.get(trains[0].replace("train", "val"))
-    if val is not None:
-        return {"train": train, "val": Part(read_folder(val))}
-    mask = validation_mask(
-        train.files.all_names(),
-        np.zeros(len(train.files), np.int64),
-        val_fraction,
-        split_seed,
-        group_pattern,
-    )
-    parts = {"train": Part(train.files, np.flatnonzero(~mask))}
-    return {**parts, "val": Part(train.files, np.flatnonzero(mask))} if mask.any() else parts
-
-
-def _read_sources(
-    root: str, annotations: str | None, indexes: Sequence[FileIndex], train: str
-) -> Sources:
-    """Read the annotations of each folder; a test/ may have none."""
+def _read_sources(root: str, annotations: str | None, parts: Mapping[str, Part]) -> Sources:
+    """Read the annotations of each folder; that of the test images may have none."""
+    indexes: dict[str, tuple[str, FileIndex]] = {}  # of which several parts may be
+    for name, part in parts.items():
+        indexes.setdefault(part.files.root, (name, part.files))
     if annotations is not None:
-        return [(indexes, _read_given(annotations, indexes))]
+        every = [files for _, files in indexes.values()]
+        return [(every, _read_given(annotations, every))]
     sources: Sources = []
-    for files in indexes:
-        if (source := _find_source(root, files)) is not None:
+    for name, files in indexes.values():
+        if (source := _find_source(root, name, files)) is not None:
             sources.append(([files], source))
-        elif files.root != train and os.path.basename(files.root).lower() == "test":
+        elif name == "test":
             rank_zero_info(f"{files.root} has no annotations: nothing to test on")
         else:
             raise ValueError(f"{files.root!r} has images, but no annotations: {WHERE}")
@@ -150,11 +180,11 @@ def _read_given(annotations: str, indexes: Sequence[FileIndex]) -> Listed:
     return listed_in(read_voc(path, files), indexes)
 
 
-def _find_source(root: str, files: FileIndex) -> Listed | None:
+def _find_source(root: str, part: str, files: FileIndex) -> Listed | None:
     """Find the annotations of a part: COCO's, VOC's, or else the only json in its folder."""
     folder, name = files.root, os.path.basename(os.path.normpath(files.root))
     candidates = [os.path.join(folder, file) for file in JSON]
-    for file in (f"instances_{name}.json", f"{name}.json"):
+    for file in (f"{start}{end}.json" for end in (name, part) for start in ("instances_", "")):
         candidates += [os.path.join(root, file), os.path.join(root, "annotations", file)]
     for path in candidates:
         if os.path.isfile(path):
@@ -202,6 +232,52 @@ def _unite(sources: Iterable[Listed]) -> Classes:
         for name, number in zip(*source.classes, strict=True):
             numbers.setdefault(name, number)
     return Classes(list(numbers), list(numbers.values()))
+
+
+def count_objects(
+    part: AnnotatedPart, canvas: Size, *, masks: bool, num_classes: int
+) -> SplitSummary:
+    """Count what is learned of a part, and what is not.
+
+    Args:
+        part: The images.
+        canvas: Height and width that each image is fitted onto.
+        masks: Whether objects without an outline are left out.
+        num_classes: Their number.
+    """
+    told, mine = part.annotations, part.objects
+    files = torch.searchsorted(told.starts, mine, right=True) - 1
+    scale = (torch.tensor(canvas) / told.sizes[files].clamp(min=1)).amin(1, keepdim=True)
+    scale[told.sizes[files, 0] == 0] = 1.0  # nobody says the size
+    small = ((told.boxes[mine, 2:] - told.boxes[mine, :2]) * scale < LEAST).any(1)
+    too_small = f"box under {LEAST:g} px on the canvas of {canvas[1]} x {canvas[0]} px"
+    names = [*REASONS, f"{too_small} (model.img_size)"]
+    codes, no_outline = told.reasons[mine].long(), told.no_outline[mine].long()
+    codes[(codes <= LEARNED) & small] = len(REASONS)
+    lacking = (codes <= LEARNED) & (no_outline > 0)
+    outlines = int((codes <= LEARNED).sum() - lacking.sum())
+    left_out = part.left_out.copy()
+
+    def leave_out(what: str, kinds: Tensor, chosen: Tensor, names: Sequence[str]) -> None:
+        for kind in kinds[chosen].unique().tolist():
+            each = mine[chosen & (kinds == kind)]
+            left_out.append(LeftOut(what, names[kind], len(each), part.describe(int(each[0]))))
+
+    leave_out("objects", codes, codes > LEARNED, names)
+    if masks:
+        leave_out("objects", no_outline, lacking, OUTLINES)
+    elif outlines or bool((no_outline[lacking] > 1).any()):  # else nobody drew any
+        leave_out("outlines", no_outline, lacking, OUTLINES)
+    learned = (codes <= LEARNED) & ~(lacking & masks)
+    images = len(files[learned].unique())
+    counts = {"with objects": images, "objects": int(learned.sum()), "with outlines": outlines}
+    counts["clipped to their image"] = int((learned & (codes == 1)).sum())
+    return SplitSummary(
+        len(part.places),
+        {name: n for name, n in counts.items() if n or name == "objects"},
+        torch.bincount(told.labels[mine[learned]], minlength=num_classes).tolist(),
+        left_out,
+    )
 
 
 def _check_found(found: dict[str, AnnotatedPart], sources: Sources, parts: dict[str, Part]) -> None:

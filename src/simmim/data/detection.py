@@ -1,7 +1,7 @@
 """Images with boxes: COCO's and Pascal VOC's annotations, and what a detector trains on."""
 
-import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from math import inf
 from typing import Any, Literal
@@ -11,8 +11,14 @@ import torch
 from faster_coco_eval.core import mask as coco_mask
 from torch import Tensor
 
-from simmim.data.annotated import AnnotatedPart, read_annotated_parts
-from simmim.data.annotations import read_coco
+from simmim.data.annotated import (
+    LEAST,
+    AnnotatedPart,
+    count_objects,
+    read_annotated_parts,
+    read_image_ids,
+)
+from simmim.data.annotations import LEARNED, OUTLINES, decode_runs
 from simmim.data.boxes import Fit, Jitter
 from simmim.data.checks import (
     check_choice,
@@ -25,15 +31,16 @@ from simmim.data.dataset import ImageData, Key, WholeFolder, collate
 from simmim.data.decode import UnreadableImage
 from simmim.data.draws import uniforms
 from simmim.data.layout import read_folder
-from simmim.data.listed import Annotations, Objects, file_finder
+from simmim.data.listed import Annotations, Objects
 from simmim.data.loaders import LoaderModule
 from simmim.data.scans import Intensity
 from simmim.data.split import check_group_pattern
 from simmim.data.statistics import check_statistics
+from simmim.data.summary import DataSummary
 from simmim.data.transforms import Box, CenterCrop, crop_and_resize
 
 LISTS = ("target", "truth", "picture")  # of a batch: what differs in size from image to image
-LEAST = 1.0  # px on the canvas, below which an object is no longer shown
+FEW = 0.05  # share of objects without an outline that masks are learned without
 PICTURE = 1024  # px of the longer side of what is drawn on
 
 
@@ -57,8 +64,8 @@ class DetectionData(LoaderModule):
         img_size: Height and width of the canvas in pixels: one number, or [height, width]. For a
             model it is said there (`--model.img_size`).
         in_chans: Channels: gray images become three equal ones, colour its luminance.
-        masks: Whether to read outlines; on the command line it is the model's. None: where all
-            objects have one.
+        masks: Whether to read outlines, and leave out objects without one; on the command line it
+            is the model's. None: where all objects have one, but a twentieth.
         batch_size: Images in a batch, of each process.
         num_workers: Processes that read images, of each process that trains; by default as many as
             there are CPU cores less one, up to 16, and none for less than 32 MB of images.
@@ -144,7 +151,21 @@ class DetectionData(LoaderModule):
         self.mean: tuple[float, ...] | None = None
         self.std: tuple[float, ...] | None = None
         self._parts: dict[str, AnnotatedPart] = {}
-        self._ids: dict[int, Any] | None = None
+        self._notes: list[str] = []
+        self._ids: list[Any] | None = None
+
+    def prepare_data(self) -> None:
+        """Read annotations and measure statistics, once on each machine, into the cache."""
+        if self.trainer is not None and self.trainer.state.fn == "predict":
+            self._setup_predict()
+            self.image_id(0)
+            return
+        with suppress(ValueError):  # which setup raises in every process
+            self._read_parts()
+        if self._parts and self._measures():
+            self._setup_parts()
+            if self._trains():
+                self._statistics()
 
     def setup(self, stage: str | None = None) -> None:
         """Find the images and their annotations, and split them where they are not split.
@@ -156,16 +177,15 @@ class DetectionData(LoaderModule):
             ValueError: If there is no image, no annotation, or nothing to validate with.
         """
         if stage != "predict":
-            if not self._parts:
+            if "training" not in self.sets:
                 self._setup_parts()
             self._check_evaluated(stage)
             self._check_summary(stage)
         if stage in ("fit", None):
             self._resumed_step = 0
             self.mean, self.std = self._statistics()
-        if stage in ("predict", None) and "predict" not in self.sets:
-            files = read_folder(self.root)
-            self.sets["predict"] = WholeFolder(files, Shown(self.img_size), **self._reading())
+        if stage in ("predict", None):
+            self._setup_predict()
         self._add_report()
 
     def samples_to_draw(self, n: int) -> Any:
@@ -180,16 +200,63 @@ class DetectionData(LoaderModule):
         return self.collate([data.to_draw(i) for i in chosen])
 
     def image_id(self, index: int) -> Any:
-        """The id of a `predict` image in data.annotations, or else its number from 1."""
-        if self.annotations is None:
-            return index + 1
+        """The id of a `predict` image in the annotations, or else its number from 1."""
         if self._ids is None:
-            table = read_coco(os.path.expanduser(self.annotations))
-            find = file_finder([self.sets["predict"].files])
-            places = [find(name) for name in table.names]
-            known = zip(places, table.ids, strict=True)
-            self._ids = {place[1]: identity for place, identity in known if place is not None}
-        return self._ids.get(index, index + 1)
+            self._ids = read_image_ids(self.root, self.annotations, self.sets["predict"].files)
+        return self._ids[index]
+
+    def summary(self) -> DataSummary:
+        """Count the images, objects and outlines of each part, and what is not learned of them."""
+        self._read_parts()
+        options: dict[str, Any] = {"masks": self.has_masks, "num_classes": len(self.classes)}
+        splits = {
+            name: count_objects(part, self.img_size, **options)
+            for name, part in self._parts.items()
+        }
+        return DataSummary(self.root, splits, "objects", self.classes, True, self._notes)
+
+    def _read_parts(self) -> None:
+        if self._parts:
+            return
+        options = self.val_fraction, self.split_seed, self.group_pattern
+        parts, classes = read_annotated_parts(self.root, self.annotations, *options)
+        self.has_masks = self.masks is not False and self._have_outlines(parts)
+        self.classes, self.category_ids = classes
+        self._parts = parts
+
+    def _have_outlines(self, parts: dict[str, AnnotatedPart]) -> bool:
+        """Whether all objects have an outline, but the few that can be left out.
+
+        Raises:
+            ValueError: If masks are asked for, and a part has none.
+        """
+        for name, part in parts.items():
+            lacking, n = part.lacking()
+            if not len(lacking):
+                continue
+            codes = part.annotations.no_outline[lacking]
+            worst = int(codes.argmax())  # what is there and cannot be used before what is not
+            why = f"{OUTLINES[int(codes[worst])]}; first: {part.describe(int(lacking[worst]))}"
+            if self.masks and len(lacking) == n:
+                raise ValueError(
+                    f"masks are asked for, but no object of {name} has an outline ({why}): leave "
+                    "model.masks out, or complete the annotations"
+                )
+            if not self.masks and len(lacking) > FEW * n:
+                if len(lacking) < n or bool((codes > 1).any()):  # else nobody drew any
+                    self._notes = [
+                        f"{len(lacking):,} of {n:,} objects of {name} "
+                        f"{'has' if len(lacking) == 1 else 'have'} no outline "
+                        f"({why}), so boxes alone are learned: --model.masks true leaves "
+                        f"{'it' if len(lacking) == 1 else 'them'} out"
+                    ]
+                return False
+        return any(part.lacking()[1] for part in parts.values())
+
+    def _setup_predict(self) -> None:
+        if "predict" not in self.sets:
+            files = read_folder(self.root)
+            self.sets["predict"] = WholeFolder(files, Shown(self.img_size), **self._reading())
 
     def number_classes_as(self, classes: list[str]) -> None:
         """Number the classes as a model does that was trained with these and perhaps with more."""
@@ -201,21 +268,10 @@ class DetectionData(LoaderModule):
         self.classes = classes
 
     def _setup_parts(self) -> None:
-        options = self.val_fraction, self.split_seed, self.group_pattern
-        parts, classes = read_annotated_parts(self.root, self.annotations, *options)
-        self.classes, self.category_ids = classes
-        outlined = [name for name, part in parts.items() if part.has_outlines]
-        if self.masks and len(outlined) < len(parts):
-            without = next(name for name in parts if name not in outlined)
-            raise ValueError(
-                f"masks are asked for, but objects of {without} have no segmentation: leave "
-                "model.masks out, or complete the annotations"
-            )
-        self.has_masks = len(outlined) == len(parts) if self.masks is None else self.masks
-        self._parts = parts
+        self._read_parts()
         self.sets["training"] = self._make("train", self.train_transform, Annotated)
         for part, name in {"val": "validation", "test": "test"}.items():
-            if part in parts:
+            if part in self._parts:
                 self.sets[name] = self._make(part, self.val_transform, Evaluated)
         self._measure_window()
 
@@ -260,14 +316,16 @@ class Annotated(ImageData):
         return {**self._sample(image, index, epoch), "index": index}
 
     def read(self, index: int) -> Tensor:
-        """Read an image, and refuse it if it is not the one that was annotated.
+        """Read an image as it was annotated: by its size, without EXIF's orientation if need be.
 
         Raises:
             UnreadableImage: Also where its size is another than the annotations say: then nobody
                 knows where its boxes are.
         """
-        image = super().read(index)
+        image = self.read_image(index)
         height, width = self.annotations.sizes[self._place(index)].tolist()
+        if height and (width, height) == tuple(image.shape[1:]):
+            image = self.read_image(index, oriented=False)
         if height and (height, width) != tuple(image.shape[1:]):
             raise UnreadableImage(
                 f"{self.path(index)!r} cannot be read: it has {image.shape[2]} x {image.shape[1]} "
@@ -282,12 +340,13 @@ class Annotated(ImageData):
         draws = uniforms(self.seed, epoch, index)
         placement = self.transform.place(height, width, draws)
         objects = self.annotations.of(self._place(index))
-        boxes, counts = placement.boxes(objects.boxes), ~objects.ignored
+        boxes, learned = placement.boxes(objects.boxes), objects.reasons <= LEARNED
         sides = boxes[:, 2:] - boxes[:, :2]
-        kept = counts & (sides >= LEAST).all(1)
+        kept = learned & (sides >= LEAST).all(1)
         masks = None
         if self.has_masks:
             masks = placement.masks(draw_masks(objects, height, width))
+            kept &= torch.tensor([one is not None for one in objects.outlines], dtype=torch.bool)
             kept &= (masks > 0).flatten(1).any(1)
         target = {"boxes": boxes[kept], "labels": objects.labels[kept]}
         return {
@@ -312,10 +371,11 @@ class Evaluated(Annotated):
         truth = {
             "boxes": whole,
             "labels": objects.labels,
-            "iscrowd": objects.ignored.long(),
+            "iscrowd": (objects.reasons > LEARNED).long(),
             "area": objects.area,
         }
         if self.has_masks:
+            truth["iscrowd"] |= torch.tensor([one is None for one in objects.outlines]).long()
             truth["masks"] = draw_masks(objects, height, width).bool()
         sample = super()._sample(image, index, epoch)
         return {**sample, "original": torch.tensor((height, width)), "truth": truth}
@@ -332,24 +392,19 @@ class Shown(Fit):
 def draw_masks(objects: Objects, height: int, width: int) -> Tensor:
     """Draw outlines, polygons or run lengths, as masks of their image: uint8, (n, H, W).
 
-    Objects without an outline (a crowd, at most) have an empty mask.
+    Objects without an outline, which are not learned, fill their box.
     """
     masks = np.zeros((len(objects.outlines), height, width), np.uint8)
-    for mask, outline in zip(masks, objects.outlines, strict=True):
+    for mask, outline, box in zip(masks, objects.outlines, objects.boxes.tolist(), strict=True):
         if outline is None:
-            continue
-        if isinstance(outline, dict) and not isinstance(outline["counts"], list):
-            runs = outline  # compressed
+            left, top, right, bottom = (round(edge) for edge in box)
+            mask[max(top, 0) : bottom, max(left, 0) : right] = 1
+        elif isinstance(outline, dict):
+            mask[:] = decode_runs(outline)
         else:
-            runs = coco_mask.frPyObjects(outline, height, width)
-            runs = coco_mask.merge(runs) if isinstance(runs, list) else runs
-        drawn = coco_mask.decode(runs)
-        if drawn.shape != (height, width):
-            raise ValueError(
-                f"an outline in the annotations is for {drawn.shape[1]} x {drawn.shape[0]} px, its "
-                f"image has {width} x {height}"
+            mask[:] = coco_mask.decode(
+                coco_mask.merge(coco_mask.frPyObjects(outline, height, width))
             )
-        mask[:] = drawn
     return torch.from_numpy(masks)
 
 

@@ -7,7 +7,7 @@ and shared by all processes.
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,9 +16,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from simmim.data.annotations import Found, Table, read_coco
+from simmim.data.annotations import (
+    OUTLINES,
+    REASONS,
+    SHOWN,
+    Found,
+    Table,
+    count_left_out,
+    read_coco,
+)
 from simmim.data.index import FileIndex
 from simmim.data.index_cache import Kept, digest_of, file_stamp, keep, lies_within
+from simmim.data.summary import LeftOut
 
 
 class Objects(NamedTuple):
@@ -27,14 +36,14 @@ class Objects(NamedTuple):
     Attributes:
         boxes: Left, top, right and bottom edge in pixels, float32, (n, 4).
         labels: Classes from 0, int64, (n,).
-        ignored: Whether they count neither for nor against a detector, bool, (n,).
+        reasons: Why they are not learned, codes of REASONS, int8, (n,): those in the picture alone.
         area: In square pixels, float32, (n,).
         outlines: COCO's polygons or run lengths of each, or None.
     """
 
     boxes: Tensor
     labels: Tensor
-    ignored: Tensor
+    reasons: Tensor
     area: Tensor
     outlines: list[Any]
 
@@ -45,10 +54,12 @@ class Annotations:
 
     Attributes:
         starts: Where each image's begin, and where the last one's end, int64, (files + 1,).
-        boxes: As in `Objects`, like the next three.
+        boxes: As in `Objects`, but of all objects, like the next three.
         labels: Classes.
-        ignored: Crowds and difficult objects.
+        reasons: Why they are not learned.
         area: Areas.
+        numbers: Ids of the objects in their file, or their places there, int64.
+        no_outline: Why they have no outline, codes of OUTLINES, int8.
         sizes: Height and width of each image; 0 where nobody says it, int64, (files, 2).
         outlines: json of each object's outline, one behind the other, uint8.
         outline_starts: Where each begins, and where the last one ends, int64.
@@ -57,19 +68,21 @@ class Annotations:
     starts: Tensor
     boxes: Tensor
     labels: Tensor
-    ignored: Tensor
+    reasons: Tensor
     area: Tensor
+    numbers: Tensor
+    no_outline: Tensor
     sizes: Tensor
     outlines: Tensor
     outline_starts: Tensor
 
     def of(self, place: int) -> Objects:
-        """The objects of a file."""
+        """The objects that are in the picture of a file."""
         start, end = self.starts[place : place + 2].tolist()
-        outlines = [self._outline(i) for i in range(start, end)]
-        mine = slice(start, end)
+        mine = torch.arange(start, end)[self.reasons[start:end] <= SHOWN]
+        outlines = [self._outline(i) for i in mine.tolist()]
         return Objects(
-            self.boxes[mine], self.labels[mine], self.ignored[mine], self.area[mine], outlines
+            self.boxes[mine], self.labels[mine], self.reasons[mine], self.area[mine], outlines
         )
 
     def _outline(self, i: int) -> Any:
@@ -91,18 +104,18 @@ class Listed:
     Attributes:
         source: The file or folder.
         classes: Those that it names.
-        has_outlines: Whether every object that counts has an outline.
         first: Path of the first image, as the source says it; "" where it lists none.
-        said: What is not used, and why: sentences.
+        left_out: What it says that belongs to no file.
+        ids: Of the image of each file of each index, in the source; None where it lists none.
         annotations: Of all files of each index.
         listed: Whether the source lists each file of each index, bool.
     """
 
     source: str
     classes: Classes
-    has_outlines: bool
     first: str
-    said: list[str]
+    left_out: list[LeftOut]
+    ids: list[list[Any]]
     annotations: list[Annotations]
     listed: list[Tensor]
 
@@ -129,9 +142,9 @@ def listed_in(table: Table, indexes: Sequence[FileIndex]) -> Listed:
     return Listed(
         table.source,
         Classes(table.classes, table.numbers),
-        table.has_outlines,
         table.names[0] if table.names else "",
-        _tell(table, indexes, matched),
+        table.left_out + _missing(table, matched),
+        [[table.ids[row] if row >= 0 else None for row in rows.tolist()] for rows in matched],
         [_arrays(table, rows) for rows in matched],
         [torch.from_numpy(rows >= 0) for rows in matched],
     )
@@ -145,19 +158,20 @@ def _tensors(path: str, indexes: Sequence[FileIndex]) -> Kept:
     tensors = {f"{i}.listed": listed for i, listed in enumerate(found.listed)}
     for i, annotations in enumerate(found.annotations):
         tensors |= {f"{i}.{f.name}": getattr(annotations, f.name) for f in fields(Annotations)}
-    plain = (found.classes, found.has_outlines, found.first, found.said)
+    plain = (found.classes, found.first, [astuple(one) for one in found.left_out], found.ids)
     return tensors, {"plain": json.dumps(plain)}
 
 
 def _listed(path: str, tensors: dict[str, Tensor], notes: dict[str, str]) -> Listed:
-    (names, numbers), has_outlines, first, said = json.loads(notes["plain"])
+    (names, numbers), first, left_out, ids = json.loads(notes["plain"])
+    told = [LeftOut(*one) for one in left_out]
     parts = range(sum(name.endswith(".listed") for name in tensors))
     annotations = [
         Annotations(**{f.name: tensors[f"{i}.{f.name}"] for f in fields(Annotations)})
         for i in parts
     ]
     listed = [tensors[f"{i}.listed"] for i in parts]
-    return Listed(path, Classes(names, numbers), has_outlines, first, said, annotations, listed)
+    return Listed(path, Classes(names, numbers), first, told, ids, annotations, listed)
 
 
 def _fits(lengths: Sequence[int], tensors: dict[str, Tensor], notes: dict[str, str]) -> bool:
@@ -167,13 +181,15 @@ def _fits(lengths: Sequence[int], tensors: dict[str, Tensor], notes: dict[str, s
         return False
     for n, a in zip(lengths, found.annotations, strict=True):
         count = len(a.boxes)
-        alike = {len(a.labels), len(a.ignored), len(a.area), len(a.outline_starts) - 1} == {count}
+        each = (a.labels, a.reasons, a.area, a.numbers, a.no_outline, a.outline_starts[1:])
+        alike = {len(tensor) for tensor in each} == {count}
         if not alike or len(a.starts) != n + 1 or a.sizes.shape != (n, 2):
             return False
         for starts, total in ((a.starts, count), (a.outline_starts, len(a.outlines))):
             if int(starts[0]) != 0 or int(starts[-1]) != total or bool((starts.diff() < 0).any()):
                 return False
-        if not lies_within(a.labels, len(found.classes.names)):
+        limits = (max(len(found.classes.names), 1), len(REASONS), len(OUTLINES))
+        if not all(map(lies_within, (a.labels, a.reasons, a.no_outline), limits)):
             return False
     return True
 
@@ -239,8 +255,10 @@ def _arrays(table: Table, rows: npt.NDArray[np.int64]) -> Annotations:
         starts=_starts([len(group) for group in objects]),
         boxes=torch.tensor([one.box for one in found], dtype=torch.float32).view(-1, 4),
         labels=torch.tensor([one.label for one in found], dtype=torch.int64),
-        ignored=torch.tensor([one.ignored for one in found], dtype=torch.bool),
+        reasons=torch.tensor([REASONS.index(one.reason) for one in found], dtype=torch.int8),
         area=torch.tensor([one.area for one in found], dtype=torch.float32),
+        numbers=torch.tensor([one.number for one in found], dtype=torch.int64),
+        no_outline=torch.tensor([OUTLINES.index(one.no_outline) for one in found]).to(torch.int8),
         sizes=torch.tensor(sizes, dtype=torch.int64).view(-1, 2),
         outlines=torch.from_numpy(np.frombuffer(bytearray(b"".join(outlines)), np.uint8)),
         outline_starts=_starts([len(outline) for outline in outlines]),
@@ -255,21 +273,9 @@ def _starts(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
 
 
-def _tell(
-    table: Table, indexes: Sequence[FileIndex], matched: Sequence[npt.NDArray[np.int64]]
-) -> list[str]:
-    """Say which images and objects are not used, and why."""
-    said = []
-    for files, rows in zip(indexes, matched, strict=True):
-        unlisted = np.flatnonzero(rows < 0)
-        if len(unlisted):
-            said.append(
-                f"{len(unlisted)} of {len(files)} images in {files.root} are not in "
-                f"{table.source}, and so not used (first: {files.name(int(unlisted[0]))})"
-            )
+def _missing(table: Table, matched: Sequence[npt.NDArray[np.int64]]) -> list[LeftOut]:
+    """The images that are listed, but not on the disk."""
     listed = {row for rows in matched for row in rows.tolist()}
-    missing = [name for row, name in enumerate(table.names) if row not in listed]
-    if missing:
-        kind = f"of {len(table.names)} listed images are not on the disk and were left out"
-        table.faults.add(kind, missing[0], len(missing))
-    return said + table.faults.tell(table.source)
+    missing: list[object] = [name for row, name in enumerate(table.names) if row not in listed]
+    reason = f"listed in {table.source}, but not on the disk"
+    return count_left_out("images", {reason: missing} if missing else {})

@@ -70,7 +70,7 @@ def _findings(findings: list[Finding]) -> Iterator[str]:
     if not findings:
         yield NOTHING
     for finding in findings:
-        yield f"{HEADINGS[finding.level]:<8} {finding.text}"
+        yield f"{HEADINGS[finding.level]:<8} {finding.text}".replace("\n", f"\n{'':<9}")
         for name, reason in list(finding.files.items())[
             : EXAMPLES if finding.level != "note" else 0
         ]:
