@@ -227,9 +227,9 @@ def test_a_resumed_run_still_knows_the_untrained_numbers(tmp_path: Path) -> None
     ("processes", "strategy"),
     [
         ("2", "ddp"),
-        pytest.param("4", "ddp", marks=pytest.mark.slow),
-        pytest.param("2", "fully_shard", marks=pytest.mark.slow),
-        pytest.param("2", "fsdp", marks=pytest.mark.slow),
+        pytest.param("4", "ddp", marks=pytest.mark.exhaustive),
+        pytest.param("2", "fully_shard", marks=pytest.mark.exhaustive),
+        pytest.param("2", "fsdp", marks=pytest.mark.exhaustive),
     ],
 )
 def test_processes_read_what_one_reads(tmp_path: Path, processes: str, strategy: str) -> None:

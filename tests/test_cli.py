@@ -660,7 +660,7 @@ def test_an_untrained_model_is_said_to_be_one(
 # Processes ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_share_one_run(place: Path) -> None:
     two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=1"]
     command = [sys.executable, "-m", "simmim", "pretrain", "fit", "-c", "tiny.yaml", *two]

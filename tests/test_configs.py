@@ -153,7 +153,7 @@ SIZES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", SIZES)
 def test_the_full_size_is_the_papers(name: str) -> None:
     from simmim.pretrain import SimMIM
@@ -191,7 +191,7 @@ def test_a_file_comes_before_a_packaged_config(
     assert find_config("digits", "pretrain") == config_folder() / "pretrain" / "digits.yaml"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("overlay", ["ddp", "fsdp", "slurm"])
 def test_a_recipe_runs_with_an_overlay_of_several_processes(
     tmp_path: Path, make_images: Callable[..., Path], overlay: str

@@ -107,7 +107,7 @@ class Notes(L.Callback):
             self.seen[place] = {"raw": raw[i], "images": images[i], "mask": mask[i]}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_of_four_see_what_one_of_eight_sees(
     tmp_path: Path, make_images: Callable[..., Path], kind: str

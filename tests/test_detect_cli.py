@@ -147,7 +147,7 @@ def test_masks_are_found_drawn_and_written(folder: Path) -> None:
     assert results[0]["segmentation"]["size"] == [48, 64]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_score_what_one_scores(folder: Path) -> None:
     for part in ("train", "val"):  # 3 validation images: one process has one more than the other
         outlined(folder / part)

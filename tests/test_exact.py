@@ -180,7 +180,7 @@ def assert_same_run(whole: Path, parts: Path) -> None:
     assert [path.name for path in parts.parent.iterdir()] == [parts.name]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("kills", "options"),
     [
@@ -239,7 +239,7 @@ data: {randaugment: rand-m9-mstd0.5-inc1}
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_classifier_that_is_killed_ends_as_if_it_was_not(forks: Forks, place: Path) -> None:
     """With all that is random about fine-tuning, and an average of the weights."""
     common = yaml.safe_load(TINY)
@@ -266,7 +266,7 @@ def test_a_classifier_that_is_killed_ends_as_if_it_was_not(forks: Forks, place: 
 # Runs that are asked to stop ---------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("workers", [0, 2])
 def test_sigterm_ends_a_run_between_two_steps(forks: Forks, workers: int) -> None:
     """A scheduler sends it to all of a run's processes, its workers too."""
@@ -282,7 +282,7 @@ def test_sigterm_ends_a_run_between_two_steps(forks: Forks, workers: int) -> Non
     assert_same_run(whole, parts)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_slurm_starts_a_job_again_and_it_goes_on(forks: Forks, place: Path) -> None:
     (place / "bin").mkdir()
     scontrol = place / "bin" / "scontrol"
@@ -326,7 +326,7 @@ def small_disk(place: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place / "runs" / "parts")], check=True)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_full_disk_ends_a_run_in_a_sentence_and_it_goes_on_later(
     forks: Forks, small_disk: Path
 ) -> None:
@@ -353,7 +353,7 @@ def test_a_full_disk_ends_a_run_in_a_sentence_and_it_goes_on_later(
 # Several processes -------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "options",
     [

@@ -287,7 +287,7 @@ def test_the_crop_is_the_runs(tmp_path: Path) -> None:
         ("vit", {"frozen": True, "layer": 1}),
         ("vit", {"pooling": "attention"}),
         # of several layers the last predicts
-        pytest.param("swin", {"frozen": True, "layer": "all"}, marks=pytest.mark.slow),
+        pytest.param("swin", {"frozen": True, "layer": "all"}, marks=pytest.mark.exhaustive),
         ("the paper's vit", {}),
     ],
 )
@@ -341,7 +341,7 @@ def test_onnx_runs_a_classifier(tmp_path: Path) -> None:
     assert metadata["normalize"] == "true"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_onnx_and_torch_run_any_encoder(kind: str, tmp_path: Path) -> None:
     spec = ENCODERS[kind]
@@ -356,7 +356,7 @@ def test_onnx_and_torch_run_any_encoder(kind: str, tmp_path: Path) -> None:
     assert far(expected, torch.export.load(done.folder / "model.pt2").module()(images)) < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("options", [{"frozen": True, "layer": 1}, {"pooling": "attention"}])
 def test_onnx_runs_probes(options: dict[str, Any], tmp_path: Path) -> None:
     path, original = classifier(tmp_path, **SWIN, **options)

@@ -21,7 +21,7 @@ from simmim.configuration import config_folder
 from test_exact import TINY
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.exhaustive,
     pytest.mark.skipif(sys.platform != "linux", reason="network namespaces and killpg are Linux's"),
 ]
 SUBMIT = config_folder() / "slurm" / "submit.sh"

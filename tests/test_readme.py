@@ -130,7 +130,7 @@ def test_the_commands_of_the_readme_one_after_the_other() -> None:
     assert len(list((run / "predictions").rglob("*.png"))) == 12
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("folders")
 @pytest.mark.filterwarnings("ignore")
 def test_every_command_that_goes_on_from_a_run() -> None:
@@ -152,7 +152,7 @@ def test_every_command_that_goes_on_from_a_run() -> None:
     assert Path("runs/finetune_small/version_0/predictions.csv").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("scans")
 @pytest.mark.filterwarnings("ignore")
 def test_every_command_of_the_questions_one_after_the_other() -> None:

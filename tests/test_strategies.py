@@ -115,12 +115,12 @@ def test_two_processes_learn_what_one_learns(runs: Runs) -> None:
     assert_same_training(runs(1), runs(2))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_four_processes_learn_what_one_learns(runs: Runs) -> None:
     assert_same_training(runs(1), runs(4))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_clipping_and_accumulation_mean_the_same(runs: Runs) -> None:
     """What is clipped is the norm of the whole gradient: otherwise the weights would differ."""
     options = {"clip": 0.05, "batches": 2}
@@ -132,7 +132,7 @@ def test_clipping_and_accumulation_mean_the_same(runs: Runs) -> None:
         assert_same_training(one, many, WHOLE.get(way, True))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_clipping_by_value_means_the_same(runs: Runs) -> None:
     """Gradients are averaged over processes before each value is cut off, in shards too."""
     options: dict[str, Any] = {"clip": 1e-3, "clip_by": "value", "batches": 2}
@@ -145,7 +145,7 @@ def test_clipping_by_value_means_the_same(runs: Runs) -> None:
     assert_same_training(one, runs(4, **options, strategy="fully_shard"))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_layer_decay_and_frozen_parameters_mean_the_same(runs: Runs) -> None:
     models = ("finetune", "probe")
     ways = ("ddp", "fully_shard", "fsdp")
@@ -163,12 +163,12 @@ def test_shards_learn_what_one_process_learns(runs: Runs) -> None:
     assert_same_training(runs(1), runs(2, strategy="fully_shard"))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_four_shards_learn_what_one_process_learns(runs: Runs) -> None:
     assert_same_training(runs(1), runs(4, strategy="fully_shard"))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("strategy", ["fully_shard", "fsdp"])
 @pytest.mark.parametrize("model", ["skip", "swin_skip"])
 def test_hidden_tokens_are_skipped_in_shards(runs: Runs, model: str, strategy: str) -> None:
@@ -179,7 +179,7 @@ def test_hidden_tokens_are_skipped_in_shards(runs: Runs, model: str, strategy: s
     assert many["rates"] == one["rates"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "ways", [("fully_shard", 2), ("fully_shard_sharded", 4), ("fsdp_sharded", 2)]
 )
@@ -210,7 +210,7 @@ def test_a_sharded_run_goes_on_in_any_way(
         assert torch.equal(tensor, model.encoder.model.state_dict()[name])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("strategy", SHARDED[::2])
 def test_a_run_of_one_process_goes_on_in_shards(runs: Runs, strategy: str) -> None:
     whole, half = runs(1, clip=0.05), runs(1, clip=0.05, epochs=2)
@@ -244,7 +244,7 @@ def test_a_folder_of_shards_is_replaced_and_put_back(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(os.name == "nt", reason="kills a session of processes")
 def test_a_run_in_shards_that_is_killed_goes_on(
     tmp_path: Path, make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
@@ -352,7 +352,9 @@ def test_two_processes_score_what_one_scores(
     torch.testing.assert_close(shares[1], shares[0], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fully_shard", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "strategy", ["ddp", pytest.param("fully_shard", marks=pytest.mark.exhaustive)]
+)
 def test_two_processes_segment_what_one_segments(tmp_path: Path, strategy: str) -> None:
     """Each validation image counts once, though five of two sizes cannot be dealt out evenly.
 

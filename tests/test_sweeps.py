@@ -87,7 +87,7 @@ SMALL = [
     ("name", "metric"),
     [
         ("mask_ratio", "val/probe_top1"),
-        pytest.param("lr", "val/loss", marks=pytest.mark.slow),
+        pytest.param("lr", "val/loss", marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_sweep_is_run(

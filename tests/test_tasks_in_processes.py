@@ -23,7 +23,7 @@ from simmim.weights.files import read_checkpoint
 from test_detect import blocks
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.exhaustive,
     # jsonargparse's own, about what LightningCLI calls
     pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
 ]

@@ -171,7 +171,7 @@ def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / BIN
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
 def test_the_wheel_works_with_what_it_declares(clean: Path, tmp_path: Path) -> None:
     assert run(clean / "simmim", "--version", cwd=tmp_path).strip() == simmim.__version__
@@ -192,7 +192,7 @@ def test_the_wheel_works_with_what_it_declares(clean: Path, tmp_path: Path) -> N
     assert "wrote encoder" in out
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
 @pytest.mark.parametrize(
     ("options", "extra"),
