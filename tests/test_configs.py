@@ -1,20 +1,18 @@
 """Every config is read, says what it must, and starts."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
-from simmim.cli import main
 from simmim.configuration import config_folder, find_config, packaged_configs
+from simmim.pretrain import SimMIM
+from support.commands import simmim, state
+from support.folders import make_classes, make_images
+from support.processes import command, in_processes
 
 CONFIGS = sorted(path.stem for path in (config_folder() / "pretrain").glob("*.yaml"))
 OVERLAYS = sorted(path.stem for path in (config_folder() / "overlay").glob("*.yaml"))
@@ -37,16 +35,8 @@ def options(values: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_config_starts(
-    tmp_path: Path,
-    make_images: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    make_images(tmp_path / "images" / "a", 4, 64)
-    make_images(tmp_path / "images" / "b", 4, 64)
+def test_a_config_starts(workdir: Path, name: str) -> None:
+    make_classes(Path("images"), 4, size=64)
     encoder = read(name)["model"]["encoder"]
     small = next(kwargs for start, kwargs in SMALL.items() if encoder.startswith(start))
     small = {f"model.encoder_kwargs.{key}": value for key, value in small.items()}
@@ -64,8 +54,7 @@ def test_a_config_starts(
         "trainer.enable_progress_bar": False,
         "trainer.enable_model_summary": False,
     }
-    args = ["pretrain", "fit", "-c", name, "cpu", *options({**small, **size, **eager, **run})]
-    assert main(args) == 0
+    simmim(f"pretrain fit -c {name} cpu", *options({**small, **size, **eager, **run}))
     folder = Path("runs") / name / "version_0"
     assert (folder / "checkpoints" / "last.ckpt").is_file()
     assert yaml.safe_load((folder / "config.yaml").read_text())["name"] == name
@@ -90,8 +79,7 @@ def test_an_overlay_is_about_the_trainer_alone(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert set(read(name, "overlay")) == {"trainer"}
-    args = ["pretrain", "fit", "-c", "swin_base_100ep", name, "--print_config"]
-    assert main(args) == 0
+    simmim(f"pretrain fit -c swin_base_100ep {name} --print_config")
     config = yaml.safe_load(capsys.readouterr().out)
     assert config["name"] == "swin_base_100ep"
     for key, value in read(name, "overlay")["trainer"].items():
@@ -156,8 +144,6 @@ SIZES = {
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", SIZES)
 def test_the_full_size_is_the_papers(name: str) -> None:
-    from simmim.pretrain import SimMIM
-
     model = SimMIM(**read(name)["model"])
     millions, stride = SIZES[name]
     count = sum(p.numel() for n, p in model.encoder.named_parameters() if "mask_token" not in n)
@@ -193,11 +179,9 @@ def test_a_file_comes_before_a_packaged_config(
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("overlay", ["ddp", "fsdp", "slurm"])
-def test_a_recipe_runs_with_an_overlay_of_several_processes(
-    tmp_path: Path, make_images: Callable[..., Path], overlay: str
-) -> None:
+def test_a_recipe_runs_with_an_overlay_of_several_processes(workdir: Path, overlay: str) -> None:
     """The paper's ViT, made small, on two processes without a GPU; its gradients are clipped."""
-    make_images(tmp_path / "images" / "a", 20, 64)
+    make_images(Path("images/a"), 20, 64)
     small = {f"model.encoder_kwargs.{key}": value for key, value in SMALL["beit_"].items()}
     run = {
         "model.img_size": 64,
@@ -211,17 +195,8 @@ def test_a_recipe_runs_with_an_overlay_of_several_processes(
         "probe.layer": 1,
         "reconstructions.every_n_epochs": 0,
     }
-    command = ["-m", "simmim", "pretrain", "fit", "-c", "vit_base_800ep", "-c", overlay]
-    done = subprocess.run(
-        [sys.executable, *command, *options({**small, **run})],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    folder = tmp_path / "runs/vit_base_800ep/version_0"
-    content = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
-    assert content["global_step"] == 2
+    words = ["pretrain", "fit", "-c", "vit_base_800ep", "-c", overlay, *options({**small, **run})]
+    in_processes(2, command, *words)
+    folder = Path("runs/vit_base_800ep/version_0")
+    assert state(folder)["global_step"] == 2
     assert yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["gradient_clip_val"] == 5

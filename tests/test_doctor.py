@@ -17,7 +17,6 @@ import pytest
 import torch
 from PIL import Image
 
-from simmim.cli import main
 from simmim.doctor import doctor
 from simmim.doctor.estimate import fitting_sizes
 from simmim.doctor.likeness import clusters
@@ -25,6 +24,7 @@ from simmim.doctor.pictures import COLUMNS, GAP, SIDE, Row, Tile, draw_sheet
 from simmim.doctor.record import File, Inspector, Record, look
 from simmim.doctor.workers import run_all
 from simmim.pretrain import SimMIM
+from support.commands import refused, simmim
 
 Make = Callable[..., Path]
 
@@ -548,44 +548,33 @@ def test_images_smaller_than_img_size_are_said(tmp_path: Path) -> None:
 # Commands -----------------------------------------------------------------------------------------
 
 
-def test_a_run_of_its_own_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    _photos(tmp_path / "root", 6)
-    monkeypatch.chdir(tmp_path)
-    assert main(["doctor", "--root", "root", "--estimate", "false"]) == 0
-    assert main(["doctor", "--root", "root", "--estimate", "false", "-c", "digits"]) == 0
+def test_a_run_of_its_own_folder(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _photos(Path("root"), 6)
+    simmim("doctor --root root --estimate false")
+    simmim("doctor --root root --estimate false -c digits")
     assert "6 (5 train, 1 val)" in capsys.readouterr().out
     for n in (0, 1):
-        names = {path.name for path in (tmp_path / f"runs/doctor/version_{n}").iterdir()}
+        names = {path.name for path in Path(f"runs/doctor/version_{n}").iterdir()}
         assert names == {"doctor.json", "contact_sheet.png", "quarantine.txt", "report.html"}
 
 
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (["--root", "nowhere"], "--root 'nowhere' does not exist"),
-        (["--root", "empty"], "holds no images"),
-        (["--root", "root", "--out", "root"], "--out root holds something"),
-        (["--root", "root", "-c", "swin_bas"], "did you mean"),
-        (["--root", "root", "--workers", "0"], "--workers 0 is too small"),
-        (["--root", "root", "--group_pattern", "p"], "--group_pattern 'p' has no group"),
-        (["--root", "root", "--grup_pattern", "p"], "did you mean --group_pattern"),
-        ([], "--root must be given"),
+        ("--root nowhere", "--root 'nowhere' does not exist"),
+        ("--root empty", "holds no images"),
+        ("--root root --out root", "--out root holds something"),
+        ("--root root -c swin_bas", "did you mean"),
+        ("--root root --workers 0", "--workers 0 is too small"),
+        ("--root root --group_pattern p", "--group_pattern 'p' has no group"),
+        ("--root root --grup_pattern p", "did you mean --group_pattern"),
+        ("", "--root must be given"),
     ],
 )
 def test_mistakes_are_one_sentence(
-    args: list[str],
-    sentence: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    args: str, sentence: str, workdir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _photos(tmp_path / "root", 3)
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path)
-    assert main(["doctor", *args]) != 0
-    error = capsys.readouterr().err
-    assert sentence in error
-    assert error.count("\n") == 1
-    assert not (tmp_path / "runs").exists()
+    _photos(Path("root"), 3)
+    Path("empty").mkdir()
+    assert sentence in refused(capsys, f"doctor {args}")
+    assert not Path("runs").exists()

@@ -1,6 +1,5 @@
 """Parts of a user's own, from a file in the working folder: no file of ours is changed."""
 
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +23,10 @@ from simmim.testing import (
     check_masking,
     check_target,
 )
+from support.commands import refused
+from support.commands import simmim as run_line
+from support.folders import make_classes
+from support.processes import run_program
 
 PARTS = """
 import lightning as L
@@ -123,16 +126,6 @@ trainer:
 """
 SILENT = f"{QUIET}probe: &none {{every_n_epochs: 0}}\nreconstructions: *none\nworst: *none\n"
 TINY = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 1}
-VIT = f"--model.encoder=vit_tiny_patch16_224 --model.encoder_kwargs={TINY}"
-
-
-def write_folder(folder: Path, make_images: Callable[..., Path]) -> None:
-    for name in ("a", "b"):
-        make_images(folder / "images" / name, 6)
-    (folder / "my_parts.py").write_text(PARTS)
-    (folder / "own.yaml").write_text(OWN)
-    (folder / "quiet.yaml").write_text(QUIET)
-    (folder / "silent.yaml").write_text(SILENT)
 
 
 @pytest.fixture(autouse=True)
@@ -148,13 +141,13 @@ def _forget() -> Iterator[None]:
 
 
 @pytest.fixture
-def place(
-    tmp_path: Path, make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> Path:
+def place(workdir: Path) -> Path:
     """A working folder with images, and a user's own file and config."""
-    write_folder(tmp_path, make_images)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    make_classes(Path("images"), 6)
+    for name, text in {"own": OWN, "quiet": QUIET, "silent": SILENT}.items():
+        Path(f"{name}.yaml").write_text(text)
+    Path("my_parts.py").write_text(PARTS)
+    return workdir
 
 
 def fit(*options: str) -> int:
@@ -198,12 +191,11 @@ def test_each_kind_is_named_by_its_import_path_and_opens_with_trust_alone(
     commands["export"] += ["--output", "features"]
     for name, command in commands.items():
         forget_parts()
-        assert main(command) == 1, name
-        said = capsys.readouterr().err.strip().splitlines()[-1]
+        said = refused(capsys, *command, status=1)
         assert "code from outside simmim" in said, name
         assert "--trust" in said, name
         assert "my_parts" not in sys.modules, name
-        assert main([*command, "--trust"]) == 0, name
+        run_line(*command, "--trust")
     forget_parts()
     assert fit("own.yaml", "--ckpt_path=last", "--trainer.max_epochs=3") == 0  # named once more
 
@@ -218,10 +210,9 @@ def test_compare_takes_an_own_encoder(
     (place / "plain.yaml").write_text("model: {frozen: false, warmup_epochs: 1}\n")
     recipe = ["--config", "plain.yaml"] if mode == "finetune" else ["--mode", "probe"]
     length = ["--seeds=1", "--epochs=1", "--min_steps=1", "--budgets=[1.0]", "--batch_size=4"]
-    command = ["compare", "--weights", "runs/image_folder/version_0", *recipe, *length]
-    assert main(command) == 1
-    assert "--trust" in capsys.readouterr().err
-    assert main([*command, "--trust"]) == 0
+    words = ["compare --weights runs/image_folder/version_0", *recipe, *length]
+    assert "--trust" in refused(capsys, *words, status=1)
+    run_line(*words, "--trust")
 
 
 def test_the_script_finds_modules_of_the_working_folder_behind_those_that_are_installed(
@@ -231,10 +222,8 @@ def test_the_script_finds_modules_of_the_working_folder_behind_those_that_are_in
     script.write_text("import sys\nfrom simmim.cli import main\nsys.exit(main())\n")
     for installed in ("yaml", "timm", "PIL"):  # `python -m` would take these
         (place / f"{installed}.py").write_text("raise SystemExit('caught')\n")
-    command = [sys.executable, str(script), "pretrain", "fit", "-c", "own.yaml", "quiet.yaml"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "callback: ahoy" in done.stdout
+    line = "pretrain fit -c own.yaml quiet.yaml"
+    assert "callback: ahoy" in run_program(sys.executable, str(script), *line.split())
 
 
 def test_a_folder_where_nothing_is_named_is_not_searched(
@@ -242,7 +231,7 @@ def test_a_folder_where_nothing_is_named_is_not_searched(
 ) -> None:
     before = [*sys.path]
     (place / "missing.py").write_text("raise SystemExit('caught')\n")
-    assert main(["pretrain", "fit", "-c", "quiet.yaml", "--data.root=nowhere"]) == 1
+    refused(capsys, "pretrain fit -c quiet.yaml --data.root=nowhere", status=1)
     assert sys.path == before
 
 
@@ -260,27 +249,26 @@ def test_parts_are_registered_by_a_module_that_the_config_imports(
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
 
     forget_parts()
-    assert main(["pretrain", "validate", "--ckpt_path", str(run)]) == 1
-    assert f"{run}/config.yaml names my_parts, code" in capsys.readouterr().err.replace("\\", "/")
-    assert main(["pretrain", "validate", "--ckpt_path", str(run), "--trust"]) == 0
+    said = refused(capsys, "pretrain validate --ckpt_path", str(run), status=1)
+    assert f"{run}/config.yaml names my_parts, code" in said.replace("\\", "/")
+    run_line("pretrain validate --trust --ckpt_path", str(run))
     forget_parts()
     with pytest.raises(ValueError, match="'patches' is not a model of timm"):
         load_encoder(run)
-    embed = ["embed", "--weights", str(run), "--root", "images", "--out", "f.npz", "--map", "none"]
-    assert main([*embed, "--imports", "my_parts"]) == 0
+    embed = "embed --root images --out f.npz --map none --imports my_parts --weights"
+    run_line(embed, str(run))
 
 
 def test_an_own_data_module_trains_a_classifier(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = ["--data_class=my_parts.Noise", "--data.images=12", "--model.img_size=32"]
-    config = ["-c", "finetune_small", "-c", "quiet.yaml"]
-    command = ["classify", "fit", *config, *data, *VIT.split(" --", 1)[0].split()]
-    assert main([*command, f"--model.encoder_kwargs={TINY}", "--model.drop_path_rate=0"]) == 0
+    data += ["--model.encoder=vit_tiny_patch16_224", f"--model.encoder_kwargs={TINY}"]
+    run_line("classify fit -c finetune_small -c quiet.yaml --model.drop_path_rate=0", *data)
     run = "runs/finetune_small/version_0"
     kept = torch.load(f"{run}/checkpoints/last.ckpt", weights_only=True)
     assert kept["classes"] == ["dark", "bright"]
-    assert main(["classify", "validate", "--ckpt_path", run, "--trust"]) == 0
+    run_line(f"classify validate --ckpt_path {run} --trust")
     assert "val/top1" in capsys.readouterr().out
 
 
@@ -312,10 +300,7 @@ def test_slurm_goes_on_with_what_the_same_command_names(
 def test_what_cannot_be_found_is_one_sentence(
     place: Path, options: str, sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["pretrain", "fit", "-c", "quiet.yaml", *options.split()]) in (1, 2)
-    said = capsys.readouterr().err.strip().splitlines()
-    assert sentence in said[-1]
-    assert not any("Traceback" in line for line in said)
+    assert sentence in refused(capsys, f"pretrain fit -c quiet.yaml {options}")
 
 
 # In Python ---------------------------------------------------------------------------------------

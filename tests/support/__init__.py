@@ -1,0 +1,1 @@
+"""What many tests use: command lines, processes, folders of data."""
