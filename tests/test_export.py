@@ -21,7 +21,8 @@ from simmim.export import export
 from simmim.pretrain import SimMIM
 from simmim.transfer import open_backbone
 from simmim.weights import load_encoder
-from test_classify import Data, trainer
+from support.training import quiet_trainer
+from test_classify import Data
 
 PLAIN: dict[str, Any] = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 VIT: dict[str, Any] = {"encoder": "vit_tiny_patch16_224", "img_size": 32, "encoder_kwargs": PLAIN}
@@ -216,7 +217,7 @@ def test_a_probe_that_timm_has_no_head_for_is_refused(
 def test_the_moving_average_is_exported_as_it_is_validated(tmp_path: Path) -> None:
     model = Classifier(**VIT, ema_decay=0.9, base_lr=5.0, warmup_epochs=0)
     keep = ModelCheckpoint(tmp_path, save_last=True)
-    run = trainer(tmp_path, enable_checkpointing=True, callbacks=[keep])
+    run = quiet_trainer(tmp_path, enable_checkpointing=True, callbacks=[keep])
     run.fit(model, datamodule=Data())
     content = torch.load(tmp_path / "last.ckpt", weights_only=True)
     export(str(tmp_path / "last.ckpt"), str(tmp_path / "out"))
