@@ -92,6 +92,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("line", COMMANDS, ids=lambda line: " ".join(line.split()[:2]))
 def test_every_command_shows_its_progress(line: str) -> None:

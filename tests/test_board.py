@@ -16,6 +16,7 @@ from simmim.loggers import lineage
 from support.commands import QUIET, SMALL_SIMMIM, quiet, simmim, table
 from support.folders import make_boxes, make_classes, save
 
+pytestmark = pytest.mark.slow
 TINY = [*SMALL_SIMMIM, "--probe.layer=2"]
 LOGGED = [*QUIET, "--trainer.log_every_n_steps=1"]
 DETECTOR = ["--model.fpn_channels=16", "--model.proposals=50", "--model.rois_per_image=16"]

@@ -27,6 +27,7 @@ from simmim.callbacks.look import call
 from simmim.pretrain import SimMIM
 from simmim.probe import fit_linear_probe, knn_scores, top1
 from simmim.strategies import shard
+from support import exhaustive
 from support.processes import in_processes
 from support.training import fsdp_on_cpu, trainer_of
 
@@ -292,14 +293,10 @@ def stopped(fit: L.Trainer, model: L.LightningModule, data: L.LightningDataModul
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "strategy"),
-    [
-        (2, "ddp"),
-        pytest.param(4, "ddp", marks=pytest.mark.exhaustive),
-        pytest.param(2, "fully_shard", marks=pytest.mark.exhaustive),
-        pytest.param(2, "fsdp", marks=pytest.mark.exhaustive),
-    ],
+    [(2, "ddp"), exhaustive(4, "ddp"), exhaustive(2, "fully_shard"), exhaustive(2, "fsdp")],
 )
 def test_processes_read_what_one_reads(workdir: Path, processes: int, strategy: str) -> None:
     """Of 95 images, which no number of processes shares evenly: to the digit, for equal weights.

@@ -37,6 +37,7 @@ def folder(workdir: Path) -> Path:
     return make_classes(Path("images"), names="cat dog")
 
 
+@pytest.mark.slow
 def test_from_pretraining_to_predictions(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--model.mask_patch_size=8", "--trainer.max_epochs=1", "--probe.every_n_epochs=0"]
     statistics = "--data.statistics=[[0.5, 0.5, 0.5], [0.3, 0.3, 0.3]]"
@@ -81,6 +82,7 @@ def test_from_pretraining_to_predictions(folder: Path, capsys: pytest.CaptureFix
         assert label == ["cat", "dog"][dog > cat]
 
 
+@pytest.mark.slow
 def test_the_average_is_what_is_validated_kept_and_predicted_with(folder: Path) -> None:
     options = ["--name=ema", "--model.ema_decay=0.9", "--model.base_lr=1", "--seed_everything=1"]
     quiet("classify fit --trainer.max_epochs=4", *FROM_SCRATCH, *options)
@@ -103,6 +105,7 @@ def test_the_average_is_what_is_validated_kept_and_predicted_with(folder: Path) 
     quiet("classify fit --trainer.max_epochs=5 --ckpt_path=last", *FROM_SCRATCH, *options)
 
 
+@pytest.mark.slow
 def test_several_labels_from_fit_to_predict(folder: Path) -> None:
     rows = [
         f"{kind}/{i:03d}.png,{kind};{'odd' if i % 2 else 'even'}"
@@ -131,6 +134,7 @@ def test_several_labels_from_fit_to_predict(folder: Path) -> None:
             assert row["label"] == ";".join(likely)
 
 
+@pytest.mark.slow
 def test_a_folder_that_lacks_a_class_is_scored_by_name(
     workdir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,6 +159,7 @@ def test_a_folder_that_lacks_a_class_is_scored_by_name(
     assert "the data has the classes dog, fox, this classifier knows cat, dog, eel" in said
 
 
+@pytest.mark.slow
 def test_a_probe_is_one_option_away(tiny_run: Callable[[str], Path]) -> None:
     options = ["--data.root=images", "--model.frozen=true", "--model.layer=1"]
     quiet(f"classify fit --model.weights={tiny_run('pretrain')} --trainer.max_epochs=1", *options)
@@ -174,6 +179,7 @@ def test_the_best_is_chosen_by_what_the_task_says(monitor: str, mode: str) -> No
     assert best_by(monitor) == best_by(lambda model: monitor) == (monitor, mode)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_config_starts(folder: Path, config: str) -> None:
     encoder, kwargs = "vit_tiny_patch16_224", VIT

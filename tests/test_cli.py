@@ -258,6 +258,7 @@ def test_a_config_is_utf_8_wherever_it_is_read(place: Path) -> None:
     assert yaml.safe_load(done.stdout)["data"] == {"root": "bücher"}
 
 
+@pytest.mark.slow
 def test_an_official_release_becomes_a_run_that_can_be_shown(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -357,12 +358,14 @@ def test_without_an_experiment_it_is_the_digits(capsys: pytest.CaptureFixture[st
     assert (config["name"], config["data"]["dataset"]) == ("swin_base_100ep", None)
 
 
+@pytest.mark.slow
 def test_a_short_epoch_is_logged_all_the_same(place: Path) -> None:
     assert fit("--trainer.max_epochs=2", "--trainer.log_every_n_steps=50") == 0
     metrics = table(Path("runs/tiny/version_0/metrics.csv"))
     assert [row["epoch"] for row in metrics if row["train/loss"]] == ["0", "1"]
 
 
+@pytest.mark.slow
 def test_a_users_callback_joins_ours(place: Path) -> None:
     assert fit("--trainer.max_epochs=2", "--trainer.callbacks+=LearningRateMonitor") == 0
     columns = set(table(Path("runs/tiny/version_0/metrics.csv"))[0])
@@ -376,6 +379,7 @@ def test_a_try_leaves_nothing(place: Path, options: list[str]) -> None:
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_two_runs_in_a_row_with_a_board(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     for number in range(2):
@@ -388,6 +392,7 @@ def test_two_runs_in_a_row_with_a_board(place: Path, monkeypatch: pytest.MonkeyP
     assert len(ids) == 2
 
 
+@pytest.mark.slow
 def test_the_board_gets_the_full_config(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configs = []
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -406,6 +411,7 @@ def test_the_board_gets_the_full_config(place: Path, monkeypatch: pytest.MonkeyP
     assert config["probe"]["every_n_epochs"] == 0
 
 
+@pytest.mark.slow
 def test_without_loggers_the_run_is_kept_all_the_same(place: Path) -> None:
     assert fit("--trainer.max_epochs=1", "--trainer.logger=false") == 0
     names = {path.name for path in Path("runs/tiny/version_0").iterdir()}
@@ -413,6 +419,7 @@ def test_without_loggers_the_run_is_kept_all_the_same(place: Path) -> None:
     assert names == {"config.yaml", "checkpoints", "report.html", "worst.csv", *pictures}
 
 
+@pytest.mark.slow
 def test_a_logger_of_the_users_own_is_respected(place: Path) -> None:
     logger = ["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=board"]
     assert fit("--trainer.max_epochs=1", *logger) == 0
@@ -438,6 +445,7 @@ def test_going_on_is_bitwise_what_was_not_interrupted(place: Path) -> None:
         assert [row[key] for row in one] == [row[key] for row in two], key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "status"), [("terminate", 143), ("ctrl_c", 130)])
 def test_a_signal_keeps_where_the_run_stands(place: Path, how: str, status: int) -> None:
     assert fit("--name=whole") == 0
@@ -449,18 +457,21 @@ def test_a_signal_keeps_where_the_run_stands(place: Path, how: str, status: int)
     assert_same_tensors(whole["state_dict"], parts["state_dict"])
 
 
+@pytest.mark.slow
 def test_a_run_in_bf16_goes_on_with_clipped_gradients(place: Path) -> None:
     assert fit("-c", "bf16", "--trainer.max_epochs=1") == 0
     assert fit("-c", "bf16", "--ckpt_path=last", "--trainer.max_epochs=2") == 0
     assert state("runs/tiny/version_0")["epoch"] == 1
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_does_not_wait(place: Path) -> None:
     stop = ["--trainer.callbacks+=test_cli.Stop", "--trainer.callbacks.how=ctrl_c_twice"]
     assert fit(*stop, "--trainer.callbacks.batch=2") == 130
     assert state("runs/tiny/version_0")["global_step"] == 4  # of the epoch before
 
 
+@pytest.mark.slow
 def test_an_interruption_says_how_to_go_on(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stop = ["--trainer.callbacks+=test_cli.Stop"]
     line = refused(capsys, FIT, "--run_dir=here", *stop, status=130)
@@ -470,6 +481,7 @@ def test_an_interruption_says_how_to_go_on(place: Path, capsys: pytest.CaptureFi
     assert "no checkpoint yet" in sentence
 
 
+@pytest.mark.slow
 def test_too_little_memory_costs_no_checkpoint(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -482,6 +494,7 @@ def test_too_little_memory_costs_no_checkpoint(
     assert state("runs/tiny/version_0")["epoch"] == 3
 
 
+@pytest.mark.slow
 def test_a_run_that_is_training_is_left_alone(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -502,6 +515,7 @@ def test_a_run_that_is_training_is_left_alone(
     assert not [path for path in run.rglob(".*") if path.is_file()]
 
 
+@pytest.mark.slow
 def test_last_alone_goes_on_with_the_default_run(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -518,6 +532,7 @@ def test_last_alone_goes_on_with_the_default_run(
     assert max(int(row["epoch"]) for row in rows if row["epoch"]) == 1
 
 
+@pytest.mark.slow
 def test_what_the_checkpoint_contradicts_is_named(
     place: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -537,6 +552,7 @@ def test_what_the_checkpoint_contradicts_is_named(
     assert state("runs/tiny/version_0")["hyper_parameters"]["seed"] == 0
 
 
+@pytest.mark.slow
 def test_a_part_of_the_users_own_is_trusted_where_he_names_it(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -546,6 +562,7 @@ def test_a_part_of_the_users_own_is_trusted_where_he_names_it(
     simmim(line, "--trust")
 
 
+@pytest.mark.slow
 def test_an_earlier_checkpoint_begins_a_run_of_its_own(place: Path) -> None:
     assert fit("--trainer.max_epochs=2") == 0
     best = "runs/tiny/version_0/checkpoints/best.ckpt"
@@ -557,6 +574,7 @@ def test_an_earlier_checkpoint_begins_a_run_of_its_own(place: Path) -> None:
     assert state("runs/tiny/version_2")["epoch"] == 2  # the name is the run's
 
 
+@pytest.mark.slow
 def test_a_runs_folder_says_which_run_goes_on(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -568,6 +586,7 @@ def test_a_runs_folder_says_which_run_goes_on(
     assert yaml.safe_load(Path("here/x/version_0/config.yaml").read_text())["name"] == "x"
 
 
+@pytest.mark.slow
 def test_the_board_keeps_its_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert fit("--trainer.max_epochs=1") == 0
@@ -597,6 +616,7 @@ def test_a_run_is_scored_and_shown(place: Path, capsys: pytest.CaptureFixture[st
     assert [path.name for path in Path("runs").rglob("version_*")] == ["version_0"]
 
 
+@pytest.mark.slow
 def test_scoring_takes_another_mask_ratio(place: Path) -> None:
     assert fit("--trainer.max_epochs=1") == 0
     scores = []
@@ -618,7 +638,7 @@ def test_an_untrained_model_is_said_to_be_one(
 # Processes ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_two_processes_share_one_run(place: Path) -> None:
     two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=1"]
     command = [sys.executable, "-m", "simmim", "pretrain", "fit", "-c", "tiny.yaml", *two]

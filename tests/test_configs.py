@@ -34,6 +34,7 @@ def options(values: dict[str, Any]) -> list[str]:
     return [f"--{name}={word}" for name, word in words.items()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_starts(workdir: Path, name: str) -> None:
     make_classes(Path("images"), 4, size=64)

@@ -54,6 +54,7 @@ def read(root: Path, kind: str, workers: int, batch_size: int, processes: int) -
     return seen, [list(chain(*shares)) for shares in steps]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_samples_do_not_depend_on_workers_batches_or_processes(tmp_path: Path, kind: str) -> None:
     make_classes(tmp_path, 20, size=(48, 40))

@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 
+from support import exhaustive
 from support.commands import state, table, write_tiny
 from support.folders import make_classes
 from support.processes import end, kill, program, run_command, said, start, start_command
@@ -88,12 +89,12 @@ def assert_same_run(whole: Path, parts: Path) -> None:
     assert [path.name for path in parts.parent.iterdir()] == [parts.name]
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kills", "options"),
     [
-        (20, ["--trainer.val_check_interval=3", "--trainer.max_epochs=10"]),
-        (4, ["--data.num_workers=2", "--trainer.max_epochs=10"]),
+        exhaustive(20, ["--trainer.val_check_interval=3", "--trainer.max_epochs=10"]),
+        exhaustive(4, ["--data.num_workers=2", "--trainer.max_epochs=10"]),
         (4, ["--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=5"]),
     ],
 )
@@ -173,8 +174,8 @@ def test_a_classifier_that_is_killed_ends_as_if_it_was_not(place: Path) -> None:
 # Runs that are asked to stop ---------------------------------------------------------------------
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, exhaustive(2)])
 def test_sigterm_ends_a_run_between_two_steps(place: Path, workers: int) -> None:
     """A scheduler sends it to all of a run's processes, its workers too."""
     options = [*LONGER, "--trainer.accumulate_grad_batches=2", f"--data.num_workers={workers}"]

@@ -202,6 +202,7 @@ def test_valid_files_are_read(process: Process, kind: str) -> None:
         assert process.read(kind, Path(name).suffix, data) == "", name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", READERS)
 def test_a_few_damaged_files(process: Process, kind: str) -> None:
     fuzz(process, kind, 30)

@@ -51,6 +51,7 @@ def run(workdir: Path) -> Path:
     return Path("theirs/tiny/version_0")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="rights are others there")
 def test_what_scores_or_shows_a_run_needs_no_right_to_write_into_it(run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
@@ -65,6 +66,7 @@ def test_what_scores_or_shows_a_run_needs_no_right_to_write_into_it(run: Path) -
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_results_go_where_one_says(run: Path) -> None:
     simmim(f"pretrain predict --ckpt_path={run} --run_dir=mine")
     assert len(list(Path("mine/tiny/version_0/predictions").rglob("*.png"))) == 10
@@ -77,6 +79,7 @@ def test_results_go_where_one_says(run: Path) -> None:
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", [".", "..", "checkpoints"])
 def test_a_run_is_known_from_within(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str

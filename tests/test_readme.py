@@ -96,6 +96,7 @@ def scans(folders: None) -> None:
         Image.fromarray(pixels).save(folder / f"patient{i % 4}_{i}.png")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("folders")
 @pytest.mark.filterwarnings("ignore")  # a reader's session, where warnings are no errors
 def test_the_python_of_the_readme() -> None:
@@ -105,6 +106,7 @@ def test_the_python_of_the_readme() -> None:
         exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("folders")
 @pytest.mark.filterwarnings("ignore")
 def test_the_commands_of_the_readme_one_after_the_other() -> None:
@@ -119,7 +121,7 @@ def test_the_commands_of_the_readme_one_after_the_other() -> None:
     assert len(list((run / "predictions").rglob("*.png"))) == 12
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.usefixtures("folders")
 @pytest.mark.filterwarnings("ignore")
 def test_every_command_that_goes_on_from_a_run() -> None:

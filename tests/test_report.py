@@ -277,6 +277,7 @@ DIGITS = "pretrain fit -c digits --trainer.max_epochs=2 --probe.every_n_epochs=0
 ONE_BLOCK = "--model.encoder_kwargs={patch_size: 4, embed_dim: 16, depth: 1, num_heads: 1}"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_that_fails_says_so_in_its_report(
     workdir: Path, capsys: pytest.CaptureFixture[str]
@@ -287,6 +288,7 @@ def test_a_run_that_fails_says_so_in_its_report(
     assert re.search(r'class="lead">Failed: [^<]* not a number at step \d[^<]*simmim doctor', text)
 
 
+@pytest.mark.slow
 def test_fit_ends_with_a_report(workdir: Path) -> None:
     simmim(DIGITS, ONE_BLOCK, "--trainer.limit_train_batches=2", "--trainer.logger=true")
     path = Path("runs/digits/version_0", REPORT).absolute()

@@ -32,6 +32,7 @@ from simmim.strategies import FullyShard, gradient_norm
 from simmim.weights.files import read_checkpoint
 from simmim.weights.shards import META
 from simmim.xla import wake_xla
+from support import exhaustive
 from support.commands import assert_same_tensors, simmim, write_tiny
 from support.folders import make_classes, make_images, save
 from support.processes import end, in_processes, kill, program, said, start
@@ -222,6 +223,7 @@ SHARDED = ("fully_shard", "fully_shard_sharded", "fsdp", "fsdp_sharded")
 WHOLE = {"fsdp": False, "fsdp_no_shard": False}
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns(runs: Runs) -> None:
     assert_same_training(runs(1), runs(2))
 
@@ -270,6 +272,7 @@ def test_layer_decay_and_frozen_parameters_mean_the_same(runs: Runs) -> None:
     assert {group["lr_scale"] for group in groups} == {0.125, 0.5, 1.0}  # 0.25: the frozen block
 
 
+@pytest.mark.slow
 def test_shards_learn_what_one_process_learns(runs: Runs) -> None:
     assert_same_training(runs(1), runs(2, strategy="fully_shard"))
 
@@ -442,6 +445,7 @@ def in_one_and_two(function: Any, *args: Any) -> list[Any]:
     return [torch.load(f"{processes}/found.pt", weights_only=True) for processes in (1, 2)]
 
 
+@pytest.mark.slow
 def test_two_processes_score_what_one_scores(workdir: Path) -> None:
     """Each validation image counts once, though 13 cannot be dealt out evenly."""
     for name, n in (("a", 11), ("b", 9), ("c", 17)):
@@ -483,9 +487,8 @@ def score_masks(processes: int, out: Path, strategy: str) -> None:
         torch.save(found, out / "found.pt")
 
 
-@pytest.mark.parametrize(
-    "strategy", ["ddp", pytest.param("fully_shard", marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", exhaustive("fully_shard")])
 def test_two_processes_segment_what_one_segments(workdir: Path, strategy: str) -> None:
     """Each validation image counts once, though five of two sizes cannot be dealt out evenly.
 

@@ -15,6 +15,7 @@ from wandb.sdk.sweeps.sweep_info import SweepInfo
 
 from board_records import history, records, summary
 from simmim.pretrain import SimMIM
+from support import exhaustive
 from support.commands import QUIET, SMALL_SIMMIM
 from support.folders import make_classes
 from support.processes import run_program
@@ -69,12 +70,9 @@ OPTIONS = [*SMALL_SIMMIM, *QUIET, "--model.drop_path_rate=0", "--model.compile=f
 OPTIONS += ["--data.batch_size=8", "--trainer.precision=32-true", "--trainer.max_epochs=1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "metric"),
-    [
-        ("mask_ratio", "val/probe_top1"),
-        pytest.param("lr", "val/loss", marks=pytest.mark.exhaustive),
-    ],
+    ("name", "metric"), [("mask_ratio", "val/probe_top1"), exhaustive("lr", "val/loss")]
 )
 def test_a_sweep_is_run(
     workdir: Path, monkeypatch: pytest.MonkeyPatch, name: str, metric: str

@@ -112,6 +112,7 @@ def refusals(
     return {name: refused(capsys, "", *words) for name, words in lines.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trap", KINDS, indirect=True)
 def test_no_command_runs_code(
     trap: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -144,6 +145,7 @@ def served(tmp_path: Path) -> Iterator[str]:
         server.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trap", ["zip", "legacy", "pickle"], indirect=True)
 def test_code_at_a_url_is_not_run(
     trap: Path, served: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

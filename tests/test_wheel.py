@@ -94,6 +94,7 @@ def test_the_changelog_begins_with_this_version() -> None:
 # What is in it -----------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_the_wheel_has_every_module_and_every_config(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as file:
         names = {name for name in file.namelist() if ".dist-info/" not in name}
@@ -108,6 +109,7 @@ def test_the_wheel_has_every_module_and_every_config(wheel: Path) -> None:
     assert names == expected | {"simmim/py.typed"}
 
 
+@pytest.mark.exhaustive
 def test_the_source_archive_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hatchling", "build", "--target", "sdist"]
     run(*command, "--directory", tmp_path, cwd=ROOT)
