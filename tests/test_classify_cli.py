@@ -1,6 +1,5 @@
 """`simmim classify`: from a run of pretraining to predictions, pictures, and every config."""
 
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,14 +19,12 @@ from simmim.callbacks.classification import (
     merge_parts,
 )
 from simmim.classify import Classifier
-from simmim.configuration import config_folder
 from simmim.data.classification import ClassificationData
 from simmim.task import Task
 from simmim.weights import load_encoder
-from support.commands import QUIET, SMALL, VIT, column, quiet, refused, state, table
+from support.commands import QUIET, SMALL, column, quiet, refused, state, table
 from support.folders import make_classes, save
 
-CONFIGS = sorted(path.stem for path in (config_folder() / "classify").glob("*.yaml"))
 FROM_SCRATCH = [*SMALL, "--data.root=images", "--data.batch_size=4", "--model.warmup_epochs=0"]
 
 
@@ -177,59 +174,6 @@ def test_the_best_is_chosen_by_what_the_task_says(monitor: str, mode: str) -> No
         return task.best_by(Classifier(encoder="resnet10t", num_classes=2))
 
     assert best_by(monitor) == best_by(lambda model: monitor) == (monitor, mode)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("config", CONFIGS)
-def test_every_config_starts(folder: Path, config: str) -> None:
-    encoder, kwargs = "vit_tiny_patch16_224", VIT
-    if "swin" in config:
-        version = "swinv2_tiny_window8_256" if "v2" in config else "swin_tiny_patch4_window7_224"
-        encoder = version
-        kwargs = "{patch_size: 4, embed_dim: 16, depths: [2, 2], num_heads: [2, 2], window_size: 4}"
-    elif "vit" in config:
-        encoder = "beit_base_patch16_224"
-        kwargs = VIT.replace("{", "{use_rel_pos_bias: true, use_shared_rel_pos_bias: false, ")
-    options = [f"--model.encoder={encoder}", f"--model.encoder_kwargs={kwargs}"]
-    options += ["--model.img_size=32", "--data.root=images", "--data.batch_size=4"]
-    options += ["--trainer.precision=32-true", "--trainer.fast_dev_run=true"]
-    quiet(f"classify fit -c={config}", *options)
-
-
-RELEASED = {  # img_size, window, layer decay, drop path, factor of the head
-    "finetune_vit_base": (224, None, 0.65, 0.1, 0.001),
-    "finetune_swin_base_100ep": (224, 7, 0.9, 0.1, 1.0),
-    "finetune_swin_base_800ep": (224, 7, 0.8, 0.1, 1.0),
-    "finetune_swin_large": (224, 14, 0.7, 0.2, 1.0),
-    "finetune_swinv2_base": (224, 14, 0.75, 0.1, 1.0),
-}
-
-
-@pytest.mark.parametrize("name", RELEASED)
-def test_the_released_numbers_are_in_the_configs(name: str) -> None:
-    config = yaml.safe_load((config_folder() / "classify" / f"{name}.yaml").read_text())
-    model, said = config["model"], RELEASED[name]
-    size, window, layer_decay, drop_path_rate, head_init_scale = said
-    assert (model["img_size"], model["encoder_kwargs"].get("window_size")) == (size, window)
-    assert (model["layer_decay"], model["drop_path_rate"]) == (layer_decay, drop_path_rate)
-    assert model.get("head_init_scale", 1.0) == head_init_scale
-    assert (model["mixup"], model["cutmix"], model["label_smoothing"]) == (0.8, 1.0, 0.1)
-    assert (model["base_lr"], model["warmup_epochs"]) == (1.25e-3, 20)
-    assert (model["warmup_lr"], model["min_lr"]) == (2.5e-7, 2.5e-7)
-    assert (model["weight_decay"], model["random_erasing"]) == (0.05, 0.25)
-    assert "schedule" not in model or model["schedule"] == "cosine"
-    assert config["data"]["randaugment"] == "rand-m9-mstd0.5-inc1"
-    assert (config["data"]["crop_scale"], config["data"]["val_crop"]) == ([0.08, 1.0], 0.875)
-    assert (config["trainer"]["max_epochs"], config["trainer"]["gradient_clip_val"]) == (100, 5.0)
-    head = (config_folder() / "classify" / f"{name}.yaml").read_text()
-    devices = int(re.findall(r"as (\d+) GPUs", head)[0])
-    assert devices * config["data"]["batch_size"] == 2048
-    if name == "finetune_vit_base":  # a table for each block, mean of the patch tokens
-        assert model["encoder_kwargs"] == {
-            "use_rel_pos_bias": True,
-            "use_shared_rel_pos_bias": False,
-        }
-        assert model["pooling"] == "mean"
 
 
 # Pictures and tables -----------------------------------------------------------------------------
