@@ -1,6 +1,5 @@
 """`simmim segment`: from a run of pretraining to masks, pictures, and every config."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -114,21 +113,6 @@ def test_what_users_get_wrong_is_one_sentence(
     assert "1.png' is 9 x 9 pixels" in fit("--data.root=d")
     Path("d/val/masks/1.png").unlink()
     assert "have no mask, such as" in fit("--data.root=d")
-
-
-def test_names_of_masks_of_0_and_255_are_learned(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    for path in folder.glob("*/masks/*.png"):
-        save(path, np.where(np.asarray(Image.open(path)) == 4, 255, 0))
-    (folder / "classes.json").write_text(json.dumps({"classes": ["ground", "box"]}))
-    tiny = ["--model.head=linear", "--model.base_lr=0.5", "--model.warmup_epochs=0"]
-    tiny += ["--data.jitter=false", "--trainer.max_epochs=8", "--data.batch_size=4"]
-    quiet("segment fit --data.root=d --name=seg", *FROM_SCRATCH, *tiny)
-    assert ["box", "3,200", "1,200"] in [line.split() for line in caplog.text.splitlines()]
-    metrics = Path("runs/seg/version_0/metrics.csv")
-    assert column(metrics, "val/iou/box")[-1] > 0.3
-    assert column(metrics, "val/iou/ground")[-1] > 0.5
 
 
 def test_a_frozen_encoder_has_the_recipe_of_the_linear_head(
