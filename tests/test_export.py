@@ -16,11 +16,11 @@ from transformers import AutoModel, AutoModelForImageClassification
 import simmim.export.check as check
 import simmim.export.graph as graph
 from simmim.classify import Classifier
-from simmim.cli import main
 from simmim.export import export
 from simmim.pretrain import SimMIM
 from simmim.transfer import open_backbone
 from simmim.weights import load_encoder
+from support.commands import refused, simmim
 from support.training import quiet_trainer
 from test_classify import Data
 
@@ -374,9 +374,7 @@ def test_an_export_that_fails_its_check_leaves_nothing(
 ) -> None:
     path = pretrained(tmp_path, **VIT)
     monkeypatch.setattr(check, "TOLERANCE", -1.0)
-    status = main(["export", "--weights", str(path), "--out", str(tmp_path / "out")])
-    assert status == 1
-    said = capsys.readouterr().err
+    said = refused(capsys, "export --weights", str(path), "--out", str(tmp_path / "out"), status=1)
     assert "gives other numbers and was not kept: timm.create_model: largest difference" in said
     assert [p.name for p in tmp_path.iterdir()] == ["x.ckpt"]
 
@@ -407,13 +405,12 @@ def test_a_folder_that_holds_something_is_kept(
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("mine")
-    args = ["export", "--weights", str(path), "--out", str(out)]
-    assert main(args) == 1
-    assert "is not empty: give another --out, or --overwrite true" in capsys.readouterr().err
-    assert main([*args, "--overwrite", "true"]) == 0
-    assert (
-        "checked by transformers.AutoModel: largest difference 0.0e+00" in capsys.readouterr().out
-    )
+    words = ["export --weights", str(path), "--out", str(out)]
+    said = refused(capsys, *words, status=1)
+    assert "is not empty: give another --out, or --overwrite true" in said
+    simmim(*words, "--overwrite=true")
+    said = capsys.readouterr().out
+    assert "checked by transformers.AutoModel: largest difference 0.0e+00" in said
     assert (out / "thesis.txt").read_text() == "mine"
     timm.create_model(f"local-dir:{out}", pretrained=True)
 
