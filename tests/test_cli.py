@@ -228,7 +228,7 @@ def test_a_mistake_of_a_plain_command_is_one_sentence(capsys: pytest.CaptureFixt
         ("convert --weights none.pth --out x.ckpt", 1, "none.pth does not exist"),
         ("convert --weights none.pth --out x.ckpt --img_size big", 2, "it takes a whole number"),
     ):
-        assert words in refused(capsys, line, status=status)
+        assert words in refused(capsys, line, status=status, alone=True)
 
 
 def test_a_terminal_that_lacks_a_letter_shows_its_number(

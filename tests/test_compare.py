@@ -320,7 +320,7 @@ def test_mistakes_are_one_sentence(
     Path("several.csv").write_text("path,label\nflat/00.png,a;b\nflat/01.png,a\n")
     Path("odd.yaml").write_text("model: {base_lrr: 1.0}\n")
     given = options.format(run=f"--weights={weights}")
-    assert words in refused(capsys, f"compare --accelerator=cpu {given}")
+    assert words in refused(capsys, f"compare --accelerator=cpu {given}", alone=True)
     assert not Path("runs/compare").exists()
 
 

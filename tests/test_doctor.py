@@ -576,5 +576,5 @@ def test_mistakes_are_one_sentence(
 ) -> None:
     _photos(Path("root"), 3)
     Path("empty").mkdir()
-    assert sentence in refused(capsys, f"doctor {args}")
+    assert sentence in refused(capsys, f"doctor {args}", alone=True)
     assert not Path("runs").exists()

@@ -69,15 +69,20 @@ def quiet(line: str, *words: str) -> None:
 
 
 def refused(
-    capsys: pytest.CaptureFixture[str], line: str, *words: str, status: int | None = None
+    capsys: pytest.CaptureFixture[str],
+    line: str,
+    *words: str,
+    status: int | None = None,
+    alone: bool = False,
 ) -> str:
-    """Run a command line that fails: its last line of stderr, after which there is no traceback."""
+    """Run a command line that fails: the sentence that ends (or is `alone`) on stderr."""
     capsys.readouterr()
     found = main(words_of(line, *words))
     assert found == status if status is not None else found != 0
     said = capsys.readouterr().err.splitlines()
     assert said[-1].startswith("simmim: "), said
     assert not any("Traceback" in line for line in said), said
+    assert len(said) == 1 or not alone, said
     return said[-1]
 
 
