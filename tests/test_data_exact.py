@@ -109,7 +109,7 @@ def train(kind: str, processes: int) -> None:
     torch.manual_seed(0)
     model = SimMIM("vit_tiny_patch16_224", SIZE, mask_patch_size=8, encoder_kwargs=TINY)
     made, options = KINDS[kind]
-    data = made("images", img_size=SIZE, batch_size=8 // processes, num_workers=0, **options)
+    data = made(root="images", img_size=SIZE, batch_size=8 // processes, num_workers=0, **options)
     notes = Notes()
     trainer = trainer_of(processes, Path(), notes, max_epochs=EPOCHS)
     trainer.fit(model, data)

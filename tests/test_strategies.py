@@ -427,7 +427,7 @@ def score_labels(processes: int, out: Path) -> None:
         encoder="vit_tiny_patch16_224", img_size=32, encoder_kwargs=kwargs, ema_decay=0.5
     )
     options: dict[str, Any] = {"img_size": 32, "num_workers": 0, "val_fraction": 0.35}
-    data = ClassificationData("images", batch_size=8 // processes, **options)
+    data = ClassificationData(root="images", batch_size=8 // processes, **options)
     watchers = ConfusionMatrix(), PredictionTable()
     trainer = trainer_of(processes, out, *watchers, max_epochs=2)
     trainer.fit(model, data)
