@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 BASE := $(VENV)/.simmim
 STAMP := $(VENV)/.installed
 WORKERS ?= auto
+PYTEST = $(BIN)/python -m pytest --dist loadscope --numprocesses $(WORKERS)
 
-.DEFAULT_GOAL := help
-.PHONY: help install demo notebooks test test-fast test-xla lint types format wheel clean
+.PHONY: help install demo notebooks test test-fast test-all test-xla lint types format wheel clean
 
 help: ## List every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,28 +29,28 @@ notebooks: $(BASE) ## Open the notebooks in JupyterLab, which it installs
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[notebooks]"
 	$(BIN)/jupyter lab notebooks
 
-test: $(STAMP) ## Run all tests
-	$(BIN)/python -m pytest --numprocesses $(WORKERS)
+test: $(STAMP) ## Run the tests: 10 minutes on two cores
+	$(PYTEST) -m "not exhaustive"
 
-test-fast: $(STAMP) ## Run the tests that take seconds
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) -m "not slow"
+test-fast: $(STAMP) ## Run those that take seconds: 2 minutes
+	$(PYTEST) -m "not slow and not exhaustive"
+
+test-all: $(STAMP) ## Run what `make test` leaves out: every family, kill, layout and notebook
+	$(PYTEST) -m exhaustive
 
 test-xla: ## Run the step on XLA's CPU device, in .venv-xla with the torch it was built for
 	$(PYTHON) -m venv .venv-xla
-	.venv-xla/bin/python -m pip install --quiet "torch==2.9.*" "torchvision==0.24.*" "torch_xla==2.9.*"
-	.venv-xla/bin/python -m pip install --quiet --editable ".[dev]"
+	.venv-xla/bin/python -m pip install --quiet "torch==2.9.*" "torchvision==0.24.*" "torch_xla==2.9.*" --editable ".[dev]"
 	.venv-xla/bin/python -m pytest tests/xla --numprocesses 0
 
 lint: $(STAMP) ## Check style (ruff)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 types: $(STAMP) ## Check types (mypy --strict)
 	$(BIN)/mypy
 
 format: $(STAMP) ## Mend style where ruff can
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 wheel: $(STAMP) ## Build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

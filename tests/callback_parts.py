@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from simmim.loss import l1_error, masked_mean
 from simmim.masking import draw_masks, random_mask, sample_keys, upsample_mask
+from support.training import quiet_trainer
 
 
 class Digits(Dataset[dict[str, Tensor]]):
@@ -141,16 +142,6 @@ class MiniSimMIM(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.hparams["lr"], momentum=0.9)
 
 
-def trainer(folder: Path, *callbacks: L.Callback, **kwargs: Any) -> L.Trainer:
-    defaults: dict[str, Any] = {
-        "default_root_dir": folder,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "max_epochs": 2,
-        "log_every_n_steps": 4,
-    }
-    return L.Trainer(**{**defaults, "callbacks": list(callbacks), **kwargs})
+def trainer(folder: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
+    defaults = {"num_sanity_val_steps": 0, "max_epochs": 2, "log_every_n_steps": 4}
+    return quiet_trainer(folder, *callbacks, **{**defaults, **options})

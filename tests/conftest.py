@@ -1,17 +1,20 @@
 """What all tests share: one thread a process, no network, images made on the spot."""
 
 import os
-from collections.abc import Callable
+import shutil
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # about what LightningCLI calls
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist already uses every core
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+
+from support import folders  # and nothing of simmim: its shapes are checked from its import on
 
 torch.set_num_threads(1)
 
@@ -27,26 +30,40 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("SIMMIM_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
+@pytest.fixture(autouse=True)
+def _no_process_is_left() -> Iterator[None]:
+    """End what a test that failed has started."""
+    yield
+    if "support.processes" in sys.modules:
+        sys.modules["support.processes"].kill_all()
+
+
 @pytest.fixture
-def for_commands(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What processes that a test starts inherit: no board, one thread, no seed of another test."""
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, without a board."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # another test's
+    return tmp_path
+
+
+@pytest.fixture
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, workdir: Path) -> Callable[[str], Path]:
+    """Copy data and a finished run of a task into the working folder: `tiny_run("classify")`."""
+
+    def copy(task: str) -> Path:
+        from support.runs import make_run
+
+        base = tmp_path_factory.getbasetemp()
+        base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+        shutil.copytree(make_run(task, base), workdir, dirs_exist_ok=True)
+        return Path("runs", task, "version_0")
+
+    return copy
 
 
 @pytest.fixture(scope="session")
 def make_images() -> Callable[..., Path]:
     """Write small smooth pictures: `make_images(folder, n, size=32)` -> the folder."""
-
-    def make(folder: Path, n: int, size: int | tuple[int, int] = 32, suffix: str = ".png") -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
-        width, height = (size, size) if isinstance(size, int) else size
-        for i in range(n):
-            y, x = np.mgrid[:height, :width] / max(width, height)
-            waves = [np.sin(6 * (x * np.cos(a) + y * np.sin(a)) + a) for a in (i, i + 1, i + 2)]
-            pixels = (127 + 120 * np.stack(waves, axis=-1)).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / f"{i:03d}{suffix}")
-        return folder
-
-    return make
+    return folders.make_images

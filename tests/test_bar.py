@@ -20,7 +20,8 @@ from simmim.cli import main
 from simmim.data import ImageFolderData, named
 from simmim.data.index import scan
 from simmim.data.value_counts import count_values
-from test_cli import TINY
+from support.commands import TINY, simmim
+from support.folders import make_classes
 
 
 class Terminal(io.StringIO):
@@ -51,18 +52,13 @@ def terminal() -> Iterator[Terminal]:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with images, and a run's weights."""
     folder = tmp_path_factory.mktemp("place")
-    rng = np.random.default_rng(0)
-    for part in ("train", "val"):
-        for name in ("a", "b"):
-            (folder / "images" / part / name).mkdir(parents=True)
-            for i in range(4):
-                pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
-                Image.fromarray(pixels).save(folder / "images" / part / name / f"{i}.png")
+    for split in ("train", "val"):
+        make_classes(folder / "images" / split, 4)
     (folder / "tiny.yaml").write_text(TINY.replace("enable_progress_bar: false", ""))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("WANDB_MODE", "disabled")
-        assert main(["pretrain", "fit", "-c", "tiny.yaml", "--trainer.max_epochs", "1"]) == 0
+        simmim("pretrain fit -c tiny.yaml --trainer.max_epochs 1")
         spec = official_reference.Swin()
         tensors = official_reference.make_tensors(spec)
         config = official_reference.config_of(spec)
@@ -71,9 +67,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture
-def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def here(place: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
 
 
 RUN = "--weights runs/tiny/version_0 --root images"
@@ -98,6 +93,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("line", COMMANDS, ids=lambda line: " ".join(line.split()[:2]))
 def test_every_command_shows_its_progress(line: str) -> None:
@@ -188,8 +184,7 @@ def test_lines_of_several_bars_do_not_hide_each_other(clock: Callable[[float], N
 def test_a_run_whose_output_goes_to_a_file_leaves_whole_lines(
     capfd: pytest.CaptureFixture[str], clock: Callable[[float], None]
 ) -> None:
-    line = f"pretrain fit {TASK} --trainer.max_epochs 3"
-    assert main(line.split()) == 0
+    simmim(f"pretrain fit {TASK} --trainer.max_epochs 3")
     out, error = capfd.readouterr()
     assert "\r" not in out + error
     assert "\x1b" not in out + error

@@ -1,8 +1,7 @@
 """The boards: what four tasks record offline, read back curve by curve and panel by panel."""
 
-import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +12,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from board_records import config, history, records, summary
 from simmim.callbacks.pictures import cell_origin
-from simmim.cli import main
 from simmim.loggers import lineage
-from test_detect import blocks
+from support.commands import QUIET, SMALL_SIMMIM, quiet, simmim, table
+from support.folders import make_boxes, make_classes, save
 
-# jsonargparse's own, about what LightningCLI calls
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"
-)
-
-Make = Callable[..., Path]
-TINY = [
-    "--model.encoder=vit_tiny_patch16_224",
-    "--model.img_size=32",
-    "--model.mask_patch_size=8",
-    "--model.encoder_kwargs={patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}",
-    "--probe.layer=2",
-]
-QUIET = [
-    "--data.num_workers=0",
-    "--trainer.accelerator=cpu",
-    "--trainer.devices=1",
-    "--trainer.enable_progress_bar=false",
-    "--trainer.enable_model_summary=false",
-    "--trainer.log_every_n_steps=1",
-]
+pytestmark = pytest.mark.slow
+TINY = [*SMALL_SIMMIM, "--probe.layer=2"]
+LOGGED = [*QUIET, "--trainer.log_every_n_steps=1"]
 DETECTOR = ["--model.fpn_channels=16", "--model.proposals=50", "--model.rois_per_image=16"]
 ALL_LOGGERS = json.dumps(
     [
@@ -73,7 +54,7 @@ OWN = {"_step", "_runtime", "_timestamp", "trainer/global_step", "epoch"}  # of 
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, make_images: Make) -> Iterator[dict[str, Path]]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     """A short run of each task with all three loggers, the later three from the first."""
     place = tmp_path_factory.mktemp("boards")
     with pytest.MonkeyPatch.context() as patch:
@@ -81,10 +62,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, make_images: Make) -> Iterato
         patch.setenv("HOME", str(place))
         patch.setenv("SIMMIM_CACHE", str(place / "cache"))
         patch.setenv("WANDB_MODE", "offline")
-        for name in ("cat", "dog"):
-            make_images(place / "images" / name, 20, size=32)
+        make_classes(place / "images", 20, names="cat dog")
+        make_boxes(place / "boxes", train=8, val=3)
         for part, n in (("train", 8), ("val", 3)):
-            blocks(place / "boxes" / part, n)
             squares(place / "squares" / part, n)
         board = ["--board.tags=[small, cats]", "--board.group=first", "--board.notes=two classes"]
         found = fit("pretrain", "images", 2, *TINY, "--probe.every_n_epochs=1", *board)
@@ -100,20 +80,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory, make_images: Make) -> Iterato
 def fit(task: str, data: str, epochs: int, *options: str) -> Path:
     few = [f"--data.root={data}", "--data.batch_size=4", f"--trainer.max_epochs={epochs}"]
     loggers = [f"--trainer.logger={ALL_LOGGERS}", "--board.log_checkpoints=true"]
-    assert main([task, "fit", f"--name={task}", *few, *QUIET, *loggers, *options]) == 0
+    simmim(f"{task} fit --name={task}", *few, *LOGGED, *loggers, *options)
     return Path.cwd() / "runs" / task / "version_0"
 
 
 def squares(folder: Path, n: int) -> None:
     """Images with a red square on gray, and masks that say where it is."""
-    for kind in ("images", "masks"):
-        (folder / kind).mkdir(parents=True)
     for i in range(n):
         mask = np.zeros((32, 40), np.uint8)
         mask[4 + i : 20 + i, 8:24] = 1
-        image = np.where(mask[..., None], (220, 20, 20), (90, 90, 90)).astype(np.uint8)
-        Image.fromarray(image).save(folder / "images" / f"{i}.png")
-        Image.fromarray(mask).save(folder / "masks" / f"{i}.png")
+        save(folder / "images" / f"{i}.png", np.where(mask[..., None], (220, 20, 20), (90, 90, 90)))
+        save(folder / "masks" / f"{i}.png", mask)
 
 
 def board_of(run: Path) -> Path:
@@ -152,10 +129,9 @@ def test_all_loggers_have_the_same_metrics(runs: dict[str, Path], task: str) -> 
     values = history(board_of(runs[task]))
     panels = {key.rpartition(".")[0] for key in values if key.endswith("._type")}
     wandb = {key for key in values if key.rpartition(".")[0] not in panels}
-    with (runs[task] / "metrics.csv").open(newline="") as file:
-        table = set(next(csv.reader(file)))
-    assert wandb - OWN == table - {"step", "epoch"}
-    assert set(events(runs[task])["scalars"]) == table - {"step"}
+    columns = set(table(runs[task] / "metrics.csv")[0])
+    assert wandb - OWN == columns - {"step", "epoch"}
+    assert set(events(runs[task])["scalars"]) == columns - {"step"}
     assert wandb >= CURVES | (OF_PRETRAINING if task == "pretrain" else set())
 
 
@@ -222,8 +198,7 @@ def test_the_worst_images_are_listed_with_their_pictures(runs: dict[str, Path]) 
     content, files = table_of(board_of(runs["pretrain"]), "worst")
     assert content["columns"] == ["picture", "rank", "loss", "path"]
     assert all(Path(files[row[0]["path"]]).stat().st_size for row in content["data"])
-    with (runs["pretrain"] / "worst.csv").open(newline="") as file:
-        listed = [row["path"] for row in csv.DictReader(file)]
+    listed = [row["path"] for row in table(runs["pretrain"] / "worst.csv")]
     assert [row[3] for row in content["data"]] == listed
     assert Path(listed[0]).is_file()
 
@@ -279,14 +254,12 @@ def test_predictions_and_confusion_are_tables(runs: dict[str, Path]) -> None:
     assert content["columns"] == ["picture", "path", "label", "prediction", "probability"]
     assert {row[2] for row in content["data"]} == {"cat", "dog"}
     assert all(Path(files[row[0]["path"]]).stat().st_size for row in content["data"])
-    with (runs["classify"] / "val_predictions.csv").open(newline="") as file:
-        rows = [list(row.values()) for row in csv.DictReader(file)]
+    rows = [list(row.values()) for row in table(runs["classify"] / "val_predictions.csv")]
     assert [row[1:4] for row in content["data"]] == [row[:3] for row in rows]
     content, _ = table_of(board_of(runs["classify"]), "confusion_table")
-    with (runs["classify"] / "classes.csv").open(newline="") as file:
-        images = {row["class"]: int(row["images"]) for row in csv.DictReader(file)}
-    for name, count in images.items():
-        assert sum(row[2] for row in content["data"] if row[0] == name) == count
+    for row in table(runs["classify"] / "classes.csv"):
+        counts = [cell[2] for cell in content["data"] if cell[0] == row["class"]]
+        assert sum(counts) == int(row["images"])
 
 
 def test_segmentations_are_masks_that_can_be_switched(runs: dict[str, Path]) -> None:
@@ -314,19 +287,16 @@ def test_detections_are_boxes_that_can_be_switched(runs: dict[str, Path]) -> Non
 
 
 @pytest.fixture
-def offline(tmp_path: Path, make_images: Make, monkeypatch: pytest.MonkeyPatch) -> Path:
+def offline(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with images of two classes, and nobody who is logged in."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(workdir))
     monkeypatch.setenv("WANDB_MODE", "offline")
-    for name in ("cat", "dog"):
-        make_images(tmp_path / "images" / name, 20, size=32)
-    return tmp_path
+    return make_classes(Path("images"), 20)
 
 
 def pretrain(*args: str) -> Path:
     data = ["--data.root=images", "--data.batch_size=8"]
-    assert main(["pretrain", "fit", "--name=pre", *data, *TINY, *QUIET, *args]) == 0
+    simmim("pretrain fit --name=pre", *data, *TINY, *LOGGED, *args)
     return Path("runs/pre/version_0")
 
 
@@ -341,7 +311,7 @@ def test_a_resumed_run_is_the_same_on_the_board(offline: Path) -> None:
     assert max(before) < min(after)
     assert max(history(second)["best/loss"]) <= min(history(first)["val/loss"])
     # What is asked of its checkpoint reads the same config.
-    assert main(["pretrain", "validate", "--ckpt_path=last", "--name=pre", *QUIET]) == 0
+    quiet("pretrain validate --ckpt_path=last --name=pre")
 
 
 def test_lineage_of_what_is_no_run_of_ours(tmp_path: Path) -> None:

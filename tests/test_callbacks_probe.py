@@ -1,7 +1,5 @@
 """The online probe: what it reads, when, and that it leaves no trace."""
 
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,15 +11,25 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import Precision
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, DistributedSampler
 
-import ddp_callbacks
 from callback_parts import DigitsData, MiniSimMIM, trainer
-from simmim.callbacks import CollapseAlarm, OnlineProbe, Reconstructions, StopOnNonFinite
+from simmim.callbacks import (
+    CollapseAlarm,
+    NonFiniteLoss,
+    OnlineProbe,
+    Reconstructions,
+    StopOnNonFinite,
+)
 from simmim.callbacks import look as look_module
 from simmim.callbacks.look import call
 from simmim.pretrain import SimMIM
 from simmim.probe import fit_linear_probe, knn_scores, top1
+from simmim.strategies import shard
+from support import exhaustive
+from support.processes import in_processes
+from support.training import fsdp_on_cpu, trainer_of
 
 
 def embeddings(model: MiniSimMIM, data: DigitsData) -> list[tuple[Tensor, Tensor]]:
@@ -223,30 +231,81 @@ def test_a_resumed_run_still_knows_the_untrained_numbers(tmp_path: Path) -> None
     assert second.pretrained != first.pretrained
 
 
+class Dealt(DigitsData):
+    def train_dataloader(self) -> DataLoader[Any]:
+        ranks = self.trainer.world_size
+        sampler = DistributedSampler(self.train, ranks, self.trainer.global_rank, seed=0)
+        return DataLoader(self.train, batch_size=32 // ranks, sampler=sampler)
+
+
+class Shared(MiniSimMIM):
+    def configure_model(self) -> None:
+        shard(self)
+
+
+class BadInOne(Shared):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if batch_idx == 2 and self.global_rank == 1 else loss
+
+
+class RuinOne(L.Callback):
+    """Spoil the weights that the second process holds, after a loss that was finite."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 8:
+            for parameter in module.parameters():
+                own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                own.detach().fill_(float("nan"))
+
+
+def watch(processes: int, folder: Path, strategy: str) -> None:
+    """Train with callbacks in one of some processes, then meet what is bad in one of them."""
+    torch.manual_seed(0)
+    fsdp_on_cpu()
+    probe = OnlineProbe()
+    watchers = [probe, Reconstructions(num_images=2), CollapseAlarm(), StopOnNonFinite()]
+
+    def run(*callbacks: L.Callback, **options: Any) -> L.Trainer:
+        options = {"max_epochs": 2, "num_sanity_val_steps": 0, "log_every_n_steps": 4, **options}
+        return trainer_of(processes, folder, *callbacks, strategy=strategy, **options)
+
+    data, model, fit = Dealt(train=256, val=95), Shared(0.03), run(*watchers)
+    model.encoder.drop.p = 0.0  # each process draws its own
+    fit.fit(model, datamodule=data)
+    collapse = {k: float(v) for k, v in fit.callback_metrics.items() if k.startswith("collapse/")}
+    result: dict[str, Any] = {"untrained": probe.untrained, "pretrained": probe.pretrained}
+    result |= {"collapse": collapse, "stopped": stopped(run(StopOnNonFinite()), BadInOne(), data)}
+    keep = ModelCheckpoint(folder, filename="last")
+    options = {"enable_checkpointing": True, "log_every_n_steps": 1000}
+    ruin = run(StopOnNonFinite(), RuinOne(), keep, **options)
+    result["ruined"] = stopped(ruin, Shared(), data)
+    if fit.global_rank == 0:
+        torch.save(result, folder / "result.pt")
+
+
+def stopped(fit: L.Trainer, model: L.LightningModule, data: L.LightningDataModule) -> str:
+    """What a run was stopped with."""
+    try:
+        fit.fit(model, datamodule=data)
+    except NonFiniteLoss as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "strategy"),
-    [
-        ("2", "ddp"),
-        pytest.param("4", "ddp", marks=pytest.mark.slow),
-        pytest.param("2", "fully_shard", marks=pytest.mark.slow),
-        pytest.param("2", "fsdp", marks=pytest.mark.slow),
-    ],
+    [(2, "ddp"), exhaustive(4, "ddp"), exhaustive(2, "fully_shard"), exhaustive(2, "fsdp")],
 )
-def test_processes_read_what_one_reads(tmp_path: Path, processes: str, strategy: str) -> None:
+def test_processes_read_what_one_reads(workdir: Path, processes: int, strategy: str) -> None:
     """Of 95 images, which no number of processes shares evenly: to the digit, for equal weights.
 
     And all of them stop where one meets a loss, or holds weights, that are no numbers.
     """
-    script = Path(__file__).with_name("ddp_callbacks.py")
-    done = subprocess.run(
-        [sys.executable, script, tmp_path / "2", processes, strategy],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    ddp_callbacks.main(str(tmp_path / "1"), 1, "auto")
-    one, two = (torch.load(tmp_path / n / "result.pt") for n in ("1", "2"))
+    in_processes(processes, watch, processes, Path("2"), strategy)
+    in_processes(1, watch, 1, Path("1"), "auto")
+    one, two = (torch.load(Path(n, "result.pt")) for n in ("1", "2"))
     assert two["untrained"] == one["untrained"]
     # Sums over processes round otherwise: one image of the 95 may fall to the other side.
     assert two["pretrained"] == pytest.approx(one["pretrained"], abs=1.5 / 95)
@@ -255,4 +314,4 @@ def test_processes_read_what_one_reads(tmp_path: Path, processes: str, strategy:
     assert (one["stopped"], one["ruined"]) == ("", "")
     assert two["stopped"].startswith("train/loss became infinite")
     assert two["ruined"].startswith("the weights are infinite")
-    assert len(list((tmp_path / "2" / "reconstructions").iterdir())) == 2
+    assert len(list((Path("2", "reconstructions")).iterdir())) == 2

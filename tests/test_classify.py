@@ -24,6 +24,7 @@ from simmim.classify import Classifier
 from simmim.masking import sample_keys
 from simmim.pretrain import SimMIM
 from simmim.scores import Scores, balanced_weights, class_accuracy
+from support.training import quiet_trainer
 
 VIT: dict[str, Any] = {
     "encoder": "vit_tiny_patch16_224",
@@ -90,19 +91,6 @@ class Data(L.LightningDataModule):
     test_dataloader = predict_dataloader = val_dataloader
 
 
-def trainer(folder: Path, **kwargs: Any) -> L.Trainer:
-    defaults: dict[str, Any] = {
-        "default_root_dir": folder,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "max_epochs": 1,
-    }
-    return L.Trainer(**{**defaults, **kwargs})
-
-
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a pretrained plain ViT."""
@@ -113,7 +101,7 @@ def _pretrain(folder: Path, encoder: dict[str, Any]) -> Path:
     torch.manual_seed(4)
     model = SimMIM(**encoder, mask_patch_size=8)
     model.set_statistics([0.4, 0.5, 0.6], [0.2, 0.3, 0.25])
-    run = trainer(folder)
+    run = quiet_trainer(folder)
     run.fit(model, DataLoader(Stripes(8), 4))
     run.save_checkpoint(folder / "pretrained.ckpt")
     return folder / "pretrained.ckpt"
@@ -124,7 +112,7 @@ def _pretrain(folder: Path, encoder: dict[str, Any]) -> Path:
 
 def test_the_layer_decay_of_a_two_block_vit_by_hand(tmp_path: Path) -> None:
     model = Classifier(**VIT, layer_decay=0.5, base_lr=5.12, warmup_epochs=0, min_lr=0)
-    run = trainer(tmp_path, max_steps=1)
+    run = quiet_trainer(tmp_path, max_steps=1)
     run.fit(model, datamodule=Data())
     # Embedding, two blocks, head: levels 0 to 3. lr 5.12 x 8 images / 512 = 0.08 at the top.
     lr = {0: 0.01, 1: 0.02, 2: 0.04, 3: 0.08}
@@ -160,7 +148,7 @@ def test_the_layer_decay_of_a_two_stage_swin_by_hand(tmp_path: Path) -> None:
             for group in run.optimizers[0].param_groups:
                 rates.update({names[p]: group["lr"] for p in group["params"]})
 
-    trainer(tmp_path, max_steps=1, callbacks=[Keep()]).fit(model, datamodule=Data())
+    quiet_trainer(tmp_path, max_steps=1, callbacks=[Keep()]).fit(model, datamodule=Data())
     # Embedding, four blocks, head: levels 0 to 5, the top 1. The downsampling before the second
     # stage goes with the last block of the first, as in the official code.
     expected = {
@@ -262,7 +250,7 @@ def test_the_layer_decay_of_a_family_at_several_steps(tmp_path: Path, family: st
     data = Data(16, batch_size=8)
     if options["img_size"] == 64:
         data.images.images = F.interpolate(data.images.images.float(), 64).byte()
-    run = trainer(tmp_path, max_epochs=3, callbacks=[Keep()], limit_val_batches=0)
+    run = quiet_trainer(tmp_path, max_epochs=3, callbacks=[Keep()], limit_val_batches=0)
     run.fit(model, datamodule=data)
     cosine = [0.5 * (1 + math.cos(math.pi * t / 6)) for t in range(6)]
     curve = [0, 0.5, *cosine[2:]]  # the top is 64 x 8 / 512 = 1
@@ -276,7 +264,7 @@ def test_the_layer_decay_of_a_family_at_several_steps(tmp_path: Path, family: st
 def test_the_table_is_printed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         model = Classifier(**VIT, layer_decay=0.5, base_lr=5.12)
-        trainer(tmp_path, max_steps=1).fit(model, datamodule=Data())
+        quiet_trainer(tmp_path, max_steps=1).fit(model, datamodule=Data())
     assert "layer_2_decay          0.04          0.05       12,288" in caplog.text
     assert "from scratch" in caplog.text
 
@@ -293,7 +281,7 @@ def test_a_frozen_encoder_stays_bitwise_as_it_was(tmp_path: Path, pretrained: Pa
         def on_train_batch_end(self, run: L.Trainer, module: Any, *args: Any) -> None:
             modes.append((module.model.training, module.heads.training))
 
-    run = trainer(tmp_path, max_epochs=2, callbacks=[Keep()])
+    run = quiet_trainer(tmp_path, max_epochs=2, callbacks=[Keep()])
     run.fit(model, datamodule=Data())
     assert set(modes) == {(False, True)}
     for name, tensor in model.encoder.state_dict().items():
@@ -349,7 +337,7 @@ def test_a_sweep_trains_one_probe_a_layer(tmp_path: Path, pretrained: Path) -> N
         model = Classifier(
             weights=str(pretrained), frozen=True, base_lr=1, warmup_epochs=0, **kwargs
         )
-        run = trainer(tmp_path, max_epochs=3)
+        run = quiet_trainer(tmp_path, max_epochs=3)
         torch.manual_seed(0)
         run.fit(model, datamodule=Data())
         return {name: float(value) for name, value in run.callback_metrics.items()}
@@ -423,7 +411,7 @@ def test_it_learns_and_opens_safely(tmp_path: Path, pretrained: Path) -> None:
     model = Classifier(
         weights=str(pretrained), base_lr=0.128, warmup_epochs=1, drop_path_rate=0.1, layer_decay=0.8
     )
-    run = trainer(tmp_path, max_epochs=8)
+    run = quiet_trainer(tmp_path, max_epochs=8)
     run.fit(model, datamodule=Data())
     assert run.callback_metrics["val/top1"] > 0.9
     assert "val/top5" not in run.callback_metrics
@@ -434,9 +422,9 @@ def test_it_learns_and_opens_safely(tmp_path: Path, pretrained: Path) -> None:
     assert again.classes == list(Data.classes)
     for (name, a), b in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-    scores = trainer(tmp_path).validate(again, datamodule=Data(), verbose=False)[0]
+    scores = quiet_trainer(tmp_path).validate(again, datamodule=Data(), verbose=False)[0]
     assert scores["val/top1"] == run.callback_metrics["val/top1"]
-    rows = trainer(tmp_path).predict(again, datamodule=Data())
+    rows = quiet_trainer(tmp_path).predict(again, datamodule=Data())
     assert torch.cat([row["probabilities"] for row in rows]).sum(1) == pytest.approx(np.ones(24))
 
     from simmim import load_encoder
@@ -449,9 +437,9 @@ def test_it_learns_and_opens_safely(tmp_path: Path, pretrained: Path) -> None:
     other = Data()
     other.classes = ("up", "down", "sideways")
     with pytest.raises(ValueError, match="across"):
-        trainer(tmp_path).validate(onward, datamodule=other, verbose=False)
+        quiet_trainer(tmp_path).validate(onward, datamodule=other, verbose=False)
     inherited = onward.model.head.weight.detach().flatten()
-    trainer(tmp_path, max_steps=1).fit(onward.train(), datamodule=other)
+    quiet_trainer(tmp_path, max_steps=1).fit(onward.train(), datamodule=other)
     assert onward.classes == ["up", "down", "sideways"]
     new = onward.model.head.weight.detach().flatten()
     assert torch.corrcoef(torch.stack([new, inherited]))[0, 1].abs() < 0.5
@@ -465,7 +453,7 @@ def test_the_average_of_the_weights_is_kept(tmp_path: Path, pretrained: Path) ->
         def on_train_batch_end(self, run: L.Trainer, module: Any, *args: Any) -> None:
             seen.append(module.model.head.bias.detach().clone())
 
-    run = trainer(tmp_path, max_steps=3, callbacks=[Keep()], limit_val_batches=0)
+    run = quiet_trainer(tmp_path, max_steps=3, callbacks=[Keep()], limit_val_batches=0)
     run.fit(model, datamodule=Data())
     # The first update copies; then half of the average and half of the weights.
     expected = 0.25 * seen[0] + 0.25 * seen[1] + 0.5 * seen[2]
@@ -475,7 +463,7 @@ def test_the_average_of_the_weights_is_kept(tmp_path: Path, pretrained: Path) ->
 def test_pictures_show_the_average_of_the_weights(tmp_path: Path, pretrained: Path) -> None:
     model = Classifier(weights=str(pretrained), ema_decay=0.5, base_lr=0.5, warmup_epochs=0)
     data = Data()
-    run = trainer(tmp_path, max_steps=3, callbacks=[BoardPredictions(num_images=4)])
+    run = quiet_trainer(tmp_path, max_steps=3, callbacks=[BoardPredictions(num_images=4)])
     run.fit(model, datamodule=data)
     with (tmp_path / "val_predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -504,7 +492,7 @@ def test_going_on_at_an_epochs_end_is_bitwise_the_same(tmp_path: Path) -> None:
             base_lr=0.1,
             warmup_epochs=1,
         )
-        run = trainer(folder, max_epochs=4, callbacks=[Stop()])
+        run = quiet_trainer(folder, max_epochs=4, callbacks=[Stop()])
         run.fit(model, datamodule=Data(), ckpt_path=ckpt)
         return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -551,7 +539,7 @@ def test_every_parameter_that_is_trained_has_a_gradient(
             named = module.named_parameters()
             without.extend(name for name, p in named if p.requires_grad and p.grad is None)
 
-    trainer(tmp_path, max_steps=1, callbacks=[Look()], limit_val_batches=0).fit(
+    quiet_trainer(tmp_path, max_steps=1, callbacks=[Look()], limit_val_batches=0).fit(
         model, datamodule=Data()
     )
     assert without == []
@@ -576,7 +564,7 @@ def test_other_channels_and_sizes_are_adapted(pretrained: Path) -> None:
 def test_any_classifier_is_a_source_of_weights(tmp_path: Path, kwargs: dict[str, Any]) -> None:
     """Its encoder comes along; its classifier, probe or attention for other classes does not."""
     model = Classifier(**VIT, **kwargs, base_lr=1, warmup_epochs=0)
-    run = trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    run = quiet_trainer(tmp_path, max_steps=1, limit_val_batches=0)
     run.fit(model, datamodule=Data())
     run.save_checkpoint(path := tmp_path / "first.ckpt")
     for later in ({}, {"frozen": True, "layer": 1}, {"in_chans": 1, "img_size": 48}):
@@ -592,12 +580,12 @@ def test_any_classifier_is_a_source_of_weights(tmp_path: Path, kwargs: dict[str,
 def test_an_untrained_classifier_gives_no_answers(tmp_path: Path, pretrained: Path) -> None:
     model = Classifier(weights=str(pretrained))
     with pytest.raises(ValueError, match="not trained yet"):
-        trainer(tmp_path).validate(model, datamodule=Data(), verbose=False)
+        quiet_trainer(tmp_path).validate(model, datamodule=Data(), verbose=False)
 
 
 def test_other_classes_are_refused(tmp_path: Path) -> None:
     model = Classifier(**VIT)
-    run = trainer(tmp_path)
+    run = quiet_trainer(tmp_path)
     run.fit(model, datamodule=Data())
     data = Data()
     data.classes = ("across", "up", "slanted")
@@ -606,10 +594,10 @@ def test_other_classes_are_refused(tmp_path: Path) -> None:
         run.validate(model, datamodule=data, verbose=False)
     run.save_checkpoint(path := tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match=sentence):
-        trainer(tmp_path).validate(Classifier(**VIT), datamodule=data, ckpt_path=path)
+        quiet_trainer(tmp_path).validate(Classifier(**VIT), datamodule=data, ckpt_path=path)
     data.classes = ("up", "down")
     with pytest.raises(ValueError, match="the data has the classes up, down, this classifier"):
-        trainer(tmp_path).validate(Classifier(**VIT), datamodule=data, ckpt_path=path)
+        quiet_trainer(tmp_path).validate(Classifier(**VIT), datamodule=data, ckpt_path=path)
 
 
 @pytest.mark.parametrize(
@@ -659,7 +647,7 @@ def test_balanced_weights_by_hand(tmp_path: Path) -> None:
     data = Data()
     data.class_counts = (6, 3, 1)
     model = Classifier(**VIT, class_weights="balanced")
-    trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(model, datamodule=data)
+    quiet_trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(model, datamodule=data)
     torch.testing.assert_close(model.class_weights, weights)
 
 
@@ -770,7 +758,7 @@ def test_several_labels_an_image(tmp_path: Path) -> None:
             self.images.labels[:, 2] |= self.images.labels[:, 0]
 
     model = Classifier(**VIT, multi_label=True, mixup=0.5, class_weights="balanced", base_lr=0.1)
-    run = trainer(tmp_path)
+    run = quiet_trainer(tmp_path)
     run.fit(model, datamodule=Both())
     found = run.callback_metrics
     assert {"val/loss", "val/mean_ap", "val/auroc", "val/f1", "val/ap_class/down"} <= set(found)
@@ -808,7 +796,7 @@ def test_a_class_without_validation_images_is_no_zero(tmp_path: Path) -> None:
             few = Subset(self.images, [i for i in range(24) if i % 3])
             return DataLoader(few, batch_size=8)
 
-    model, run = Classifier(**VIT), trainer(tmp_path)
+    model, run = Classifier(**VIT), quiet_trainer(tmp_path)
     run.fit(model, datamodule=Two())
     found = run.callback_metrics
     assert "val/top1_class/across" not in found

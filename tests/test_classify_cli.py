@@ -1,7 +1,5 @@
 """`simmim classify`: from a run of pretraining to predictions, pictures, and every config."""
 
-import csv
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,144 +19,90 @@ from simmim.callbacks.classification import (
     merge_parts,
 )
 from simmim.classify import Classifier
-from simmim.cli import main
-from simmim.configuration import config_folder
 from simmim.data.classification import ClassificationData
 from simmim.task import Task
 from simmim.weights import load_encoder
+from support.commands import QUIET, SMALL, column, quiet, refused, state, table
+from support.folders import make_classes, save
 
-# jsonargparse's own, about what LightningCLI calls
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"
-)
-
-Make = Callable[..., Path]
-CONFIGS = sorted(path.stem for path in (config_folder() / "classify").glob("*.yaml"))
-TINY_VIT = "{patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}"
-QUIET = [
-    "--trainer.accelerator=cpu",
-    "--trainer.devices=1",
-    "--trainer.enable_progress_bar=false",
-    "--trainer.enable_model_summary=false",
-    "--data.num_workers=0",
-]
+FROM_SCRATCH = [*SMALL, "--data.root=images", "--data.batch_size=4", "--model.warmup_epochs=0"]
 
 
 @pytest.fixture
-def folder(tmp_path: Path, make_images: Make, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of two classes, below the working folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    for name in ("cat", "dog"):
-        make_images(tmp_path / "images" / name, 10, size=32)
-    return tmp_path / "images"
+def folder(workdir: Path) -> Path:
+    """A folder of two classes, in the working folder."""
+    return make_classes(Path("images"), names="cat dog")
 
 
-def run(*args: str) -> None:
-    assert main([*args, *QUIET]) == 0
-
-
-def pretrain(folder: Path, *args: str) -> None:
-    run(
-        "pretrain",
-        "fit",
-        f"--data.root={folder}",
-        "--model.encoder=vit_tiny_patch16_224",
-        "--model.img_size=32",
-        "--model.mask_patch_size=8",
-        f"--model.encoder_kwargs={TINY_VIT}",
-        "--data.batch_size=8",
-        "--trainer.max_epochs=1",
-        "--trainer.logger=false",
-        "--probe.every_n_epochs=0",
-        "--reconstructions.every_n_epochs=0",
-        "--name=pre",
-        *args,
-    )
-
-
+@pytest.mark.slow
 def test_from_pretraining_to_predictions(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pretrain(folder, "--data.statistics=[[0.5, 0.5, 0.5], [0.3, 0.3, 0.3]]")
-    options = ("--model.weights=runs/pre/version_0", f"--data.root={folder}")
-    few = ("--data.batch_size=8", "--trainer.max_epochs=2", "--model.warmup_epochs=1")
-    few += ("--trainer.log_every_n_steps=1",)
-    run("classify", "fit", *options, *few, "--name=cls", "--model.ema_decay=0.5")
+    options = ["--model.mask_patch_size=8", "--trainer.max_epochs=1", "--probe.every_n_epochs=0"]
+    statistics = "--data.statistics=[[0.5, 0.5, 0.5], [0.3, 0.3, 0.3]]"
+    quiet("pretrain fit --name=pre --trainer.logger=false", *FROM_SCRATCH, *options, statistics)
+    begun = ["--model.weights=runs/pre/version_0", "--data.root=images"]
+    few = ["--data.batch_size=8", "--trainer.max_epochs=2", "--model.warmup_epochs=1"]
+    few += ["--trainer.log_every_n_steps=1", "--model.ema_decay=0.5"]
+    quiet("classify fit --name=cls", *begun, *few)
     done = Path("runs/cls/version_0")
-    checkpoint = torch.load(done / "checkpoints/last.ckpt", weights_only=True)
-    assert checkpoint["hyper_parameters"]["num_classes"] == 2
-    assert checkpoint["hyper_parameters"]["img_size"] == 32  # the weights'
-    assert checkpoint["state_dict"]["mean"].unique().tolist() == [0.5]
-    with (done / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert {"val/top1", "val/loss", "train/loss", "lr"} <= set(rows[0])
-    shares = [float(row["val/top1"]) for row in rows if row["val/top1"]]
-    best = torch.load(done / "checkpoints/best.ckpt", weights_only=True)
-    assert best["epoch"] == shares.index(max(shares))
+    last = state(done)
+    assert last["hyper_parameters"]["num_classes"] == 2
+    assert last["hyper_parameters"]["img_size"] == 32  # the weights'
+    assert last["state_dict"]["mean"].unique().tolist() == [0.5]
+    assert {"val/top1", "val/loss", "train/loss", "lr"} <= set(table(done / "metrics.csv")[0])
+    shares = column(done / "metrics.csv", "val/top1")
+    assert state(done, "best")["epoch"] == shares.index(max(shares))
     assert (done / "confusion_matrix.png").exists()
     assert (done / "classes.csv").read_text().startswith("class,images,recognised,accuracy\ncat,1,")
 
-    capsys.readouterr()
-    assert main(["classify", "validate", *options, *QUIET]) == 1
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "not trained yet" in error
-    assert main(["classify", "fit", "--model.weights=no/such", f"--data.root={folder}"]) != 0
-    assert capsys.readouterr().err.startswith("simmim: no/such does not exist: give")
+    sentence = refused(capsys, "classify validate", *begun, *QUIET, status=1)
+    assert "not trained yet" in sentence
+    sentence = refused(capsys, "classify fit --data.root=images --model.weights=no/such")
+    assert sentence.startswith("simmim: no/such does not exist: give")
     Path("notes.txt").write_text("cats and dogs\nand more\n")
-    assert main(["classify", "fit", "--model.weights=notes.txt", f"--data.root={folder}"]) != 0
-    assert "notes.txt is not a file of weights" in capsys.readouterr().err
+    sentence = refused(capsys, "classify fit --data.root=images --model.weights=notes.txt")
+    assert "notes.txt is not a file of weights" in sentence
 
     shutil.rmtree("runs/pre")  # a run goes on without what it began from
-    run("classify", "fit", "--name=cls", "--ckpt_path=last", "--trainer.max_epochs=3")
+    quiet("classify fit --name=cls --ckpt_path=last --trainer.max_epochs=3")
     config = yaml.safe_load((done / "config.yaml").read_text())
     assert config["model"]["weights"] == "runs/pre/version_0"
     assert sorted(path.name for path in Path("runs/cls").iterdir()) == ["version_0"]
-    run("classify", "validate", "--ckpt_path=runs/cls/version_0")
-    run("classify", "predict", "--ckpt_path=runs/cls/version_0", f"--data.root={folder / 'cat'}")
-    with (done / "predictions.csv").open() as file:
-        table = list(csv.reader(file))
-    assert table[0] == ["path", "label", "probability of cat", "probability of dog"]
-    assert [Path(row[0]).name for row in table[1:]] == [f"{i:03d}.png" for i in range(10)]
-    for _, label, *shares in table[1:]:
-        assert sum(map(float, shares)) == pytest.approx(1, abs=1e-5)
-        assert label == ["cat", "dog"][float(shares[1]) > float(shares[0])]
+    quiet("classify validate --ckpt_path=runs/cls/version_0")
+    quiet("classify predict --ckpt_path=runs/cls/version_0 --data.root=images/cat")
+    rows = [list(row.items()) for row in table(done / "predictions.csv")]
+    names = ["path", "label", "probability of cat", "probability of dog"]
+    assert [name for name, _ in rows[0]] == names
+    assert [Path(row[0][1]).name for row in rows] == [f"{i:03d}.png" for i in range(10)]
+    for _, (_, label), *shares in rows:
+        cat, dog = (float(share) for _, share in shares)
+        assert cat + dog == pytest.approx(1, abs=1e-5)
+        assert label == ["cat", "dog"][dog > cat]
 
 
+@pytest.mark.slow
 def test_the_average_is_what_is_validated_kept_and_predicted_with(folder: Path) -> None:
-    fit = ["classify", "fit", "--name=ema", "--model.encoder=vit_tiny_patch16_224"]
-    fit += ["--model.img_size=32", f"--model.encoder_kwargs={TINY_VIT}", f"--data.root={folder}"]
-    fit += [
-        "--data.batch_size=4",
-        "--model.ema_decay=0.9",
-        "--model.base_lr=1",
-        "--seed_everything=1",
-    ]
-    run(*fit, "--trainer.max_epochs=4", "--model.warmup_epochs=0")
+    options = ["--name=ema", "--model.ema_decay=0.9", "--model.base_lr=1", "--seed_everything=1"]
+    quiet("classify fit --trainer.max_epochs=4", *FROM_SCRATCH, *options)
     done = Path("runs/ema/version_0")
-    checkpoint = torch.load(done / "checkpoints/last.ckpt", weights_only=True)
-    average, current = checkpoint["state_dict"], checkpoint["current_model_state"]
-    assert not torch.equal(
-        average["encoder.model.head.weight"], current["encoder.model.head.weight"]
-    )
-    with (done / "metrics.csv").open() as file:
-        logged = [row["val/loss"] for row in csv.DictReader(file) if row["val/loss"]]
-    run("classify", "validate", "--ckpt_path=runs/ema/version_0")
-    with (done / "validate.csv").open() as file:
-        again = [row["val/loss"] for row in csv.DictReader(file)]
-    assert float(again[-1]) == pytest.approx(float(logged[-1]), rel=1e-5)
-    run("classify", "predict", "--ckpt_path=runs/ema/version_0", f"--data.root={folder}")
-    with (done / "predictions.csv").open() as file:
-        share = float(next(csv.DictReader(file))["probability of dog"])
+    average, current = (state(done)[name] for name in ("state_dict", "current_model_state"))
+    head = "encoder.model.head.weight"
+    assert not torch.equal(average[head], current[head])
+    logged = column(done / "metrics.csv", "val/loss")
+    quiet("classify validate --ckpt_path=runs/ema/version_0")
+    again = column(done / "validate.csv", "val/loss")
+    assert again[-1] == pytest.approx(logged[-1], rel=1e-5)
+    quiet("classify predict --ckpt_path=runs/ema/version_0 --data.root=images")
+    share = column(done / "predictions.csv", "probability of dog")[0]
     model = Classifier.load_from_checkpoint(done / "checkpoints/last.ckpt").eval()
     pixels = torch.tensor(np.asarray(Image.open(folder / "cat" / "000.png"))).permute(2, 0, 1)
     with torch.no_grad():
-        assert float(model(model.normalize(pixels[None])).softmax(1)[0, 1]) == pytest.approx(
-            share, abs=1e-4
-        )
-    encoder = load_encoder(done).state_dict()  # what is exported
-    assert torch.equal(encoder["head.weight"], average["encoder.model.head.weight"])
-    run(*fit, "--trainer.max_epochs=5", "--ckpt_path=last", "--model.warmup_epochs=0")
+        found = float(model(model.normalize(pixels[None])).softmax(1)[0, 1])
+    assert found == pytest.approx(share, abs=1e-4)
+    assert torch.equal(load_encoder(done).head.weight, average[head])  # what is exported
+    quiet("classify fit --trainer.max_epochs=5 --ckpt_path=last", *FROM_SCRATCH, *options)
 
 
+@pytest.mark.slow
 def test_several_labels_from_fit_to_predict(folder: Path) -> None:
     rows = [
         f"{kind}/{i:03d}.png,{kind};{'odd' if i % 2 else 'even'}"
@@ -166,79 +110,56 @@ def test_several_labels_from_fit_to_predict(folder: Path) -> None:
         for i in range(10)
     ]
     Path("labels.csv").write_text("\n".join(["path,labels", *rows]))
-    fit = ["classify", "fit", "--name=several", "--model.encoder=vit_tiny_patch16_224"]
-    fit += ["--model.img_size=32", f"--model.encoder_kwargs={TINY_VIT}", f"--data.root={folder}"]
-    fit += ["--data.labels=labels.csv", "--model.multi_label=true", "--data.batch_size=4"]
-    fit += ["--model.class_weights=balanced", "--data.val_fraction=0.3"]
-    run(*fit, "--trainer.max_epochs=2", "--model.warmup_epochs=0")
+    options = ["--data.labels=labels.csv", "--model.multi_label=true", "--trainer.max_epochs=2"]
+    options += ["--model.class_weights=balanced", "--data.val_fraction=0.3"]
+    quiet("classify fit --name=several", *FROM_SCRATCH, *options)
     done = Path("runs/several/version_0")
-    with (done / "metrics.csv").open() as file:
-        shares = [float(row["val/mean_ap"]) for row in csv.DictReader(file) if row["val/mean_ap"]]
-    best = torch.load(done / "checkpoints/best.ckpt", weights_only=True)
-    assert best["epoch"] == shares.index(max(shares))
-    table = (done / "classes.csv").read_text().splitlines()
-    assert table[0] == "class,images,ap,auroc,f1"
-    assert [row.split(",")[0] for row in table[1:]] == ["cat", "dog", "even", "odd"]
-    run("classify", "test", "--ckpt_path=runs/several/version_0")
+    shares = column(done / "metrics.csv", "val/mean_ap")
+    assert state(done, "best")["epoch"] == shares.index(max(shares))
+    rows = (done / "classes.csv").read_text().splitlines()
+    assert rows[0] == "class,images,ap,auroc,f1"
+    assert [row.split(",")[0] for row in rows[1:]] == ["cat", "dog", "even", "odd"]
+    quiet("classify test --ckpt_path=runs/several/version_0")
     Path("labels.csv").unlink()  # not needed to predict
-    flat = folder / "cat"
     for name in ("predictions.csv", "predictions_2.csv"):  # an earlier table stays
-        run("classify", "predict", "--ckpt_path=runs/several/version_0", f"--data.root={flat}")
-        with (done / name).open() as file:
-            found = list(csv.DictReader(file))
+        quiet("classify predict --ckpt_path=runs/several/version_0 --data.root=images/cat")
+        found = table(done / name)
         assert len(found) == 10
         for row in found:
-            likely = [
-                k for k in ("cat", "dog", "even", "odd") if float(row[f"probability of {k}"]) > 0.5
-            ]
+            names = ("cat", "dog", "even", "odd")
+            likely = [name for name in names if float(row[f"probability of {name}"]) > 0.5]
             assert row["label"] == ";".join(likely)
 
 
+@pytest.mark.slow
 def test_a_folder_that_lacks_a_class_is_scored_by_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    workdir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     gray = {"cat": 20, "dog": 130, "eel": 240}
     for root, names in {"all": "cat dog eel", "two": "dog eel", "new": "dog fox"}.items():
         for name in names.split():
-            (tmp_path / root / name).mkdir(parents=True)
             for i in range(10):
-                picture = Image.new("L", (32, 32), gray.get(name, 0) + i)
-                picture.save(tmp_path / root / name / f"{i}.png")
-    options = ["--model.encoder=vit_tiny_patch16_224", "--model.img_size=32", "--name=three"]
-    options += [
-        f"--model.encoder_kwargs={TINY_VIT}",
-        "--data.batch_size=6",
-        "--data.val_fraction=0.5",
-    ]
-    options += ["--data.num_workers=0", "--model.warmup_epochs=0", "--model.base_lr=0.05"]
-    run("classify", "fit", *options, "--data.root=all", "--trainer.max_epochs=12")
-    checkpoint = "--ckpt_path=runs/three/version_0"
-    (tmp_path / "two" / "cat").mkdir()
+                save(Path(root, name, f"{i}.png"), np.full((32, 32), gray.get(name, 0) + i))
+    options = ["--data.batch_size=6", "--data.val_fraction=0.5", "--model.base_lr=0.05"]
+    options += ["--model.warmup_epochs=0", "--trainer.max_epochs=12", "--data.root=all"]
+    quiet("classify fit --name=three", *SMALL, *options)
+    Path("two/cat").mkdir()
     shares = []
     for root in ("all", "two"):
-        run("classify", "validate", checkpoint, f"--data.root={root}")
-        with Path("runs/three/version_0/validate.csv").open() as file:
-            shares.append(list(csv.DictReader(file))[-1])
+        quiet(f"classify validate --ckpt_path=runs/three/version_0 --data.root={root}")
+        shares.append(table(Path("runs/three/version_0/validate.csv"))[-1])
     for name in ("dog", "eel"):
         assert shares[1][f"val/top1_class/{name}"] == shares[0][f"val/top1_class/{name}"]
     assert float(shares[1]["val/top1_class/eel"]) > 0.5
-    assert main(["classify", "test", checkpoint, "--data.root=new"]) == 1
-    said = capsys.readouterr().err
+    line = "classify test --ckpt_path=runs/three/version_0 --data.root=new"
+    said = refused(capsys, line, status=1)
     assert "the data has the classes dog, fox, this classifier knows cat, dog, eel" in said
 
 
-def test_a_probe_is_one_option_away(folder: Path) -> None:
-    pretrain(folder)
-    run(
-        "classify",
-        "fit",
-        "--model.weights=runs/pre/version_0",
-        f"--data.root={folder}",
-        "--model.frozen=true",
-        "--model.layer=1",
-        "--trainer.max_epochs=1",
-    )
+@pytest.mark.slow
+def test_a_probe_is_one_option_away(tiny_run: Callable[[str], Path]) -> None:
+    options = ["--data.root=images", "--model.frozen=true", "--model.layer=1"]
+    quiet(f"classify fit --model.weights={tiny_run('pretrain')} --trainer.max_epochs=1", *options)
     kept = yaml.safe_load(Path("runs/linear_probe/version_0/config.yaml").read_text())
     assert kept["model"]["frozen"]
     assert kept["model"]["base_lr"] == 0.1  # the probe's recipe, not that of fine-tuning
@@ -253,66 +174,6 @@ def test_the_best_is_chosen_by_what_the_task_says(monitor: str, mode: str) -> No
         return task.best_by(Classifier(encoder="resnet10t", num_classes=2))
 
     assert best_by(monitor) == best_by(lambda model: monitor) == (monitor, mode)
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-def test_every_config_starts(folder: Path, config: str) -> None:
-    encoder, kwargs = "vit_tiny_patch16_224", TINY_VIT
-    if "swin" in config:
-        version = "swinv2_tiny_window8_256" if "v2" in config else "swin_tiny_patch4_window7_224"
-        encoder = version
-        kwargs = "{patch_size: 4, embed_dim: 16, depths: [2, 2], num_heads: [2, 2], window_size: 4}"
-    elif "vit" in config:
-        encoder = "beit_base_patch16_224"
-        kwargs = TINY_VIT.replace("{", "{use_rel_pos_bias: true, use_shared_rel_pos_bias: false, ")
-    run(
-        "classify",
-        "fit",
-        f"-c={config}",
-        f"--data.root={folder}",
-        "--data.batch_size=4",
-        f"--model.encoder={encoder}",
-        f"--model.encoder_kwargs={kwargs}",
-        "--model.img_size=32",
-        "--trainer.precision=32-true",
-        "--trainer.fast_dev_run=true",
-    )
-
-
-RELEASED = {  # img_size, window, layer decay, drop path, factor of the head
-    "finetune_vit_base": (224, None, 0.65, 0.1, 0.001),
-    "finetune_swin_base_100ep": (224, 7, 0.9, 0.1, 1.0),
-    "finetune_swin_base_800ep": (224, 7, 0.8, 0.1, 1.0),
-    "finetune_swin_large": (224, 14, 0.7, 0.2, 1.0),
-    "finetune_swinv2_base": (224, 14, 0.75, 0.1, 1.0),
-}
-
-
-@pytest.mark.parametrize("name", RELEASED)
-def test_the_released_numbers_are_in_the_configs(name: str) -> None:
-    config = yaml.safe_load((config_folder() / "classify" / f"{name}.yaml").read_text())
-    model, said = config["model"], RELEASED[name]
-    size, window, layer_decay, drop_path_rate, head_init_scale = said
-    assert (model["img_size"], model["encoder_kwargs"].get("window_size")) == (size, window)
-    assert (model["layer_decay"], model["drop_path_rate"]) == (layer_decay, drop_path_rate)
-    assert model.get("head_init_scale", 1.0) == head_init_scale
-    assert (model["mixup"], model["cutmix"], model["label_smoothing"]) == (0.8, 1.0, 0.1)
-    assert (model["base_lr"], model["warmup_epochs"]) == (1.25e-3, 20)
-    assert (model["warmup_lr"], model["min_lr"]) == (2.5e-7, 2.5e-7)
-    assert (model["weight_decay"], model["random_erasing"]) == (0.05, 0.25)
-    assert "schedule" not in model or model["schedule"] == "cosine"
-    assert config["data"]["randaugment"] == "rand-m9-mstd0.5-inc1"
-    assert (config["data"]["crop_scale"], config["data"]["val_crop"]) == ([0.08, 1.0], 0.875)
-    assert (config["trainer"]["max_epochs"], config["trainer"]["gradient_clip_val"]) == (100, 5.0)
-    head = (config_folder() / "classify" / f"{name}.yaml").read_text()
-    devices = int(re.findall(r"as (\d+) GPUs", head)[0])
-    assert devices * config["data"]["batch_size"] == 2048
-    if name == "finetune_vit_base":  # a table for each block, mean of the patch tokens
-        assert model["encoder_kwargs"] == {
-            "use_rel_pos_bias": True,
-            "use_shared_rel_pos_bias": False,
-        }
-        assert model["pooling"] == "mean"
 
 
 # Pictures and tables -----------------------------------------------------------------------------

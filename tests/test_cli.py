@@ -1,6 +1,5 @@
 """The command line as a user meets it: help, mistakes, runs, going on."""
 
-import csv
 import io
 import os
 import re
@@ -8,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,56 +22,33 @@ from simmim.cli import COMMANDS, main
 from simmim.configuration import find_config
 from simmim.loggers import finish_board
 from simmim.run import hold_run, let_go
+from support.commands import (
+    TINY,
+    assert_same_tensors,
+    column,
+    refused,
+    simmim,
+    state,
+    table,
+    write_tiny,
+)
+from support.folders import make_classes, make_images
 
-TINY = """
-model:
-  encoder: vit_tiny_patch16_224
-  img_size: 32
-  mask_patch_size: 8
-  encoder_kwargs: {patch_size: 8, embed_dim: 16, depth: 1, num_heads: 1}
-  drop_rate: 0.1
-  base_lr: 0.1
-  warmup_epochs: 1
-data: {root: images, batch_size: 4, num_workers: 0}
-trainer:
-  accelerator: cpu
-  devices: 1
-  max_epochs: 4
-  gradient_clip_val: 5.0
-  log_every_n_steps: 1
-  enable_progress_bar: false
-  enable_model_summary: false
-probe: {every_n_epochs: 0}
-reconstructions: {every_n_epochs: 0}
-"""
+FIT = "pretrain fit -c tiny.yaml"
 
 
 @pytest.fixture
-def place(
-    tmp_path: Path, make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Path]:
+def place(workdir: Path) -> Iterator[Path]:
     """A working folder with images/ and tiny.yaml, without a board."""
-    make_images(tmp_path / "images" / "a", 10)
-    make_images(tmp_path / "images" / "b", 10)
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
+    make_classes(Path("images"))
+    write_tiny(workdir)
     before = signal.getsignal(signal.SIGINT)
-    yield tmp_path
+    yield workdir
     signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored after Ctrl+C
 
 
 def fit(*options: str) -> int:
-    return main(["pretrain", "fit", "-c", "tiny.yaml", *options])
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def state(run: Path) -> dict[str, Any]:
-    return torch.load(run / "checkpoints/last.ckpt", weights_only=True)  # type: ignore[no-any-return]
+    return main([*FIT.split(), *options])
 
 
 def first_cells(keys: Tensor, grid: tuple[int, int], counts: Tensor, **_: Any) -> Tensor:
@@ -123,7 +99,7 @@ def test_every_option_is_explained(
     subcommand: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "400")
-    assert main(["pretrain", subcommand, "--help", "all"]) == 0
+    simmim("pretrain", subcommand, "--help", "all")
     out = capsys.readouterr().out
     options = re.findall(r"^  (--\S+)[^\n]*?(?:  |\n {10,})(\S[^\n]*)", out, flags=re.MULTILINE)
     assert len(options) > 80
@@ -202,11 +178,7 @@ def test_a_mistake_is_one_sentence(
     Path("linked.yaml").write_text("data: {img_size: 64}\n")
     args = line.split()
     tiny = ["-c", "tiny.yaml"] if args[:1] in (["fit"], ["validate"], ["predict"]) else []
-    assert main(["pretrain", *args[:1], *tiny, *args[1:]]) == status
-    said = capsys.readouterr().err.splitlines()
-    assert said[-1].startswith("simmim: ")
-    assert words in said[-1]
-    assert not any("Traceback" in line for line in said)
+    assert words in refused(capsys, "pretrain", *args[:1], *tiny, *args[1:], status=status)
     assert not list(Path().glob("runs/*/*"))  # and no folder is left behind
 
 
@@ -219,8 +191,7 @@ def test_an_unknown_command_proposes_the_nearest(capsys: pytest.CaptureFixture[s
         "pretrain ftt": "did you mean fit?",
         "benchmark stp": "did you mean step?",
     }.items():
-        assert main(line.split()) == 2
-        assert words in capsys.readouterr().err
+        assert words in refused(capsys, line, status=2)
 
 
 def test_debugging_shows_where_a_mistake_was_found(
@@ -233,8 +204,8 @@ def test_debugging_shows_where_a_mistake_was_found(
 
 def test_words_that_are_no_text_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     """As a folder in another encoding is: no config could hold its name."""
-    assert main(["pretrain", "fit", "--data.root", os.fsdecode(b"caf\xe9")]) == 2
-    assert "'caf\\udce9' is no text in UTF-8: rename it, or give a" in capsys.readouterr().err
+    sentence = refused(capsys, "pretrain fit --data.root", os.fsdecode(b"caf\xe9"), status=2)
+    assert "'caf\\udce9' is no text in UTF-8: rename it, or give a" in sentence
 
 
 def test_a_bug_keeps_its_traceback(place: Path) -> None:
@@ -257,9 +228,7 @@ def test_a_mistake_of_a_plain_command_is_one_sentence(capsys: pytest.CaptureFixt
         ("convert --weights none.pth --out x.ckpt", 1, "none.pth does not exist"),
         ("convert --weights none.pth --out x.ckpt --img_size big", 2, "it takes a whole number"),
     ):
-        assert main(line.split()) == status
-        (said,) = capsys.readouterr().err.splitlines()
-        assert words in said
+        assert words in refused(capsys, line, status=status, alone=True)
 
 
 def test_a_terminal_that_lacks_a_letter_shows_its_number(
@@ -267,7 +236,7 @@ def test_a_terminal_that_lacks_a_letter_shows_its_number(
 ) -> None:
     for option in ("stdout", "stderr"):
         monkeypatch.setattr(sys, option, io.TextIOWrapper(io.BytesIO(), "ascii"))
-    assert main(["pack", "--root", "images", "--out", "größe", "--workers", "0"]) == 0
+    simmim("pack --root images --out größe --workers 0")
     assert main(["größe"]) == 2
     said = {sys.stdout: b"into gr\\xf6\\xdfe: 1 shard", sys.stderr: b"'gr\\xf6\\xdfe'"}
     for stream, words in said.items():
@@ -289,19 +258,20 @@ def test_a_config_is_utf_8_wherever_it_is_read(place: Path) -> None:
     assert yaml.safe_load(done.stdout)["data"] == {"root": "bücher"}
 
 
+@pytest.mark.slow
 def test_an_official_release_becomes_a_run_that_can_be_shown(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spec = official_reference.Swin()
     tensors = official_reference.make_tensors(spec)
     official_reference.save_file(Path("official.pth"), tensors, official_reference.config_of(spec))
-    assert main(["convert", "--weights=official.pth", "--out=ours.ckpt"]) == 0
+    simmim("convert --weights=official.pth --out=ours.ckpt")
     assert "tensors used" in capsys.readouterr().out
     args = ["--ckpt_path=ours.ckpt", "--data.root=images", "--data.num_workers=0"]
-    assert main(["pretrain", "predict", "-c", "cpu", *args]) == 0
+    simmim("pretrain predict -c cpu", *args)
     assert len(list(Path("runs/digits/version_0/predictions").rglob("*.png"))) == 20
-    assert main(["pretrain", "fit", "--ckpt_path=ours.ckpt"]) == 1
-    assert "--model.weights ours.ckpt" in capsys.readouterr().err
+    sentence = refused(capsys, "pretrain fit --ckpt_path=ours.ckpt", status=1)
+    assert "--model.weights ours.ckpt" in sentence
 
 
 # Runs --------------------------------------------------------------------------------------------
@@ -316,9 +286,9 @@ def test_a_run_has_what_the_design_says(place: Path, capsys: pytest.CaptureFixtu
     assert not any(name.endswith(".unfinished") for name in names)
     metrics = table(run / "metrics.csv")
     assert {"train/loss", "val/loss", "lr", "val/knn_top1", "val/probe_top1"} <= set(metrics[0])
-    losses = [float(row["val/loss"]) for row in metrics if row["val/loss"]]
+    losses = column(run / "metrics.csv", "val/loss")
     assert len(losses) == 4
-    best = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
+    best = state(run, "best")
     assert best["epoch"] == losses.index(min(losses))
     assert "pretrained" in capsys.readouterr().out
 
@@ -330,10 +300,10 @@ def test_the_kept_config_is_whole_and_can_be_given_again(place: Path) -> None:
     assert kept["model"]["mask_ratio"] == 0.75
     assert kept["model"]["optimizer"]["class_path"] == "torch.optim.AdamW"
     assert not {"ckpt_path", "trust"} & set(kept)
-    assert main(["pretrain", "fit", "-c", "runs/x/version_0/config.yaml"]) == 0
+    simmim("pretrain fit -c runs/x/version_0/config.yaml")
     again = yaml.safe_load(Path("runs/x/version_1/config.yaml").read_text())
     assert again == kept
-    assert main(["pretrain", "validate", "-c", "runs/x/version_0/config.yaml"]) == 0
+    simmim("pretrain validate -c runs/x/version_0/config.yaml")
 
 
 def test_the_printed_config_gives_the_same_config(
@@ -342,7 +312,7 @@ def test_the_printed_config_gives_the_same_config(
     assert fit("--model.mask_ratio=[0.4,0.8]", "--print_config") == 0
     first = capsys.readouterr().out
     Path("printed.yaml").write_text(first)
-    assert main(["pretrain", "fit", "-c", "printed.yaml", "--print_config"]) == 0
+    simmim("pretrain fit -c printed.yaml --print_config")
     assert capsys.readouterr().out == first
     assert yaml.safe_load(first)["name"] == "tiny"
     assert fit("--print_config=skip_default") == 0
@@ -352,12 +322,12 @@ def test_the_printed_config_gives_the_same_config(
 
 def test_a_recipe_is_printed_as_it_was_published(capsys: pytest.CaptureFixture[str]) -> None:
     """Also where it agrees with the defaults; and nothing else."""
-    assert main(["pretrain", "fit", "-c", "swin_base_100ep", "--print_config=skip_default"]) == 0
+    simmim("pretrain fit -c swin_base_100ep --print_config=skip_default")
     recipe = yaml.safe_load(capsys.readouterr().out)
     assert recipe.pop("name") == "swin_base_100ep"
     assert recipe == yaml.safe_load(find_config("swin_base_100ep", "pretrain").read_text())
     options = ["--model.mask_ratio=0.7", "--print_config=skip_default"]
-    assert main(["pretrain", "fit", "-c", "swin_base_100ep", *options]) == 0
+    simmim("pretrain fit -c swin_base_100ep", *options)
     assert yaml.safe_load(capsys.readouterr().out)["model"] == {
         **recipe["model"],
         "mask_ratio": 0.7,
@@ -372,7 +342,7 @@ def test_options_overrule_overlays_and_overlays_overrule_configs(
         ["-c", "tiny.yaml", "mine.yaml", "bf16", "--model.mask_ratio=0.7"],
         ["--model.mask_ratio=0.7", "-c", "tiny.yaml", "-c", "mine.yaml", "--config=bf16"],
     ):
-        assert main(["pretrain", "fit", *args, "--print_config"]) == 0
+        simmim("pretrain fit", *args, "--print_config")
         config = yaml.safe_load(capsys.readouterr().out)
         assert (config["model"]["mask_ratio"], config["model"]["mask_fill"]) == (0.7, "zero")
         assert config["trainer"]["precision"] == "bf16-mixed"
@@ -380,20 +350,22 @@ def test_options_overrule_overlays_and_overlays_overrule_configs(
 
 
 def test_without_an_experiment_it_is_the_digits(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["pretrain", "fit", "-c", "cpu", "--print_config"]) == 0
+    simmim("pretrain fit -c cpu --print_config")
     config = yaml.safe_load(capsys.readouterr().out)
     assert (config["name"], config["data"]["dataset"]) == ("digits", "digits")
-    assert main(["pretrain", "fit", "-c", "swin_base_100ep", "--print_config"]) == 0
+    simmim("pretrain fit -c swin_base_100ep --print_config")
     config = yaml.safe_load(capsys.readouterr().out)
     assert (config["name"], config["data"]["dataset"]) == ("swin_base_100ep", None)
 
 
+@pytest.mark.slow
 def test_a_short_epoch_is_logged_all_the_same(place: Path) -> None:
     assert fit("--trainer.max_epochs=2", "--trainer.log_every_n_steps=50") == 0
     metrics = table(Path("runs/tiny/version_0/metrics.csv"))
     assert [row["epoch"] for row in metrics if row["train/loss"]] == ["0", "1"]
 
 
+@pytest.mark.slow
 def test_a_users_callback_joins_ours(place: Path) -> None:
     assert fit("--trainer.max_epochs=2", "--trainer.callbacks+=LearningRateMonitor") == 0
     columns = set(table(Path("runs/tiny/version_0/metrics.csv"))[0])
@@ -407,6 +379,7 @@ def test_a_try_leaves_nothing(place: Path, options: list[str]) -> None:
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_two_runs_in_a_row_with_a_board(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     for number in range(2):
@@ -419,6 +392,7 @@ def test_two_runs_in_a_row_with_a_board(place: Path, monkeypatch: pytest.MonkeyP
     assert len(ids) == 2
 
 
+@pytest.mark.slow
 def test_the_board_gets_the_full_config(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configs = []
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -437,6 +411,7 @@ def test_the_board_gets_the_full_config(place: Path, monkeypatch: pytest.MonkeyP
     assert config["probe"]["every_n_epochs"] == 0
 
 
+@pytest.mark.slow
 def test_without_loggers_the_run_is_kept_all_the_same(place: Path) -> None:
     assert fit("--trainer.max_epochs=1", "--trainer.logger=false") == 0
     names = {path.name for path in Path("runs/tiny/version_0").iterdir()}
@@ -444,6 +419,7 @@ def test_without_loggers_the_run_is_kept_all_the_same(place: Path) -> None:
     assert names == {"config.yaml", "checkpoints", "report.html", "worst.csv", *pictures}
 
 
+@pytest.mark.slow
 def test_a_logger_of_the_users_own_is_respected(place: Path) -> None:
     logger = ["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=board"]
     assert fit("--trainer.max_epochs=1", *logger) == 0
@@ -460,64 +436,65 @@ def test_going_on_is_bitwise_what_was_not_interrupted(place: Path) -> None:
     interrupt = ["--trainer.callbacks+=test_cli.Stop", "--trainer.callbacks.epoch=2"]
     assert fit("--name=parts", *interrupt, "--trainer.callbacks.batch=1") == 130
     assert fit("--name=parts", "--ckpt_path=last", "--trainer.callbacks=null") == 0
-    whole, parts = state(Path("runs/whole/version_0")), state(Path("runs/parts/version_0"))
+    whole, parts = state("runs/whole/version_0"), state("runs/parts/version_0")
     assert [path.name for path in Path("runs/parts").iterdir()] == ["version_0"]
     assert whole["global_step"] == parts["global_step"] == 16
-    for name, tensor in whole["state_dict"].items():
-        assert torch.equal(tensor, parts["state_dict"][name]), name
+    assert_same_tensors(whole["state_dict"], parts["state_dict"])
     one, two = (table(Path(f"runs/{name}/version_0/metrics.csv")) for name in ("whole", "parts"))
     for key in ("step", "epoch", "lr", "train/loss", "val/loss"):
         assert [row[key] for row in one] == [row[key] for row in two], key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "status"), [("terminate", 143), ("ctrl_c", 130)])
 def test_a_signal_keeps_where_the_run_stands(place: Path, how: str, status: int) -> None:
     assert fit("--name=whole") == 0
     stop = ["--trainer.callbacks+=test_cli.Stop", f"--trainer.callbacks.how={how}"]
     assert fit("--name=parts", *stop, "--trainer.callbacks.batch=2") == status
-    assert state(Path("runs/parts/version_0"))["global_step"] == 7  # in the middle of an epoch
+    assert state("runs/parts/version_0")["global_step"] == 7  # in the middle of an epoch
     assert fit("--name=parts", "--ckpt_path=last", "--trainer.callbacks=null") == 0
-    whole, parts = state(Path("runs/whole/version_0")), state(Path("runs/parts/version_0"))
-    for name, tensor in whole["state_dict"].items():
-        assert torch.equal(tensor, parts["state_dict"][name]), name
+    whole, parts = state("runs/whole/version_0"), state("runs/parts/version_0")
+    assert_same_tensors(whole["state_dict"], parts["state_dict"])
 
 
+@pytest.mark.slow
 def test_a_run_in_bf16_goes_on_with_clipped_gradients(place: Path) -> None:
     assert fit("-c", "bf16", "--trainer.max_epochs=1") == 0
     assert fit("-c", "bf16", "--ckpt_path=last", "--trainer.max_epochs=2") == 0
-    assert state(Path("runs/tiny/version_0"))["epoch"] == 1
+    assert state("runs/tiny/version_0")["epoch"] == 1
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_does_not_wait(place: Path) -> None:
     stop = ["--trainer.callbacks+=test_cli.Stop", "--trainer.callbacks.how=ctrl_c_twice"]
     assert fit(*stop, "--trainer.callbacks.batch=2") == 130
-    assert state(Path("runs/tiny/version_0"))["global_step"] == 4  # of the epoch before
+    assert state("runs/tiny/version_0")["global_step"] == 4  # of the epoch before
 
 
+@pytest.mark.slow
 def test_an_interruption_says_how_to_go_on(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stop = ["--trainer.callbacks+=test_cli.Stop"]
-    assert fit("--run_dir=here", *stop) == 130
-    line = capsys.readouterr().err.splitlines()[-1]
+    line = refused(capsys, FIT, "--run_dir=here", *stop, status=130)
     command = "simmim pretrain fit --name tiny --run_dir here --ckpt_path last"
     assert line == f"simmim: stopped; go on with: {command}"
-    assert fit(*stop, "--trainer.callbacks.epoch=0") == 130
-    assert "no checkpoint yet" in capsys.readouterr().err.splitlines()[-1]
+    sentence = refused(capsys, FIT, *stop, "--trainer.callbacks.epoch=0", status=130)
+    assert "no checkpoint yet" in sentence
 
 
+@pytest.mark.slow
 def test_too_little_memory_costs_no_checkpoint(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stop = ["--trainer.callbacks+=test_cli.Stop", "--trainer.callbacks.how=memory"]
-    assert fit(*stop) == 1
-    said = capsys.readouterr().err.splitlines()
-    assert said[-1].startswith("simmim: the memory is full: use a smaller batch")
-    assert not any("Traceback" in line for line in said)
-    assert state(Path("runs/tiny/version_0"))["global_step"] == 4  # of the epoch before
+    sentence = refused(capsys, FIT, *stop, status=1)
+    assert sentence.startswith("simmim: the memory is full: use a smaller batch")
+    assert state("runs/tiny/version_0")["global_step"] == 4  # of the epoch before
     smaller = ["--data.batch_size=2", "--trainer.accumulate_grad_batches=2"]
     assert fit("--ckpt_path=last", "--trainer.callbacks=null", *smaller) == 0
-    assert state(Path("runs/tiny/version_0"))["epoch"] == 3
+    assert state("runs/tiny/version_0")["epoch"] == 3
 
 
+@pytest.mark.slow
 def test_a_run_that_is_training_is_left_alone(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -528,10 +505,9 @@ def test_a_run_that_is_training_is_left_alone(
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     lock = hold_run(run)
     (run / "checkpoints/.last.ckpt.unfinished").write_text("it is being written")
-    assert main(["pretrain", "validate", "--name=tiny", "--ckpt_path=last"]) == 0
-    capsys.readouterr()
-    assert fit("--ckpt_path=last", "--trainer.max_epochs=2") == 1
-    assert "another process trains in runs/tiny/version_0" in capsys.readouterr().err
+    simmim("pretrain validate --name=tiny --ckpt_path=last")
+    sentence = refused(capsys, FIT, "--ckpt_path=last", "--trainer.max_epochs=2", status=1)
+    assert "another process trains in runs/tiny/version_0" in sentence
     assert (run / "checkpoints/.last.ckpt.unfinished").exists()
     assert {path: path.read_bytes() for path in before} == before
     let_go(lock)
@@ -539,22 +515,24 @@ def test_a_run_that_is_training_is_left_alone(
     assert not [path for path in run.rglob(".*") if path.is_file()]
 
 
+@pytest.mark.slow
 def test_last_alone_goes_on_with_the_default_run(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("simmim.configuration.config_folder", lambda: place / "configs")
     (place / "configs" / "pretrain").mkdir(parents=True)
     (place / "configs" / "pretrain" / "digits.yaml").write_text(TINY)
-    assert main(["pretrain", "fit", "--trainer.max_epochs=1", "--model.mask_ratio=0.3"]) == 0
-    assert main(["pretrain", "fit", "--ckpt_path=last", "--trainer.max_epochs=2"]) == 0
+    simmim("pretrain fit --trainer.max_epochs=1 --model.mask_ratio=0.3")
+    simmim("pretrain fit --ckpt_path=last --trainer.max_epochs=2")
     assert [path.name for path in Path("runs/digits").iterdir()] == ["version_0"]
     kept = yaml.safe_load(Path("runs/digits/version_0/config.yaml").read_text())
     assert (kept["trainer"]["max_epochs"], kept["model"]["mask_ratio"]) == (2, 0.3)
-    assert state(Path("runs/digits/version_0"))["epoch"] == 1
+    assert state("runs/digits/version_0")["epoch"] == 1
     rows = table(Path("runs/digits/version_0/metrics.csv"))
     assert max(int(row["epoch"]) for row in rows if row["epoch"]) == 1
 
 
+@pytest.mark.slow
 def test_what_the_checkpoint_contradicts_is_named(
     place: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -571,42 +549,44 @@ def test_what_the_checkpoint_contradicts_is_named(
     kept = yaml.safe_load(Path("runs/tiny/version_0/config.yaml").read_text())
     assert kept["model"]["base_lr"] == 0.1
     assert kept["model"]["optimizer"]["class_path"] == "torch.optim.AdamW"
-    assert state(Path("runs/tiny/version_0"))["hyper_parameters"]["seed"] == 0
+    assert state("runs/tiny/version_0")["hyper_parameters"]["seed"] == 0
 
 
+@pytest.mark.slow
 def test_a_part_of_the_users_own_is_trusted_where_he_names_it(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fit("--trainer.max_epochs=1", "--model.masking=test_cli.first_cells") == 0
-    args = ["pretrain", "validate", "--name=tiny", "--ckpt_path=last"]
-    assert main(args) == 1  # a checkpoint may come from anyone
-    assert "--trust" in capsys.readouterr().err
-    assert main([*args, "--trust"]) == 0
+    line = "pretrain validate --name=tiny --ckpt_path=last"
+    assert "--trust" in refused(capsys, line, status=1)  # a checkpoint may come from anyone
+    simmim(line, "--trust")
 
 
+@pytest.mark.slow
 def test_an_earlier_checkpoint_begins_a_run_of_its_own(place: Path) -> None:
     assert fit("--trainer.max_epochs=2") == 0
     best = "runs/tiny/version_0/checkpoints/best.ckpt"
     before = Path("runs/tiny/version_0/metrics.csv").read_bytes()
     assert fit(f"--ckpt_path={best}", "--trainer.max_epochs=4") == 0
-    assert state(Path("runs/tiny/version_1"))["epoch"] == 3
+    assert state("runs/tiny/version_1")["epoch"] == 3
     assert Path("runs/tiny/version_0/metrics.csv").read_bytes() == before
-    assert main(["pretrain", "fit", f"--ckpt_path={best}", "--trainer.max_epochs=3"]) == 0
-    assert state(Path("runs/tiny/version_2"))["epoch"] == 2  # the name is the run's
+    simmim(f"pretrain fit --ckpt_path={best} --trainer.max_epochs=3")
+    assert state("runs/tiny/version_2")["epoch"] == 2  # the name is the run's
 
 
+@pytest.mark.slow
 def test_a_runs_folder_says_which_run_goes_on(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fit("--trainer.max_epochs=1", "--run_dir=here", "--name=x") == 0
     stop = ["--trainer.callbacks+=test_cli.Stop", "--trainer.max_epochs=3"]
-    assert main(["pretrain", "fit", "--ckpt_path=here/x/version_0", *stop]) == 130
-    command = "simmim pretrain fit --name x --run_dir here --ckpt_path last"
-    assert capsys.readouterr().err.splitlines()[-1].endswith(command)
+    line = refused(capsys, "pretrain fit --ckpt_path=here/x/version_0", *stop, status=130)
+    assert line.endswith("simmim pretrain fit --name x --run_dir here --ckpt_path last")
     assert [path.name for path in Path().rglob("version_*")] == ["version_0"]
     assert yaml.safe_load(Path("here/x/version_0/config.yaml").read_text())["name"] == "x"
 
 
+@pytest.mark.slow
 def test_the_board_keeps_its_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert fit("--trainer.max_epochs=1") == 0
@@ -619,31 +599,29 @@ def test_the_board_keeps_its_run(place: Path, monkeypatch: pytest.MonkeyPatch) -
 # Scoring and showing -----------------------------------------------------------------------------
 
 
-def test_a_run_is_scored_and_shown(
-    place: Path, make_images: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_is_scored_and_shown(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_images(place / "others", 3)
     assert fit("--trainer.max_epochs=2") == 0
     run = Path("runs/tiny/version_0")
     metrics = (run / "metrics.csv").read_bytes()
     for given in ("last", str(run), str(run / "checkpoints" / "last.ckpt")):
-        assert main(["pretrain", "validate", "--name=tiny", f"--ckpt_path={given}"]) == 0
+        simmim(f"pretrain validate --name=tiny --ckpt_path={given}")
         loss = [row["val/loss"] for row in table(run / "metrics.csv") if row["val/loss"]][-1]
         assert table(run / "validate.csv")[-1]["val/loss"] == loss
-    assert main(["pretrain", "test", "--name=tiny", "--ckpt_path=last"]) == 0
+    simmim("pretrain test --name=tiny --ckpt_path=last")
     assert table(run / "test.csv")[-1]["test/loss"] == loss
-    assert main(["pretrain", "predict", f"--ckpt_path={run}", "--data.root=others"]) == 0
+    simmim(f"pretrain predict --ckpt_path={run} --data.root=others")
     assert len(list((run / "predictions").rglob("*.png"))) == 3
     assert (run / "metrics.csv").read_bytes() == metrics
     assert [path.name for path in Path("runs").rglob("version_*")] == ["version_0"]
 
 
+@pytest.mark.slow
 def test_scoring_takes_another_mask_ratio(place: Path) -> None:
     assert fit("--trainer.max_epochs=1") == 0
     scores = []
     for options in ([], ["--model.mask_ratio=0.9"]):
-        args = ["pretrain", "validate", "--name=tiny", "--ckpt_path=last", *options]
-        assert main(args) == 0
+        simmim("pretrain validate --name=tiny --ckpt_path=last", *options)
         scores.append(table(Path("runs/tiny/version_0/validate.csv"))[-1]["val/loss"])
     assert scores[0] != scores[1]
 
@@ -652,7 +630,7 @@ def test_scoring_takes_another_mask_ratio(place: Path) -> None:
 def test_an_untrained_model_is_said_to_be_one(
     place: Path, caplog: pytest.LogCaptureFixture, subcommand: str
 ) -> None:
-    assert main(["pretrain", subcommand, "-c", "tiny.yaml"]) == 0
+    simmim("pretrain", subcommand, "-c", "tiny.yaml")
     assert "untrained" in caplog.text
     assert Path("runs").exists() is (subcommand == "predict")
 

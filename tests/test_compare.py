@@ -1,12 +1,10 @@
 """`simmim compare`: paired runs, equal steps, going on, and what is refused."""
 
-import csv
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import pytest
 import timm
@@ -16,7 +14,6 @@ from PIL import Image
 
 from simmim import SimMIM
 from simmim.classify import Classifier
-from simmim.cli import main
 from simmim.compare import command, compare
 from simmim.compare.trials import (
     Arm,
@@ -28,6 +25,9 @@ from simmim.compare.trials import (
     open_model,
     train,
 )
+from support.commands import refused, simmim, table
+from support.folders import save
+from support.training import trainer_of
 
 Make = Callable[..., Path]
 TINY: dict[str, Any] = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -36,19 +36,16 @@ ON_CPU: dict[str, Any] = {"batch_size": 4, "num_workers": 0, "accelerator": "cpu
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(workdir: Path) -> Path:
     """Three classes of stripes, below the working folder."""
-    monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     for name, angle in {"flat": 0.0, "slope": 0.8, "steep": 1.57}.items():
-        (tmp_path / "images" / name).mkdir(parents=True)
         for i in range(12):
             y, x = np.mgrid[:32, :32]
             wave = np.sin((x * np.cos(angle) + y * np.sin(angle)) / 2 + rng.uniform(0, 6))
             pixels = 127 + 90 * wave + rng.normal(0, 20, (32, 32))
-            pixels = pixels.clip(0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i:02d}.png")
-    return tmp_path / "images"
+            save(workdir / "images" / name / f"{i:02d}.png", pixels.clip(0, 255))
+    return workdir / "images"
 
 
 @pytest.fixture
@@ -78,8 +75,7 @@ def a_recipe(folder: Path, **kwargs: Any) -> Recipe:
 
 
 def rows_of(out: Path) -> list[dict[str, str]]:
-    with (out / "results.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+    return table(out / "results.csv")
 
 
 # The whole of it ---------------------------------------------------------------------------------
@@ -89,7 +85,7 @@ def test_a_comparison_leaves_a_table_a_picture_and_a_sentence(
     weights: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [f"--{k}={v}" for k, v in {**FEW, **ON_CPU}.items()]
-    assert main(["compare", "--weights", weights, "-c", "finetune_small", *options]) == 0
+    simmim("compare -c finetune_small --weights", weights, *options)
     out, shown = Path("runs/compare/version_0"), capsys.readouterr().out
     rows = rows_of(out)
     first = ["mode", "arm", "budget", "images", "seed", "steps", "top1"]
@@ -139,8 +135,8 @@ def test_an_interrupted_comparison_goes_on_to_the_same_results(
 
     monkeypatch.setattr(command, "train", interrupted)
     options = [f"--{k}={v}" for k, v in {**FEW, **ON_CPU}.items()]
-    assert main(["compare", "--weights", weights, *options]) == 130
-    assert "--out runs/compare/version_1" in capsys.readouterr().err.replace("\\", "/")
+    said = refused(capsys, "compare --weights", weights, *options, status=130)
+    assert "--out runs/compare/version_1" in said.replace("\\", "/")
     out = Path("runs/compare/version_1")
     before = rows_of(out)
     assert len(before) == 3
@@ -221,15 +217,8 @@ def test_the_accuracy_is_that_of_classify_after_the_last_step(weights: str, fold
 
     data = open_data(recipe, arm, None, 1)
     model = open_model(recipe, arm, data, 1)
-    options: dict[str, Any] = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "use_distributed_sampler": False,
-    }
-    trainer = L.Trainer(max_steps=30, limit_val_batches=1.0, num_sanity_val_steps=0, **options)
+    options: dict[str, Any] = {"max_steps": 30, "max_epochs": None, "limit_val_batches": 1.0}
+    trainer = trainer_of(1, folder.parent, num_sanity_val_steps=0, **options)
     trainer.fit(model, datamodule=data)
     curve = trainer.lr_scheduler_configs[0].scheduler
     assert curve.curve["warmup_steps"] == 3  # 10 of 100 epochs, of 30 steps
@@ -301,48 +290,37 @@ def test_what_is_no_budget(amount: float, words: str) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--weights=no/such"], "no/such does not exist"),
-        (["--weights={lone}"], "give root"),
-        (["--weights={run}", "--root=nowhere"], "'nowhere' does not exist"),
-        (["--weights={run}", "--root={root}/flat"], "has no labels"),
-        (["--weights={run}", "--root={single}"], "has one class, 'flat'"),
-        (["--weights={run}", "-c=finetun_small"], "did you mean 'finetune_small'?"),
-        (["--weights={run}", "--mode=both", "-c", "linear_probe"], "a recipe for each"),
-        (["--weights={run}", "--mode=finetune", "-c", "linear_probe"], "is to probe"),
-        (["--weights={run}", "--budgets=[200]"], "more than the 9 training images"),
-        (["--weights={run}", "--budgets=0.1"], "--budgets does not take '0.1'"),
-        (["--weights={run}", "--seeds=0"], "seeds 0"),
-        (["--weights={run}", "--epochs=-1"], "epochs -1"),
-        (["--weights={run}", "--labels={several}"], "one class an image"),
-        (["--weights={run}", "--out={root}"], "something else than a comparison"),
-        (["--weights={run}", "--group_pattern=(x)_"], "does not match"),
-        (["--weights={run}", "-c={odd}"], "did you mean --model.base_lr?"),
-        (["--weights={run}", "--accelerator=gpuu"], "accelerator gpuu"),
-        (["--weights={run}", "--precision=31"], "precision 31"),
-        (["--weights={run}", "--seedz=3"], "did you mean --seeds?"),
-        ([], "--weights must be given"),
+        ("--weights=no/such", "no/such does not exist"),
+        ("--weights=lone.ckpt", "give root"),
+        ("{run} --root=nowhere", "'nowhere' does not exist"),
+        ("{run} --root=images/flat", "has no labels"),
+        ("{run} --root=single", "has one class, 'flat'"),
+        ("{run} -c=finetun_small", "did you mean 'finetune_small'?"),
+        ("{run} --mode=both -c linear_probe", "a recipe for each"),
+        ("{run} --mode=finetune -c linear_probe", "is to probe"),
+        ("{run} --budgets=[200]", "more than the 9 training images"),
+        ("{run} --budgets=0.1", "--budgets does not take '0.1'"),
+        ("{run} --seeds=0", "seeds 0"),
+        ("{run} --epochs=-1", "epochs -1"),
+        ("{run} --labels=several.csv", "one class an image"),
+        ("{run} --out=images", "something else than a comparison"),
+        ("{run} --group_pattern='(x)_'", "does not match"),
+        ("{run} -c=odd.yaml", "did you mean --model.base_lr?"),
+        ("{run} --accelerator=gpuu", "accelerator gpuu"),
+        ("{run} --precision=31", "precision 31"),
+        ("{run} --seedz=3", "did you mean --seeds?"),
+        ("", "--weights must be given"),
     ],
 )
 def test_mistakes_are_one_sentence(
-    weights: str,
-    folder: Path,
-    options: list[str],
-    words: str,
-    capsys: pytest.CaptureFixture[str],
+    weights: str, folder: Path, options: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = folder.parent
-    shutil.copy(Path(weights, "checkpoints/last.ckpt"), base / "lone.ckpt")
-    shutil.copytree(folder / "flat", base / "single" / "flat")
-    (base / "several.csv").write_text("path,label\nflat/00.png,a;b\nflat/01.png,a\n")
-    (base / "odd.yaml").write_text("model: {base_lrr: 1.0}\n")
-    places = {"root": folder, "run": weights, "lone": base / "lone.ckpt"}
-    places |= {"single": base / "single", "several": base / "several.csv", "odd": base / "odd.yaml"}
-    given = [option.format(**places) for option in options]
-    assert main(["compare", "--accelerator=cpu", *given]) in (1, 2)
-    error = capsys.readouterr().err.strip()
-    assert words in error
-    assert error.startswith("simmim: ")
-    assert "\n" not in error
+    shutil.copy(Path(weights, "checkpoints/last.ckpt"), "lone.ckpt")
+    shutil.copytree(folder / "flat", "single/flat")
+    Path("several.csv").write_text("path,label\nflat/00.png,a;b\nflat/01.png,a\n")
+    Path("odd.yaml").write_text("model: {base_lrr: 1.0}\n")
+    given = options.format(run=f"--weights={weights}")
+    assert words in refused(capsys, f"compare --accelerator=cpu {given}", alone=True)
     assert not Path("runs/compare").exists()
 
 

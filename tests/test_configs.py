@@ -1,22 +1,21 @@
 """Every config is read, says what it must, and starts."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
-from simmim.cli import main
-from simmim.configuration import config_folder, find_config, packaged_configs
+from simmim.configuration import EXPERIMENTS, config_folder, find_config, packaged_configs
+from simmim.pretrain import SimMIM
+from support.commands import quiet, simmim, state
+from support.folders import make_boxes, make_classes, make_images, make_masks
+from support.processes import command, in_processes
 
 CONFIGS = sorted(path.stem for path in (config_folder() / "pretrain").glob("*.yaml"))
+ALL = [(t, n) for t, _, n in (x.partition("/") for x in packaged_configs()) if t in EXPERIMENTS]
 OVERLAYS = sorted(path.stem for path in (config_folder() / "overlay").glob("*.yaml"))
 SMALL: dict[str, Any] = {  # by the beginning of the encoder's name
     "vit_": {"embed_dim": 16, "depth": 2, "num_heads": 1},
@@ -36,17 +35,10 @@ def options(values: dict[str, Any]) -> list[str]:
     return [f"--{name}={word}" for name, word in words.items()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_config_starts(
-    tmp_path: Path,
-    make_images: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    make_images(tmp_path / "images" / "a", 4, 64)
-    make_images(tmp_path / "images" / "b", 4, 64)
+def test_a_config_starts(workdir: Path, name: str) -> None:
+    make_classes(Path("images"), 4, size=64)
     encoder = read(name)["model"]["encoder"]
     small = next(kwargs for start, kwargs in SMALL.items() if encoder.startswith(start))
     small = {f"model.encoder_kwargs.{key}": value for key, value in small.items()}
@@ -64,23 +56,58 @@ def test_a_config_starts(
         "trainer.enable_progress_bar": False,
         "trainer.enable_model_summary": False,
     }
-    args = ["pretrain", "fit", "-c", name, "cpu", *options({**small, **size, **eager, **run})]
-    assert main(args) == 0
+    simmim(f"pretrain fit -c {name} cpu", *options({**small, **size, **eager, **run}))
     folder = Path("runs") / name / "version_0"
     assert (folder / "checkpoints" / "last.ckpt").is_file()
     assert yaml.safe_load((folder / "config.yaml").read_text())["name"] == name
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_config_says_how_where_and_what_to_expect(name: str) -> None:
-    text = (config_folder() / "pretrain" / f"{name}.yaml").read_text()
+TASKS = {  # the options of a small run on the data that `task_data` makes
+    "classify": "--data.root=images --data.batch_size=4 --model.img_size=32",
+    "segment": "--data.root=masks --data.batch_size=2 --data.short_side=40 --model.img_size=32 "
+    "--model.stride=20 --model.decoder_channels=16",
+    "detect": "--data.root=boxes --data.batch_size=2 --model.img_size=64 --model.fpn_channels=16 "
+    "--model.proposals=50",
+}
+DEEP_VIT = "{patch_size: 8, embed_dim: 32, depth: 4, num_heads: 2}"
+BEIT = DEEP_VIT.replace("{", "{use_rel_pos_bias: true, use_shared_rel_pos_bias: false, ")
+SWIN = "{embed_dim: 16, depths: [1, 1, 1, 1], num_heads: [1, 1, 1, 1], window_size: 2}"
+SMALL_ENCODERS = {  # by a word in the config's name
+    "swinv2": ("swinv2_tiny_window8_256", SWIN),
+    "swin": ("swin_tiny_patch4_window7_224", SWIN),
+    "vit": ("beit_base_patch16_224", BEIT),
+    "": ("vit_tiny_patch16_224", DEEP_VIT),
+}
+
+
+@pytest.fixture
+def task_data(workdir: Path) -> None:
+    make_classes(Path("images"))
+    make_masks(Path("masks"), train=8, val=3)
+    make_boxes(Path("boxes"), outlines=True, train=8, val=3)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("task_data")
+@pytest.mark.parametrize(("task", "name"), [(t, n) for t, n in ALL if t in TASKS])
+def test_a_config_of_a_task_starts(task: str, name: str) -> None:
+    encoder, kwargs = next(small for word, small in SMALL_ENCODERS.items() if word in name)
+    model = [f"--model.encoder={encoder}", f"--model.encoder_kwargs={kwargs}"]
+    model += ["--trainer.precision=32-true", "--trainer.fast_dev_run=true"]
+    quiet(f"{task} fit -c={name} {TASKS[task]}", *model)
+
+
+@pytest.mark.parametrize(("task", "name"), ALL)
+def test_a_config_says_how_where_and_what_to_expect(task: str, name: str) -> None:
+    text = (config_folder() / task / f"{name}.yaml").read_text()
     assert len(text.splitlines()) <= 60
     head = text[: text.index("\nmodel:")]
-    command = "simmim pretrain fit" + ("" if name == "digits" else f" -c {name} --data.root")
-    assert f"#   {command}" in head
+    chosen = "" if EXPERIMENTS[task] == f"{task}/{name}" else f" -c {name}"
+    assert f"#   simmim {task} fit{chosen}" in head
     assert "Hardware: " in head
-    assert re.search("Hours: |Time", head)
-    assert re.search("Expect: |numbers: ", head)
+    if task in ("pretrain", "segment"):
+        assert re.search("Hours: |Time", head)
+        assert re.search("Expect: |numbers: ", head)
     assert "# What changes the result" in text
     assert "# What does not" in text
 
@@ -90,8 +117,7 @@ def test_an_overlay_is_about_the_trainer_alone(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert set(read(name, "overlay")) == {"trainer"}
-    args = ["pretrain", "fit", "-c", "swin_base_100ep", name, "--print_config"]
-    assert main(args) == 0
+    simmim(f"pretrain fit -c swin_base_100ep {name} --print_config")
     config = yaml.safe_load(capsys.readouterr().out)
     assert config["name"] == "swin_base_100ep"
     for key, value in read(name, "overlay")["trainer"].items():
@@ -153,16 +179,80 @@ SIZES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", SIZES)
 def test_the_full_size_is_the_papers(name: str) -> None:
-    from simmim.pretrain import SimMIM
-
     model = SimMIM(**read(name)["model"])
     millions, stride = SIZES[name]
     count = sum(p.numel() for n, p in model.encoder.named_parameters() if "mask_token" not in n)
     assert count / 1e6 == pytest.approx(millions, abs=0.3)
     assert model.encoder.stride == stride
+
+
+RELEASED = {  # img_size, window, layer decay, drop path, factor of the head
+    "finetune_vit_base": (224, None, 0.65, 0.1, 0.001),
+    "finetune_swin_base_100ep": (224, 7, 0.9, 0.1, 1.0),
+    "finetune_swin_base_800ep": (224, 7, 0.8, 0.1, 1.0),
+    "finetune_swin_large": (224, 14, 0.7, 0.2, 1.0),
+    "finetune_swinv2_base": (224, 14, 0.75, 0.1, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_released_numbers_are_in_the_configs(name: str) -> None:
+    config = read(name, "classify")
+    model, said = config["model"], RELEASED[name]
+    size, window, layer_decay, drop_path_rate, head_init_scale = said
+    assert (model["img_size"], model["encoder_kwargs"].get("window_size")) == (size, window)
+    assert (model["layer_decay"], model["drop_path_rate"]) == (layer_decay, drop_path_rate)
+    assert model.get("head_init_scale", 1.0) == head_init_scale
+    assert (model["mixup"], model["cutmix"], model["label_smoothing"]) == (0.8, 1.0, 0.1)
+    assert (model["base_lr"], model["warmup_epochs"]) == (1.25e-3, 20)
+    assert (model["warmup_lr"], model["min_lr"]) == (2.5e-7, 2.5e-7)
+    assert (model["weight_decay"], model["random_erasing"]) == (0.05, 0.25)
+    assert "schedule" not in model or model["schedule"] == "cosine"
+    assert config["data"]["randaugment"] == "rand-m9-mstd0.5-inc1"
+    assert (config["data"]["crop_scale"], config["data"]["val_crop"]) == ([0.08, 1.0], 0.875)
+    assert (config["trainer"]["max_epochs"], config["trainer"]["gradient_clip_val"]) == (100, 5.0)
+    head = (config_folder() / "classify" / f"{name}.yaml").read_text()
+    devices = int(re.findall(r"as (\d+) GPUs", head)[0])
+    assert devices * config["data"]["batch_size"] == 2048
+    if name == "finetune_vit_base":  # a table for each block, mean of the patch tokens
+        assert model["encoder_kwargs"] == {
+            "use_rel_pos_bias": True,
+            "use_shared_rel_pos_bias": False,
+        }
+        assert model["pooling"] == "mean"
+
+
+def test_the_numbers_of_segmentation_are_the_papers() -> None:
+    numbers = {  # lr at a batch of 16, weight decay, drop path, layer decay, channels
+        "upernet_vit_base": (1e-4, 0.05, 0.1, 0.65, 768),
+        "upernet_swin_base": (6e-5, 0.01, 0.3, None, 512),
+    }
+    for name, said in numbers.items():
+        config = read(name, "segment")
+        model = config["model"]
+        assert (
+            pytest.approx(model["base_lr"] * 16 / 512),
+            model["weight_decay"],
+            model["drop_path_rate"],
+            model.get("layer_decay"),
+            model["decoder_channels"],
+        ) == said
+        steps = 20210 // 16
+        assert config["trainer"]["max_epochs"] * steps == pytest.approx(160_000, rel=0.005)
+        assert model["warmup_epochs"] * steps == pytest.approx(1500, abs=5)
+        assert (model["img_size"], config["data"]["short_side"]) == (512, 512)
+
+
+def test_the_numbers_of_detection_are_the_papers() -> None:
+    vitdet, swin = read("vitdet_base", "detect"), read("swin_base", "detect")
+    assert vitdet["model"]["base_lr"] * 64 / 512 == pytest.approx(1e-4)
+    assert swin["model"]["base_lr"] * 16 / 512 == pytest.approx(1e-4)
+    assert (vitdet["model"]["layer_decay"], vitdet["model"]["drop_path_rate"]) == (0.7, 0.1)
+    assert (vitdet["model"]["img_size"], vitdet["trainer"]["max_epochs"]) == (1024, 100)
+    assert (swin["model"]["weight_decay"], swin["trainer"]["max_epochs"]) == (0.05, 36)
 
 
 # Names -------------------------------------------------------------------------------------------
@@ -191,13 +281,11 @@ def test_a_file_comes_before_a_packaged_config(
     assert find_config("digits", "pretrain") == config_folder() / "pretrain" / "digits.yaml"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("overlay", ["ddp", "fsdp", "slurm"])
-def test_a_recipe_runs_with_an_overlay_of_several_processes(
-    tmp_path: Path, make_images: Callable[..., Path], overlay: str
-) -> None:
+def test_a_recipe_runs_with_an_overlay_of_several_processes(workdir: Path, overlay: str) -> None:
     """The paper's ViT, made small, on two processes without a GPU; its gradients are clipped."""
-    make_images(tmp_path / "images" / "a", 20, 64)
+    make_images(Path("images/a"), 20, 64)
     small = {f"model.encoder_kwargs.{key}": value for key, value in SMALL["beit_"].items()}
     run = {
         "model.img_size": 64,
@@ -211,17 +299,8 @@ def test_a_recipe_runs_with_an_overlay_of_several_processes(
         "probe.layer": 1,
         "reconstructions.every_n_epochs": 0,
     }
-    command = ["-m", "simmim", "pretrain", "fit", "-c", "vit_base_800ep", "-c", overlay]
-    done = subprocess.run(
-        [sys.executable, *command, *options({**small, **run})],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    folder = tmp_path / "runs/vit_base_800ep/version_0"
-    content = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
-    assert content["global_step"] == 2
+    words = ["pretrain", "fit", "-c", "vit_base_800ep", "-c", overlay, *options({**small, **run})]
+    in_processes(2, command, *words)
+    folder = Path("runs/vit_base_800ep/version_0")
+    assert state(folder)["global_step"] == 2
     assert yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["gradient_clip_val"] == 5

@@ -1,8 +1,5 @@
 """A sample depends on (seed, epoch, index) alone: not on workers, batch size or processes."""
 
-import subprocess
-import sys
-from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,8 +12,13 @@ from torch import Tensor
 from simmim.data import ImageFolderData
 from simmim.data.classification import ClassificationData
 from simmim.pretrain import SimMIM
+from support.commands import assert_same_tensors
+from support.folders import make_classes
+from support.processes import in_processes
+from support.training import trainer_of
 
 SIZE, EPOCHS = 32, 2
+TINY = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 1}
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "pretraining": (ImageFolderData, {"val_fraction": 0.2}),
     "classification": (
@@ -52,12 +54,10 @@ def read(root: Path, kind: str, workers: int, batch_size: int, processes: int) -
     return seen, [list(chain(*shares)) for shares in steps]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_samples_do_not_depend_on_workers_batches_or_processes(
-    tmp_path: Path, make_images: Callable[..., Path], kind: str
-) -> None:
-    for name in "ab":
-        make_images(tmp_path / name, 20, size=(48, 40))
+def test_samples_do_not_depend_on_workers_batches_or_processes(tmp_path: Path, kind: str) -> None:
+    make_classes(tmp_path, 20, size=(48, 40))
     first, order = read(tmp_path, kind, 0, 8, 1)
     assert len(first) == 32 * EPOCHS
     assert any(not torch.equal(first[0, i]["image"], first[1, i]["image"]) for _, i in first)
@@ -66,19 +66,16 @@ def test_samples_do_not_depend_on_workers_batches_or_processes(
         again, others = read(tmp_path, kind, *layout)
         assert again.keys() == first.keys()
         for key, sample in first.items():
-            assert again[key].keys() == sample.keys()
-            for name, value in sample.items():
-                assert torch.equal(again[key][name], value), (layout, key, name)
+            assert_same_tensors(again[key], sample)
         if layout[1] * layout[2] == 8:  # as many images a step: the same ones, in the same order
             assert others == order
 
 
 def test_masks_do_not_depend_on_the_batch() -> None:
-    kwargs = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 1}
     for masking in ("random", "block", "square"):
         model = SimMIM(
             encoder="vit_tiny_patch16_224", img_size=SIZE, mask_patch_size=8,
-            encoder_kwargs=kwargs, masking=masking, mask_ratio=[0.3, 0.7], mask_fill="noise",
+            encoder_kwargs=TINY, masking=masking, mask_ratio=[0.3, 0.7], mask_fill="noise",
         )  # fmt: skip
         raw, index = torch.zeros(8, 3, SIZE, SIZE, dtype=torch.uint8), torch.arange(100, 108)
         for validation in (False, True):
@@ -107,23 +104,28 @@ class Notes(L.Callback):
             self.seen[place] = {"raw": raw[i], "images": images[i], "mask": mask[i]}
 
 
-@pytest.mark.slow
+def train(kind: str, processes: int) -> None:
+    """Keep what each step of one of some processes is given."""
+    torch.manual_seed(0)
+    model = SimMIM("vit_tiny_patch16_224", SIZE, mask_patch_size=8, encoder_kwargs=TINY)
+    made, options = KINDS[kind]
+    data = made(root="images", img_size=SIZE, batch_size=8 // processes, num_workers=0, **options)
+    notes = Notes()
+    trainer = trainer_of(processes, Path(), notes, max_epochs=EPOCHS)
+    trainer.fit(model, data)
+    torch.save(notes.seen, f"{processes}_{trainer.global_rank}.pt")
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_of_four_see_what_one_of_eight_sees(
-    tmp_path: Path, make_images: Callable[..., Path], kind: str
-) -> None:
-    for name in "ab":
-        make_images(tmp_path / "images" / name, 20)
-    script = Path(__file__).with_name("ddp_exact.py")
+def test_two_processes_of_four_see_what_one_of_eight_sees(workdir: Path, kind: str) -> None:
+    make_classes(Path("images"), 20)
     found = {}
     for processes in (1, 2):
-        args = [sys.executable, str(script), kind, str(processes), str(tmp_path)]
-        done = subprocess.run(args, capture_output=True, text=True, timeout=300, cwd=script.parent)
-        assert done.returncode == 0, done.stderr[-2000:]
-        shares = [torch.load(tmp_path / f"{processes}_{r}.pt") for r in range(processes)]
+        in_processes(processes, train, kind, processes)
+        shares = [torch.load(f"{processes}_{rank}.pt") for rank in range(processes)]
         assert sum(map(len, shares)) == 32 * EPOCHS
         found[processes] = {key: value for share in shares for key, value in share.items()}
     assert found[1].keys() == found[2].keys()  # each step has the same images
     for place, sample in found[1].items():
-        for name, value in sample.items():
-            assert torch.equal(found[2][place][name], value), (place, name)
+        assert_same_tensors(sample, found[2][place])

@@ -235,7 +235,7 @@ def test_workers_that_stay_learn_of_the_next_epoch(classes: Path) -> None:
             assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_workers_can_be_spawned(classes: Path) -> None:
     """As on macOS and Windows, where workers import everything anew."""
     loader = data(classes, num_workers=2).train_dataloader()

@@ -24,13 +24,13 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from simmim.cli import main
 from simmim.data import ImageFolderData, pack
 from simmim.data.classification import ClassificationData
 from simmim.data.decode import UnreadableImage, decode_image
 from simmim.data.layout import read_folder, read_parts
 from simmim.data.scans import Intensity
 from simmim.data.shards import Packed, join_packed, read_packed
+from support.commands import refused, simmim
 
 Make = Callable[..., Path]
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -320,8 +320,8 @@ def test_a_val_alone_is_refused_before_it_is_packed(
 ) -> None:
     make_images(tmp_path / "root" / "val" / "a", 2)
     options = ["--root", str(tmp_path / "root"), "--out", str(tmp_path / "packed")]
-    assert main(["pack", *options]) == 1
-    assert "has val/, but no train/ beside it: put the training images" in capsys.readouterr().err
+    said = refused(capsys, "pack", *options, status=1)
+    assert "has val/, but no train/ beside it: put the training images" in said
     assert not (tmp_path / "packed").exists()
     make_images(tmp_path / "root" / "cats", 2)
     with pytest.warns(UserWarning, match="val/ in .* is taken for a class"):
@@ -496,7 +496,7 @@ def test_without_pyarrow(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "packed"
-    assert main(["pack", "--root", str(root), "--out", str(out), "--workers", "0"]) == 0
+    simmim("pack --workers 0", "--root", str(root), "--out", str(out))
     assert capsys.readouterr().out.startswith(f"packed 16 images into {out}: 1 shard, ")
     assert Packed.load(out).complete
     for arguments, sentence in (
@@ -505,8 +505,7 @@ def test_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--root", str(root), "--out", "x", "--quality", "0"], "--quality 0 is out of range"),
         (["--root", str(root), "--out", "x", "--format", "jpg"], "did you mean jpeg?"),
     ):
-        assert main(["pack", *arguments]) != 0
-        assert sentence in capsys.readouterr().err
+        assert sentence in refused(capsys, "pack", *arguments)
     assert not Path("x").exists()
 
 

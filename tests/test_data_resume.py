@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelChec
 
 from simmim.checkpoints import KeepLast
 from simmim.data import ImageFolderData
+from support.training import quiet_trainer
 
 
 class Notes(L.LightningModule):
@@ -58,17 +59,8 @@ def fit(tmp_path: Path, make_images: Callable[..., Path]) -> Callable[..., list[
         savers: list[L.Callback] = [
             ModelCheckpoint(folder, save_top_k=-1, **kind) for kind in kinds if folder is not None
         ]
-        trainer = L.Trainer(
-            accelerator="cpu",
-            devices=1,
-            logger=False,
-            callbacks=[*savers, KeepLast()],
-            default_root_dir=tmp_path,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            **{"max_epochs": 3, **kwargs},
-        )
+        options: dict[str, Any] = {"max_epochs": 3, "enable_checkpointing": True, **kwargs}
+        trainer = quiet_trainer(tmp_path, *savers, KeepLast(), num_sanity_val_steps=0, **options)
         module = Notes(early)
         data = ImageFolderData(
             str(root), img_size=8, batch_size=4, num_workers=workers, val_fraction=0.2
@@ -148,11 +140,7 @@ def test_a_folder_that_has_changed_since_is_told(
 
 def test_overfitting_repeats_its_batches(tmp_path: Path, make_images: Callable[..., Path]) -> None:
     module = Notes(early=False)
-    trainer = L.Trainer(
-        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, max_epochs=2,
-        enable_progress_bar=False, enable_model_summary=False, overfit_batches=1,
-        default_root_dir=tmp_path,
-    )  # fmt: skip
+    trainer = quiet_trainer(tmp_path, max_epochs=2, overfit_batches=1)
     data = ImageFolderData(str(make_images(tmp_path / "root", 9)), img_size=8, batch_size=4)
     with pytest.warns(UserWarning, match="overfit"):
         trainer.fit(module, datamodule=data)

@@ -322,8 +322,8 @@ def fit(root: Path, *options: str) -> list[str]:
     [
         (ours, "0"),
         (theirs, "2"),
-        pytest.param(ours, "2", marks=pytest.mark.slow),
-        pytest.param(theirs, "0", marks=pytest.mark.slow),
+        pytest.param(ours, "2", marks=pytest.mark.exhaustive),
+        pytest.param(theirs, "0", marks=pytest.mark.exhaustive),
     ],
     indirect=["zoo"],
 )

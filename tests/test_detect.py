@@ -3,11 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.models.detection import FasterRCNN
@@ -21,7 +19,8 @@ from simmim.detect import Detector, _to_original
 from simmim.pretrain import SimMIM
 from simmim.pyramid import Pyramid
 from simmim.rcnn import Anchors, Neck, build_heads, default_anchor_sizes
-from test_detect_data import coco
+from support.folders import make_boxes, write_coco
+from support.training import quiet_trainer
 
 SMALL: dict[str, Any] = {"fpn_channels": 16, "proposals": 50, "rois_per_image": 16}
 VIT: dict[str, Any] = {
@@ -43,63 +42,14 @@ SWIN: dict[str, Any] = {
 }
 
 
-def blocks(folder: Path, n: int = 8, size: tuple[int, int] = (64, 48)) -> None:
-    """Images (width, height) with a bright square (class 0) and a dark one, and outlines."""
-    generator = np.random.default_rng(3)
-    folder.mkdir(parents=True, exist_ok=True)
-    names, boxes = [], []
-    for i in range(n):
-        pixels = generator.integers(100, 150, (size[1], size[0], 3)).astype(np.uint8)
-        for label, shade in ((3, 250), (7, 5)):
-            x = int(generator.integers(0, size[0] // 2 - 20)) + (label == 7) * size[0] // 2
-            y, side = int(generator.integers(0, size[1] - 20)), int(generator.integers(12, 20))
-            pixels[y : y + side, x : x + side] = shade
-            boxes.append((i, label, [x, y, side, side]))
-        Image.fromarray(pixels).save(folder / f"{i:03d}.png")
-        names.append((i, f"{i:03d}.png"))
-    coco(folder / "annotations.json", names, boxes, size)  # type: ignore[arg-type]
-
-
-def outlined(folder: Path) -> None:
-    """Add outlines to the annotations of a folder."""
-    import json
-
-    content = json.loads((folder / "annotations.json").read_text())
-    for entry in content["annotations"]:
-        x, y, w, h = entry["bbox"]
-        entry["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-    (folder / "annotations.json").write_text(json.dumps(content))
-
-
-def trainer(folder: Path, **kwargs: Any) -> L.Trainer:
-    defaults: dict[str, Any] = {
-        "default_root_dir": folder,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "use_distributed_sampler": False,
-        "max_epochs": 1,
-    }
-    return L.Trainer(**{**defaults, **kwargs})
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("blocks")
-    blocks(folder / "train")
-    blocks(folder / "val", 4)
-    return folder
+    return make_boxes(tmp_path_factory.mktemp("blocks"), train=8, val=4)
 
 
 @pytest.fixture(scope="module")
 def masked_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("masked")
-    for part in ("train", "val"):
-        blocks(folder / part, 4)
-        outlined(folder / part)
-    return folder
+    return make_boxes(tmp_path_factory.mktemp("masked"), outlines=True, train=4, val=4)
 
 
 def data(root: Path, **kwargs: Any) -> DetectionData:
@@ -290,7 +240,7 @@ def test_a_frozen_encoder_stays(root: Path, tmp_path: Path) -> None:
     model = Detector(**VIT, frozen=True, warmup_epochs=0)
     before = {name: tensor.clone() for name, tensor in model.encoder.state_dict().items()}
     neck = {name: tensor.clone() for name, tensor in model.neck.state_dict().items()}
-    trainer(tmp_path, max_steps=1).fit(model, datamodule=data(root))
+    quiet_trainer(tmp_path, max_steps=1).fit(model, datamodule=data(root))
     assert all(torch.equal(before[k], v) for k, v in model.encoder.state_dict().items())
     assert not all(torch.equal(neck[k], v) for k, v in model.neck.state_dict().items())
     assert not model.model.training
@@ -312,7 +262,7 @@ def test_bf16_gives_finite_losses_and_exact_boxes(masks: bool) -> None:
 
 def test_the_layer_decay_of_a_two_block_vit_by_hand(root: Path, tmp_path: Path) -> None:
     model = Detector(**VIT, layer_decay=0.5, base_lr=10.24, warmup_epochs=0, weight_decay=0.1)
-    run = trainer(tmp_path, max_steps=1)
+    run = quiet_trainer(tmp_path, max_steps=1)
     run.fit(model, datamodule=data(root))
     # Embedding, two blocks, the rest: levels 0 to 3. lr 10.24 x 4 images / 512 = 0.08 at the top.
     lr = {0: 0.01, 1: 0.02, 2: 0.04, 3: 0.08}
@@ -334,7 +284,7 @@ def test_the_layer_decay_of_a_two_block_vit_by_hand(root: Path, tmp_path: Path) 
 def test_it_learns_to_find_squares(root: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Detector(**VIT, base_lr=0.25, warmup_epochs=2, weight_decay=0.01)
-    run = trainer(tmp_path, max_epochs=40, gradient_clip_val=5.0, check_val_every_n_epoch=40)
+    run = quiet_trainer(tmp_path, max_epochs=40, gradient_clip_val=5.0, check_val_every_n_epoch=40)
     run.fit(model, datamodule=data(root, scale_jitter=(1.0, 1.0)))
     scores = {name: float(value) for name, value in run.callback_metrics.items()}
     assert scores["val/map_50"] > 0.5
@@ -350,7 +300,7 @@ def test_the_validation_loss_depends_on_the_images_alone(root: Path, tmp_path: P
     model.head_is_trained = True
     losses = []
     for batch_size in (1, 3, 4):
-        run = trainer(tmp_path)
+        run = quiet_trainer(tmp_path)
         run.validate(model, datamodule=data(root, batch_size=batch_size), verbose=False)
         losses.append(float(run.callback_metrics["val/loss"]))
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
@@ -358,23 +308,22 @@ def test_the_validation_loss_depends_on_the_images_alone(root: Path, tmp_path: P
 
 def test_masks_are_trained_where_the_data_have_them(masked_root: Path, tmp_path: Path) -> None:
     model = Detector(**VIT)
-    run = trainer(tmp_path)
+    run = quiet_trainer(tmp_path)
     run.fit(model, datamodule=data(masked_root))
     assert model.has_masks
     assert {"train/loss_mask", "val/mask_map", "val/map"} <= set(run.callback_metrics)
     boxes_only = Detector(**VIT, masks=False)
-    trainer(tmp_path).fit(boxes_only, datamodule=data(masked_root, masks=False))
+    quiet_trainer(tmp_path).fit(boxes_only, datamodule=data(masked_root, masks=False))
     assert not boxes_only.has_masks
 
 
 def test_images_without_any_object_are_no_accident(tmp_path: Path) -> None:
-    blocks(tmp_path / "train", 4)
-    blocks(tmp_path / "val", 2)
+    make_boxes(tmp_path, train=4, val=2)
     for part in ("train", "val"):
         names = [(i, f"{i:03d}.png") for i in range(2)]
-        coco(tmp_path / part / "annotations.json", names, [], (64, 48))  # type: ignore[arg-type]
+        write_coco(tmp_path / part / "annotations.json", names, [], (64, 48))  # type: ignore[arg-type]
     model = Detector(**VIT)
-    run = trainer(tmp_path)
+    run = quiet_trainer(tmp_path)
     run.fit(model, datamodule=data(tmp_path, batch_size=2))
     assert run.callback_metrics["train/loss"].isfinite()
     assert run.callback_metrics["val/map"].isnan()  # there is nothing to be found
@@ -420,7 +369,7 @@ def test_average_precision_of_boxes_by_hand() -> None:
 def trained(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     torch.manual_seed(1)
-    run = trainer(folder, max_steps=1)
+    run = quiet_trainer(folder, max_steps=1)
     run.fit(Detector(**VIT), datamodule=data(root))
     run.save_checkpoint(folder / "detector.ckpt")
     return folder / "detector.ckpt"
@@ -452,7 +401,7 @@ def test_a_pretrained_encoder_comes_in_whole(tmp_path: Path) -> None:
     encoder = {k: VIT[k] for k in ("encoder", "encoder_kwargs")}
     pretrained = SimMIM(**encoder, img_size=64, mask_patch_size=8)
     pretrained.set_statistics([0.4, 0.5, 0.6], [0.2, 0.3, 0.25])
-    run = trainer(tmp_path)
+    run = quiet_trainer(tmp_path)
     run.fit(pretrained, DataLoader(torch.randn(4, 3, 64, 64), 2))
     run.save_checkpoint(tmp_path / "pre.ckpt")
     model = Detector(weights=str(tmp_path / "pre.ckpt"), **SMALL, img_size=[48, 64])
@@ -464,13 +413,13 @@ def test_a_pretrained_encoder_comes_in_whole(tmp_path: Path) -> None:
 
 
 def test_other_classes_renew_what_names_them_alone(trained: Path, tmp_path: Path) -> None:
-    blocks(tmp_path / "train", 4)
+    make_boxes(tmp_path, train=4)
     file = tmp_path / "train" / "annotations.json"
     file.write_text(file.read_text().replace('"dog"', '"wolf"'))
     model = Detector(weights=str(trained))
     proposing = model.rpn.head.cls_logits.weight.clone()
     naming = model.roi_heads.box_predictor.cls_score.weight.clone()
-    trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(
+    quiet_trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(
         model, datamodule=data(tmp_path, val_fraction=0)
     )
     assert model.classes == ["cat", "wolf"]
@@ -478,21 +427,21 @@ def test_other_classes_renew_what_names_them_alone(trained: Path, tmp_path: Path
     assert torch.equal(proposing, model.rpn.head.cls_logits.weight)
     assert not torch.equal(naming, model.roi_heads.box_predictor.cls_score.weight)
     with pytest.raises(ValueError, match="this detector knows cat, dog"):
-        trainer(tmp_path).validate(
+        quiet_trainer(tmp_path).validate(
             Detector(weights=str(trained)), datamodule=data(tmp_path, val_fraction=0.5)
         )
 
 
 def test_an_untrained_detector_is_not_scored(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not trained yet"):
-        trainer(tmp_path).validate(Detector(**VIT), datamodule=data(root))
+        quiet_trainer(tmp_path).validate(Detector(**VIT), datamodule=data(root))
 
 
 def test_going_on_is_the_same_as_not_stopping(root: Path, tmp_path: Path) -> None:
     def fit(epochs: int, ckpt_path: Path | None = None) -> Detector:
         torch.manual_seed(0)
         model = Detector(**VIT, drop_path_rate=0.2, schedule="multistep")
-        run = trainer(tmp_path, max_epochs=epochs, limit_val_batches=0)
+        run = quiet_trainer(tmp_path, max_epochs=epochs, limit_val_batches=0)
         run.fit(model, datamodule=data(root), ckpt_path=ckpt_path)
         run.save_checkpoint(tmp_path / f"{epochs}.ckpt")
         return model

@@ -1,38 +1,22 @@
 """`simmim detect`: from a run of pretraining to boxes on pictures, and every config."""
 
-import csv
 import json
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 
-from simmim.cli import main
-from simmim.configuration import config_folder
-from test_detect import blocks, outlined
+from support.commands import QUIET, VIT, column, quiet, refused, state, table
+from support.folders import make_boxes, save
+from support.processes import command, in_processes
 
-# jsonargparse's own, about what LightningCLI calls
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"
-)
-
-CONFIGS = sorted(path.stem for path in (config_folder() / "detect").glob("*.yaml"))
-VIT = "{patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}"
 SWIN = "{embed_dim: 16, depths: [1, 1, 1, 1], num_heads: [1, 1, 2, 2], window_size: 2}"
-QUIET = [
-    "--trainer.accelerator=cpu",
-    "--trainer.devices=1",
-    "--trainer.enable_progress_bar=false",
-    "--trainer.enable_model_summary=false",
-    "--data.num_workers=0",
-]
 FEW = [
+    "--data.root=boxes",
     "--data.batch_size=4",
     "--trainer.max_epochs=1",
     "--trainer.log_every_n_steps=1",
@@ -41,81 +25,55 @@ FEW = [
     "--model.rois_per_image=16",
     "--model.warmup_epochs=0",
 ]
+SMALL_VIT = ["--model.encoder=vit_tiny_patch16_224", f"--model.encoder_kwargs={VIT}"]
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(workdir: Path) -> Path:
     """Images with boxes, below the working folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    blocks(tmp_path / "blocks" / "train", 8)
-    blocks(tmp_path / "blocks" / "val", 3)
-    return tmp_path / "blocks"
+    return make_boxes(Path("boxes"), train=8, val=3)
 
 
-def run(*args: str) -> None:
-    assert main([*args, *QUIET]) == 0
-
-
-def pretrain(folder: Path) -> None:
-    run(
-        "pretrain",
-        "fit",
-        f"--data.root={folder}",
-        "--model.encoder=vit_tiny_patch16_224",
-        "--model.img_size=48",
-        "--model.mask_patch_size=8",
-        f"--model.encoder_kwargs={VIT}",
-        "--data.batch_size=8",
-        "--trainer.max_epochs=1",
-        "--trainer.logger=false",
-        "--probe.every_n_epochs=0",
-        "--reconstructions.every_n_epochs=0",
-        "--name=pre",
-    )
-
-
+@pytest.mark.slow
 def test_from_pretraining_to_pictures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pretrain(folder)
-    options = ("--model.weights=runs/pre/version_0", f"--data.root={folder}")
-    run("detect", "fit", *options, *FEW, "--name=det", "--model.img_size=[48, 64]")
+    options = ["--model.img_size=48", "--model.mask_patch_size=8", "--probe.every_n_epochs=0"]
+    options += ["--data.root=boxes", "--trainer.max_epochs=1", "--trainer.logger=false"]
+    quiet("pretrain fit --name=pre --data.batch_size=8", *SMALL_VIT, *options)
+    begun = "--model.weights=runs/pre/version_0"
+    quiet("detect fit --name=det", begun, *FEW, "--model.img_size=[48, 64]")
     done = Path("runs/det/version_0")
-    checkpoint = torch.load(done / "checkpoints/last.ckpt", weights_only=True)
-    assert checkpoint["classes"] == ["cat", "dog"]
-    assert checkpoint["hyper_parameters"]["masks"] is False
+    content = state(done)
+    assert content["classes"] == ["cat", "dog"]
+    assert content["hyper_parameters"]["masks"] is False
     assert (done / "checkpoints/best.ckpt").exists()
-    with (done / "metrics.csv").open() as file:
-        columns = set(next(csv.DictReader(file)))
+    columns = set(table(done / "metrics.csv")[0])
     parts = {"loss", "loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
     assert {f"train/{part}" for part in parts} | {"lr", "val/map", "val/loss"} <= columns
     with Image.open(done / "detections/epoch_0001.png") as picture:
         assert picture.width > 1000  # truth and prediction, side by side
 
-    capsys.readouterr()
-    assert main(["detect", "validate", *options, *QUIET]) == 1
-    assert "not trained yet" in capsys.readouterr().err.strip().splitlines()[-1]
+    sentence = refused(capsys, "detect validate --data.root=boxes", begun, *QUIET, status=1)
+    assert "not trained yet" in sentence
 
     shutil.rmtree("runs/pre")  # a run goes on without what it began from
-    run("detect", "fit", "--name=det", "--ckpt_path=last", "--trainer.max_epochs=2")
+    quiet("detect fit --name=det --ckpt_path=last --trainer.max_epochs=2")
     assert (done / "detections/epoch_0002.png").exists()
     config = yaml.safe_load((done / "config.yaml").read_text())
     assert config["model"]["weights"] == "runs/pre/version_0"
-    run("detect", "validate", "--ckpt_path=runs/det/version_0")
-    run("detect", "test", "--model.weights=runs/det/version_0", f"--data.root={folder}")
-    with (done / "validate.csv").open() as file:
-        assert 0 <= float(next(csv.DictReader(file))["val/map"]) <= 1
+    quiet("detect validate --ckpt_path=runs/det/version_0")
+    quiet("detect test --model.weights=runs/det/version_0 --data.root=boxes")
+    assert 0 <= column(done / "validate.csv", "val/map")[0] <= 1
 
 
-def test_predict_draws_a_picture_for_every_image_of_any_folder(folder: Path) -> None:
-    options = [f"--model.encoder_kwargs={VIT}", "--model.encoder=vit_tiny_patch16_224"]
-    options += ["--model.img_size=[48, 64]", f"--data.root={folder}", "--name=det"]
-    run("detect", "fit", *options, *FEW, "--model.score_threshold=0.0")
-    any_folder = folder.parent / "any"
-    (any_folder / "sub").mkdir(parents=True)
-    shutil.copy(folder / "val" / "000.png", any_folder / "sub" / "a.png")
-    Image.new("L", (300, 20), 90).save(any_folder / "strip.jpg")
-    run("detect", "predict", "--ckpt_path=runs/det/version_0", f"--data.root={any_folder}")
-    done = Path("runs/det/version_0")
+@pytest.mark.slow
+def test_predict_draws_a_picture_for_every_image_of_any_folder(
+    tiny_run: Callable[[str], Path],
+) -> None:
+    done = tiny_run("detect")
+    save(Path("any/strip.jpg"), np.full((20, 300), 90))
+    Path("any/sub").mkdir()
+    shutil.copy("boxes/val/000.png", "any/sub/a.png")
+    quiet(f"detect predict --ckpt_path={done} --data.root=any")
     pictures = done / "predictions"
     found = {p.relative_to(pictures).as_posix() for p in pictures.rglob("*.png")}
     assert found == {"sub/a.png", "strip.png"}
@@ -133,16 +91,15 @@ def test_predict_draws_a_picture_for_every_image_of_any_folder(folder: Path) -> 
     assert not list(done.glob(".predictions*"))
 
 
-def test_masks_are_found_drawn_and_written(folder: Path) -> None:
-    for part in ("train", "val"):
-        outlined(folder / part)
-    options = [f"--model.encoder_kwargs={SWIN}", "--model.encoder=swin_tiny_patch4_window7_224"]
-    options += ["--model.img_size=64", f"--data.root={folder}", "--name=det"]
-    run("detect", "fit", *options, *FEW, "--model.score_threshold=0.0")
+@pytest.mark.slow
+def test_masks_are_found_drawn_and_written(workdir: Path) -> None:
+    make_boxes(Path("boxes"), outlines=True, train=8, val=3)
+    options = ["--model.encoder=swin_tiny_patch4_window7_224", f"--model.encoder_kwargs={SWIN}"]
+    options += ["--model.img_size=64", "--model.score_threshold=0.0"]
+    quiet("detect fit --name=det", *FEW, *options)
     done = Path("runs/det/version_0")
-    with (done / "metrics.csv").open() as file:
-        assert {"train/loss_mask", "val/mask_map"} <= set(next(csv.DictReader(file)))
-    run("detect", "predict", "--ckpt_path=runs/det/version_0", f"--data.root={folder / 'val'}")
+    assert {"train/loss_mask", "val/mask_map"} <= set(table(done / "metrics.csv")[0])
+    quiet("detect predict --ckpt_path=runs/det/version_0 --data.root=boxes/val")
     results = json.loads((done / "predictions.json").read_text())
     assert {(one["file_name"], one["image_id"]) for one in results} <= {
         (f"{i:03d}.png", i) for i in range(3)
@@ -150,37 +107,33 @@ def test_masks_are_found_drawn_and_written(folder: Path) -> None:
     assert results[0]["segmentation"]["size"] == [48, 64]
 
 
+@pytest.mark.slow
 def test_a_run_without_validation_objects_names_no_best_score(
     folder: Path, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
 ) -> None:
     file = folder / "val" / "annotations.json"
     content = json.loads(file.read_text())
     file.write_text(json.dumps({**content, "annotations": []}))
-    options = [f"--model.encoder_kwargs={VIT}", "--model.encoder=vit_tiny_patch16_224"]
-    options += ["--model.img_size=[48, 64]", f"--data.root={folder}", "--name=det"]
     caplog.set_level("INFO")
-    run("detect", "fit", *options, *FEW)
+    quiet("detect fit --name=det", *SMALL_VIT, "--model.img_size=[48, 64]", *FEW)
     assert "val/map was never a number" in caplog.text
     assert "best val/map" not in caplog.text
     assert any("val has no objects that count" in str(w.message) for w in recwarn)
-    with Path("runs/det/version_0/metrics.csv").open() as table:
-        assert "best/map" not in next(csv.DictReader(table))
+    assert "best/map" not in table(Path("runs/det/version_0/metrics.csv"))[0]
 
 
-@pytest.mark.slow
-def test_two_processes_score_what_one_scores(folder: Path) -> None:
-    for part in ("train", "val"):  # 3 validation images: one process has one more than the other
-        outlined(folder / part)
-    options = [f"--model.encoder_kwargs={VIT}", "--model.encoder=vit_tiny_patch16_224"]
-    options += ["--model.img_size=[48, 64]", f"--data.root={folder}", "--name=det", *FEW, *QUIET]
+@pytest.mark.exhaustive
+def test_two_processes_score_what_one_scores(workdir: Path) -> None:
+    # 3 validation images: one process has one more than the other
+    make_boxes(Path("boxes"), outlines=True, train=8, val=3)
+    options = [*SMALL_VIT, "--model.img_size=[48, 64]", *FEW, *QUIET, "--data.batch_size=2"]
     two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
-    command = [sys.executable, "-W", "ignore", "-m", "simmim", "detect"]
-    subprocess.run([*command, "fit", *options, "--data.batch_size=2", *two], check=True)
-    for more in ([], two):
-        options = ["--ckpt_path=runs/det/version_0", f"--data.root={folder}", *QUIET, *more]
-        subprocess.run([*command, "validate", "--data.batch_size=1", *options], check=True)
-    with Path("runs/det/version_0/validate.csv").open() as file:
-        one, other = list(csv.DictReader(file))
+    in_processes(2, command, "detect", "fit", "--name=det", *options, *two)
+    for processes, more in ((1, []), (2, two)):
+        options = ["--ckpt_path=runs/det/version_0", "--data.root=boxes", *QUIET, *more]
+        words = ["detect", "validate", "--data.batch_size=1", *options]
+        in_processes(processes, command, *words)
+    one, other = table(Path("runs/det/version_0/validate.csv"))
     for name in [name for name in one if "map" in name or "mar" in name]:
         assert one[name] == other[name], name
     assert float(one["val/mar_100"]) > 0
@@ -188,67 +141,19 @@ def test_two_processes_score_what_one_scores(folder: Path) -> None:
     assert float(one["val/loss"]) == pytest.approx(float(other["val/loss"]), rel=0.1)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-def test_every_config_starts(folder: Path, config: str) -> None:
-    encoder, kwargs = "vit_tiny_patch16_224", VIT
-    if "swin" in config:
-        encoder, kwargs = "swin_tiny_patch4_window7_224", SWIN
-    elif "vit" in config:
-        encoder = "beit_base_patch16_224"
-        kwargs = VIT.replace("{", "{use_rel_pos_bias: true, use_shared_rel_pos_bias: false, ")
-    run(
-        "detect",
-        "fit",
-        f"-c={config}",
-        f"--data.root={folder}",
-        "--data.batch_size=2",
-        f"--model.encoder={encoder}",
-        f"--model.encoder_kwargs={kwargs}",
-        "--model.img_size=64",
-        "--model.fpn_channels=16",
-        "--model.proposals=50",
-        "--trainer.precision=32-true",
-        "--trainer.fast_dev_run=true",
-    )
-
-
-def test_the_published_numbers_are_in_the_configs() -> None:
-    def read(name: str) -> dict[str, Any]:
-        content: dict[str, Any] = yaml.safe_load(
-            (config_folder() / "detect" / f"{name}.yaml").read_text()
-        )
-        return content
-
-    vitdet, swin = read("vitdet_base"), read("swin_base")
-    assert vitdet["model"]["base_lr"] * 64 / 512 == pytest.approx(1e-4)
-    assert swin["model"]["base_lr"] * 16 / 512 == pytest.approx(1e-4)
-    assert (vitdet["model"]["layer_decay"], vitdet["model"]["drop_path_rate"]) == (0.7, 0.1)
-    assert (vitdet["model"]["img_size"], vitdet["trainer"]["max_epochs"]) == (1024, 100)
-    assert (swin["model"]["weight_decay"], swin["trainer"]["max_epochs"]) == (0.05, 36)
-    for name in CONFIGS:
-        text = (config_folder() / "detect" / f"{name}.yaml").read_text()
-        assert len(text.splitlines()) <= 60
-        assert "simmim detect fit" in text
-        assert "Hardware: " in text
-        assert "Expect: " in text
-
-
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--data.root=no"], "no' does not exist"),
-        (["--data.root=blocks/train", "--data.annotations=no.json"], "no.json cannot be read"),
-        (["--data.root=blocks", "--model.maks=true"], "did you mean --model.masks"),
-        (["--data.root=blocks", "--model.masks=true"], "no segmentation"),
-        (["--data.root=blocks", "--model.weights=no/such"], "no/such"),
-        ([], "give data.root"),
+        ("--data.root=no", "no' does not exist"),
+        ("--data.root=boxes/train --data.annotations=no.json", "no.json cannot be read"),
+        ("--data.root=boxes --model.maks=true", "did you mean --model.masks"),
+        ("--data.root=boxes --model.masks=true", "no segmentation"),
+        ("--data.root=boxes --model.weights=no/such", "no/such"),
+        ("", "give data.root"),
     ],
 )
 def test_mistakes_are_one_sentence(
-    folder: Path, capsys: pytest.CaptureFixture[str], args: list[str], words: str
+    folder: Path, capsys: pytest.CaptureFixture[str], args: str, words: str
 ) -> None:
-    small = [f"--model.encoder_kwargs={VIT}", "--model.encoder=vit_tiny_patch16_224"]
-    assert main(["detect", "fit", *args, *small, "--model.img_size=48", *QUIET]) != 0
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("simmim: ")
+    said = refused(capsys, f"detect fit {args} --model.img_size=48", *SMALL_VIT, *QUIET)
     assert words in said

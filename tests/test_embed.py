@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,14 @@ from pyarrow import parquet
 
 from simmim import Classifier, ImageFolderData, SimMIM, load_encoder
 from simmim.callbacks import OnlineProbe
-from simmim.cli import main
 from simmim.data.named import prepare
 from simmim.data.pack import pack
 from simmim.embed import embed
+from support.commands import refused
+from support.commands import simmim as run
+from support.folders import make_classes, make_images
+from support.training import quiet_trainer
 
-Make = Callable[..., Path]
 TINY_VIT = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
     "swin_tiny_patch4_window7_224": {
@@ -55,11 +56,9 @@ def weights(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, make_images: Make) -> Path:
+def folder(tmp_path: Path) -> Path:
     """Two classes of ten images."""
-    for name in ("cat", "dog"):
-        make_images(tmp_path / "images" / name, 10, size=(40, 32))
-    return tmp_path / "images"
+    return make_classes(tmp_path / "images", names="cat dog", size=(40, 32))
 
 
 def features_by_hand(model: Any, paths: list[Path]) -> torch.Tensor:
@@ -80,9 +79,7 @@ def picture_size(path: Path) -> tuple[int, int]:
 # What is written ----------------------------------------------------------------------------------
 
 
-def test_npz_holds_every_image_once_in_order(
-    tmp_path: Path, weights: str, make_images: Make
-) -> None:
+def test_npz_holds_every_image_once_in_order(tmp_path: Path, weights: str) -> None:
     root = tmp_path / "set"
     for part, n in {"val": 3, "train": 5, "test": 2}.items():
         for name in ("b", "a"):
@@ -139,7 +136,7 @@ def test_the_split_is_that_of_pretraining(tmp_path: Path, weights: str, folder: 
 
 
 def test_images_without_labels(
-    tmp_path: Path, weights: str, make_images: Make, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_images(tmp_path / "flat", 6)
     found = embed(weights, str(tmp_path / "flat"), str(tmp_path / "f.npz"), **QUICK)
@@ -152,9 +149,7 @@ def test_images_without_labels(
     assert parquet.read_table(tmp_path / "f.parquet")["classes"].to_pylist() == [None] * 6
 
 
-def test_test_images_of_unknown_classes_have_no_labels(
-    tmp_path: Path, weights: str, make_images: Make
-) -> None:
+def test_test_images_of_unknown_classes_have_no_labels(tmp_path: Path, weights: str) -> None:
     for part, name in (("train", "a"), ("train", "b"), ("test", "x")):
         make_images(tmp_path / "set" / part / name, 4)
     found = embed(weights, str(tmp_path / "set"), str(tmp_path / "f.npz"), **QUICK)
@@ -163,7 +158,7 @@ def test_test_images_of_unknown_classes_have_no_labels(
 
 
 def test_one_image_and_one_class(
-    tmp_path: Path, weights: str, make_images: Make, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_images(tmp_path / "one" / "cat", 1)
     options = {**QUICK, "map": "tsne", "neighbours": 8}
@@ -245,7 +240,7 @@ def test_other_encoders_give_the_mean_of_their_last_features(
     torch.testing.assert_close(torch.from_numpy(found.features), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_layer_and_pooling(tmp_path: Path, weights: str, make_images: Make) -> None:
+def test_layer_and_pooling(tmp_path: Path, weights: str) -> None:
     root = make_images(tmp_path / "flat", 3)
     model: Any = load_encoder(weights).eval()
     pixels = np.stack([np.asarray(Image.open(path)) for path in sorted(root.iterdir())])
@@ -354,13 +349,7 @@ def test_scores_are_those_of_the_online_probe(
     probe = OnlineProbe(**options)
     model = SimMIM.load_from_checkpoint(weights)
     data = ImageFolderData(str(digits), img_size=32, num_workers=0)
-    L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        callbacks=[probe],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    ).validate(model, data, verbose=False)
+    quiet_trainer(tmp_path, probe).validate(model, data, verbose=False)
     found = embed(weights, str(digits), str(tmp_path / "f.npz"), **options, **QUICK)
     assert found.scores["val/knn_top1"] == probe.pretrained["knn_top1"]
     assert found.scores["val/probe_top1"] == probe.pretrained["probe_top1"]
@@ -372,7 +361,6 @@ def test_several_k_and_two_held_out_parts(
     tmp_path: Path,
     weights: str,
     digits: Path,
-    make_images: Make,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     root = tmp_path / "three"
@@ -459,19 +447,14 @@ def test_a_full_device_is_one_sentence(
 def test_mistakes_are_one_sentence(
     wrong: list[str],
     said: str,
-    tmp_path: Path,
     weights: str,
     folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    workdir: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     given = {"--weights": "vit.ckpt", "--root": "images", "--out": "f.npz", "--num_workers": "0"}
     args = [f"{k}={v}" for k, v in given.items() if not wrong[0].startswith(k)]
-    assert main(["embed", *args, *wrong]) != 0
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("simmim: ")
-    assert said in error
+    assert said in refused(capsys, "embed", *args, *wrong)
     assert not Path("f.npz").exists()
 
 
@@ -487,18 +470,12 @@ def test_missing_packages_are_one_sentence(
 
 
 def test_from_the_command_line(
-    tmp_path: Path,
-    weights: str,
-    folder: Path,
-    make_images: Make,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    weights: str, folder: Path, workdir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    other = make_images(tmp_path / "other", 2, size=50) / "001.png"
+    other = make_images(Path("other").absolute(), 2, size=50) / "001.png"
     queries = ["--query", "cat/003.png", f"--query={other}"]
     args = ["--weights=vit.ckpt", "--root=images", "--out=f.npz", "--num_workers=0", *queries]
-    assert main(["embed", *args, "--k=[1, 5]", "--neighbours=3"]) == 0
+    run("embed", *args, "--k=[1, 5]", "--neighbours=3")
     said = capsys.readouterr().out
     assert "kNN, k = 5" in said
     assert "20 x 32 features, the mean of the patch tokens of the last layer" in said
@@ -507,10 +484,9 @@ def test_from_the_command_line(
     size = columns * (96 + 6) + 3 * 6, rows * (96 + 30 + 12) + 6
     assert picture_size(Path("f.neighbours.png")) == size
     assert "lies in --root" not in said
-    assert main(["embed", *args[:2], "--out=images/f.npz", "--map=none"]) == 0
+    run("embed", *args[:2], "--out=images/f.npz", "--map=none")
     assert "images/f.npz lies in --root" in capsys.readouterr().out
-    assert main(["embed", *args]) == 1
-    assert "f.npz is there already" in capsys.readouterr().err
+    assert "f.npz is there already" in refused(capsys, "embed", *args, status=1)
 
 
 def test_a_packed_folder_is_a_folder(tmp_path: Path, weights: str, folder: Path) -> None:

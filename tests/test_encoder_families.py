@@ -150,7 +150,7 @@ SLOW = [
 
 @pytest.fixture(
     scope="module",
-    params=[*FAST, *(pytest.param(f, marks=pytest.mark.slow) for f in SLOW)],
+    params=[*FAST, *(pytest.param(f, marks=pytest.mark.exhaustive) for f in SLOW)],
     ids=lambda family: family.name,
 )
 def built(request: pytest.FixtureRequest) -> Encoder:

@@ -16,12 +16,13 @@ from transformers import AutoModel, AutoModelForImageClassification
 import simmim.export.check as check
 import simmim.export.graph as graph
 from simmim.classify import Classifier
-from simmim.cli import main
 from simmim.export import export
 from simmim.pretrain import SimMIM
 from simmim.transfer import open_backbone
 from simmim.weights import load_encoder
-from test_classify import Data, trainer
+from support.commands import refused, simmim
+from support.training import quiet_trainer
+from test_classify import Data
 
 PLAIN: dict[str, Any] = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 VIT: dict[str, Any] = {"encoder": "vit_tiny_patch16_224", "img_size": 32, "encoder_kwargs": PLAIN}
@@ -216,7 +217,7 @@ def test_a_probe_that_timm_has_no_head_for_is_refused(
 def test_the_moving_average_is_exported_as_it_is_validated(tmp_path: Path) -> None:
     model = Classifier(**VIT, ema_decay=0.9, base_lr=5.0, warmup_epochs=0)
     keep = ModelCheckpoint(tmp_path, save_last=True)
-    run = trainer(tmp_path, enable_checkpointing=True, callbacks=[keep])
+    run = quiet_trainer(tmp_path, enable_checkpointing=True, callbacks=[keep])
     run.fit(model, datamodule=Data())
     content = torch.load(tmp_path / "last.ckpt", weights_only=True)
     export(str(tmp_path / "last.ckpt"), str(tmp_path / "out"))
@@ -287,7 +288,7 @@ def test_the_crop_is_the_runs(tmp_path: Path) -> None:
         ("vit", {"frozen": True, "layer": 1}),
         ("vit", {"pooling": "attention"}),
         # of several layers the last predicts
-        pytest.param("swin", {"frozen": True, "layer": "all"}, marks=pytest.mark.slow),
+        pytest.param("swin", {"frozen": True, "layer": "all"}, marks=pytest.mark.exhaustive),
         ("the paper's vit", {}),
     ],
 )
@@ -341,7 +342,7 @@ def test_onnx_runs_a_classifier(tmp_path: Path) -> None:
     assert metadata["normalize"] == "true"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_onnx_and_torch_run_any_encoder(kind: str, tmp_path: Path) -> None:
     spec = ENCODERS[kind]
@@ -356,7 +357,7 @@ def test_onnx_and_torch_run_any_encoder(kind: str, tmp_path: Path) -> None:
     assert far(expected, torch.export.load(done.folder / "model.pt2").module()(images)) < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("options", [{"frozen": True, "layer": 1}, {"pooling": "attention"}])
 def test_onnx_runs_probes(options: dict[str, Any], tmp_path: Path) -> None:
     path, original = classifier(tmp_path, **SWIN, **options)
@@ -373,9 +374,7 @@ def test_an_export_that_fails_its_check_leaves_nothing(
 ) -> None:
     path = pretrained(tmp_path, **VIT)
     monkeypatch.setattr(check, "TOLERANCE", -1.0)
-    status = main(["export", "--weights", str(path), "--out", str(tmp_path / "out")])
-    assert status == 1
-    said = capsys.readouterr().err
+    said = refused(capsys, "export --weights", str(path), "--out", str(tmp_path / "out"), status=1)
     assert "gives other numbers and was not kept: timm.create_model: largest difference" in said
     assert [p.name for p in tmp_path.iterdir()] == ["x.ckpt"]
 
@@ -406,13 +405,12 @@ def test_a_folder_that_holds_something_is_kept(
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("mine")
-    args = ["export", "--weights", str(path), "--out", str(out)]
-    assert main(args) == 1
-    assert "is not empty: give another --out, or --overwrite true" in capsys.readouterr().err
-    assert main([*args, "--overwrite", "true"]) == 0
-    assert (
-        "checked by transformers.AutoModel: largest difference 0.0e+00" in capsys.readouterr().out
-    )
+    words = ["export --weights", str(path), "--out", str(out)]
+    said = refused(capsys, *words, status=1)
+    assert "is not empty: give another --out, or --overwrite true" in said
+    simmim(*words, "--overwrite=true")
+    said = capsys.readouterr().out
+    assert "checked by transformers.AutoModel: largest difference 0.0e+00" in said
     assert (out / "thesis.txt").read_text() == "mine"
     timm.create_model(f"local-dir:{out}", pretrained=True)
 

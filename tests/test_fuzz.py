@@ -1,7 +1,7 @@
 """Damaged files of every kind: read right, or refused; never a crash, a hang or a full memory.
 
-SIMMIM_FUZZ_MINUTES=30 pytest tests/test_fuzz.py -m slow: as long for all kinds together, from a
-seed that is new each time. What it finds belongs into FOUND.
+SIMMIM_FUZZ_MINUTES=30 pytest tests/test_fuzz.py -m exhaustive: as long for all kinds together,
+from a seed that is new each time. What it finds belongs into FOUND.
 """
 
 import base64
@@ -202,12 +202,13 @@ def test_valid_files_are_read(process: Process, kind: str) -> None:
         assert process.read(kind, Path(name).suffix, data) == "", name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", READERS)
 def test_a_few_damaged_files(process: Process, kind: str) -> None:
     fuzz(process, kind, 30)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", READERS)
 def test_many_damaged_files(process: Process, kind: str) -> None:
     if not MINUTES:
@@ -220,7 +221,7 @@ def test_many_damaged_files(process: Process, kind: str) -> None:
         fuzz(process, kind, 500, start)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_crash_a_hang_and_a_full_memory_are_seen(process: Process) -> None:
     assert "ended with 3" in process.read("crash", ".x", b"")
     assert "took" in process.read("memory", ".x", b"")

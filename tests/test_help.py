@@ -12,11 +12,12 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from simmim import benchmark, commands
-from simmim.cli import COMMANDS, SUBCOMMANDS, main
+from simmim.cli import COMMANDS, SUBCOMMANDS
 from simmim.configuration import EXPERIMENTS, find_config, packaged_configs
 from simmim.help.function import GROUPS, SOURCES, read_options
 from simmim.help.task import PAGE, rows_of
 from simmim.lightning_cli import TaskCLI
+from support.commands import refused, simmim
 
 Out = pytest.CaptureFixture[str]
 TASK_PAGES = [f"{task} {subcommand}" for task in EXPERIMENTS for subcommand in SUBCOMMANDS]
@@ -24,7 +25,7 @@ PAGES = ["", *COMMANDS, *TASK_PAGES, *(name for name in SOURCES if " " in name)]
 
 
 def page(command: str, out: Out, *more: str) -> str:
-    assert main([*command.split(), "--help", *more]) == 0
+    simmim(command, "--help", *more)
     return out.readouterr().out
 
 
@@ -105,12 +106,12 @@ def test_the_page_shows_what_the_configs_say(capsys: Out) -> None:
     assert "16-mixed, ... [bf16-mixed]" in said
     assert "[digits]" not in said
     assert "[true]" in page("classify fit", capsys, "--model.frozen", "true")  # linear_probe's
-    assert main(["pretrain", "fit", "--help", "-c", "swinbase"]) == 2
-    assert "did you mean 'swin_base_" in capsys.readouterr().err
+    said = refused(capsys, "pretrain fit --help -c swinbase", status=2)
+    assert "did you mean 'swin_base_" in said
 
 
 def test_help_can_come_first(capsys: Out) -> None:
-    assert main(["help", "pretrain", "fit"]) == 0
+    simmim("help pretrain fit")
     assert capsys.readouterr().out == page("pretrain fit", capsys)
 
 
@@ -161,13 +162,13 @@ def test_a_word_behind_help_explains_in_full(
     said = page("pretrain fit", capsys, about)
     assert all(words in said for words in has)
     assert not any(words in said for words in lacks)
-    assert main(["pretrain", "fit", f"--help={about}"]) == 0
+    simmim(f"pretrain fit --help={about}")
     assert capsys.readouterr().out == said
 
 
 def test_a_word_that_no_option_has_is_a_mistake(capsys: Out) -> None:
-    assert main(["pretrain", "fit", "--help", "maks_ratio"]) == 2
-    assert "did you mean mask_ratio?" in capsys.readouterr().err
+    said = refused(capsys, "pretrain fit --help maks_ratio", status=2)
+    assert "did you mean mask_ratio?" in said
 
 
 def test_what_nobody_reads_to_its_end_is_no_error() -> None:

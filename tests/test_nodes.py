@@ -8,20 +8,20 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import yaml
-from PIL import Image
 
 from simmim.configuration import config_folder
-from test_exact import TINY
+from support.commands import assert_same_tensors, state, write_tiny
+from support.folders import make_classes
+from support.processes import command, end, in_processes, kill, program, said, start
+from test_exact import OPTIONS
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.exhaustive,
     pytest.mark.skipif(sys.platform != "linux", reason="network namespaces and killpg are Linux's"),
 ]
 SUBMIT = config_folder() / "slurm" / "submit.sh"
@@ -76,27 +76,17 @@ exit $((first | other))
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder with images/, tiny.yaml, and a complete run of one host in runs/whole."""
     folder = tmp_path_factory.mktemp("hosts")
-    rng = np.random.default_rng(0)
-    for name in "ab":
-        (folder / "images" / name).mkdir(parents=True)
-        for i in range(20):
-            pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / "images" / name / f"{i}.png")
-    config = yaml.safe_load(TINY)
-    config["trainer"] |= {"strategy": "ddp", "max_epochs": 30}
-    config["data"]["batch_size"] = 2
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "simmim", *command_line("whole"), "--trainer.devices=2"]
-    env = {key: value for key, value in os.environ.items() if key != "PL_GLOBAL_SEED"}
-    done = subprocess.run(
-        command, capture_output=True, cwd=folder, env={**env, "WANDB_MODE": "disabled"}
-    )
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    make_classes(folder / "images", 20, size=40)
+    options = {**OPTIONS, "data": {**OPTIONS["data"], "batch_size": 2}}
+    write_tiny(folder, **options, trainer={"strategy": "ddp", "max_epochs": 30})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        in_processes(2, command, *command_line("whole"), "--trainer.devices=2")
     return folder
 
 
 @pytest.fixture
-def place(whole: Path, monkeypatch: pytest.MonkeyPatch, for_commands: None) -> Path:
+def place(whole: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(whole)
     return whole
 
@@ -107,7 +97,7 @@ def command_line(name: str) -> list[str]:
 
 
 def weights(name: str) -> tuple[int, dict[str, torch.Tensor]]:
-    content = torch.load(Path(f"runs/{name}/version_0/checkpoints/last.ckpt"), weights_only=True)
+    content = state(f"runs/{name}/version_0")
     return content["global_step"], content["state_dict"]
 
 
@@ -115,25 +105,20 @@ def assert_same(name: str) -> None:
     """The run of two hosts ended as that of one host did, in one folder."""
     (steps, one), (same, two) = weights("whole"), weights(name)
     assert same == steps
-    for key, tensor in one.items():
-        assert torch.equal(two[key], tensor), key
+    assert_same_tensors(one, two)
     assert [path.name for path in Path("runs", name).iterdir()] == ["version_0"]
 
 
 @contextmanager
-def started(*command: str, **environment: str) -> Iterator["subprocess.Popen[bytes]"]:
-    with Path("log.txt").open("ab") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, env={**os.environ, **environment}
-        )
+def started(*words: str, **environment: str) -> Iterator[BaseProcess]:
+    process = start(program, *words, **environment)
     try:
         yield process
     finally:
         for file in Path().glob("node_*.pid"):
             kill_tree(int(file.read_text()))
             file.unlink()
-        process.kill()
-        process.wait()
+        kill(process)
 
 
 def kill_tree(root: int) -> None:
@@ -150,15 +135,15 @@ def kill_tree(root: int) -> None:
             os.kill(process, signal.SIGKILL)
 
 
-def kill_a_host(process: Any, name: str) -> None:
+def kill_a_host(process: BaseProcess, name: str) -> None:
     """Kill the second host once the run has saved, and see that the first one ends by itself."""
     last = Path(f"runs/{name}/version_0/checkpoints/last.ckpt")
     while not last.exists():
-        assert process.poll() is None, Path("log.txt").read_text()[-3000:]
+        assert process.is_alive(), said()[-3000:]
         time.sleep(0.02)
     kill_tree(int(Path("node_1.pid").read_text()))
     began = time.monotonic()
-    process.wait(120)
+    process.join(120)
     assert time.monotonic() - began < 90
     assert "0" not in Path("ended.txt").read_text().split()
     assert 0 < weights(name)[0] < weights("whole")[0]
@@ -176,14 +161,14 @@ def test_torchrun_on_two_hosts_goes_on_after_one_was_killed(place: Path) -> None
     Path("node.sh").write_text(TORCHRUN.format(python=sys.executable))
     Path("node.sh").chmod(0o755)
     hosts = [*two_hosts(), str(place / "node.sh")]
-    command = [*command_line("parts"), "--trainer.num_nodes=2"]
-    Path("command.txt").write_text(" ".join(command))
+    line = " ".join([*command_line("parts"), "--trainer.num_nodes=2"])
+    Path("command.txt").write_text(line)
     with started(*hosts) as process:
         kill_a_host(process, "parts")
-    Path("command.txt").write_text(" ".join([*command, "--ckpt_path=last"]))
+    Path("command.txt").write_text(f"{line} --ckpt_path=last")
     with started(*hosts) as process:
-        assert process.wait(200) == 0, Path("log.txt").read_text()[-3000:]
-        assert Path("ended.txt").read_text() == "0 0\n", Path("log.txt").read_text()[-3000:]
+        end(process)
+        assert Path("ended.txt").read_text() == "0 0\n", said()[-3000:]
     assert_same("parts")
 
 
@@ -197,9 +182,9 @@ def test_the_job_of_two_nodes_is_started_again_by_slurm(place: Path) -> None:
         (place / "bin" / name).chmod(0o755)
     job = {"PATH": f"{place / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_NUM_NODES": "2"}
     options = ["--trainer.accelerator=cpu", "--trainer.devices=1"]
-    command = ["sh", str(SUBMIT), *command_line("job")[2:], *options]
-    with started(*command, **job) as process:
+    words = ["sh", str(SUBMIT), *command_line("job")[2:], *options]
+    with started(*words, **job) as process:
         kill_a_host(process, "job")
-    with started(*command, **job, SLURM_RESTART_COUNT="1") as process:
-        assert process.wait(200) == 0, Path("log.txt").read_text()[-3000:]
+    with started(*words, **job, SLURM_RESTART_COUNT="1") as process:
+        end(process)
     assert_same("job")

@@ -68,6 +68,7 @@ def test_there_are_notebooks() -> None:
     assert [path.name[:3] for path in NOTEBOOKS[:3]] == ["01_", "02_", "03_"]
 
 
+@pytest.mark.exhaustive
 @each
 def test_it_runs_and_shows_pictures(
     path: Path, tmp_path: Path, make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch

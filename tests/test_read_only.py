@@ -5,14 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from simmim.cli import main
-from test_cli import TINY
+from support.commands import simmim, write_tiny
+from support.folders import make_classes, make_images
 
 NAMESPACE = ["unshare", "--mount", "sh", "-c"]  # what is mounted there ends with the process
 READ_ONLY = 'mount -o bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
@@ -43,18 +42,16 @@ def where_it_is_read_only(folder: Path, lines: list[list[str]]) -> tuple[list[in
 
 
 @pytest.fixture
-def run(tmp_path: Path, make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+def run(workdir: Path) -> Path:
     """The run of somebody else's, seen from one's own working folder."""
-    for name in ("images/a", "images/b", "others"):
-        make_images(tmp_path / name, 5)
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    options = ["--run_dir=theirs", "--trainer.max_epochs=1"]
-    assert main(["pretrain", "fit", "-c", "tiny.yaml", *options]) == 0
+    make_classes(Path("images"), 5)
+    make_images(Path("others"), 5)
+    write_tiny(workdir)
+    simmim("pretrain fit -c tiny.yaml --run_dir=theirs --trainer.max_epochs=1")
     return Path("theirs/tiny/version_0")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="rights are others there")
 def test_what_scores_or_shows_a_run_needs_no_right_to_write_into_it(run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
@@ -69,18 +66,20 @@ def test_what_scores_or_shows_a_run_needs_no_right_to_write_into_it(run: Path) -
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_results_go_where_one_says(run: Path) -> None:
-    assert main(["pretrain", "predict", f"--ckpt_path={run}", "--run_dir=mine"]) == 0
+    simmim(f"pretrain predict --ckpt_path={run} --run_dir=mine")
     assert len(list(Path("mine/tiny/version_0/predictions").rglob("*.png"))) == 10
-    assert main(["pretrain", "validate", f"--ckpt_path={run}", "--run_dir=mine"]) == 0
+    simmim(f"pretrain validate --ckpt_path={run} --run_dir=mine")
     assert Path("mine/tiny/version_1/validate.csv").exists()
     assert not (run / "predictions").exists()
-    last = ["--ckpt_path=last", "--name=tiny", "--run_dir=theirs"]  # only where it is looked for
-    assert main(["pretrain", "validate", *last]) == 0
+    # Only where it is looked for.
+    simmim("pretrain validate --ckpt_path=last --name=tiny --run_dir=theirs")
     assert (run / "validate.csv").exists()
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", [".", "..", "checkpoints"])
 def test_a_run_is_known_from_within(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
@@ -89,7 +88,7 @@ def test_a_run_is_known_from_within(
     given = {".": ".", "..": "version_0", "checkpoints": "last.ckpt"}[inside]
     monkeypatch.chdir(run / inside)
     options = [f"--data.root={tmp_path / 'images'}", "--trainer.max_epochs=2"]
-    assert main(["pretrain", "fit", f"--ckpt_path={given}", *options]) == 0
+    simmim(f"pretrain fit --ckpt_path={given}", *options)
     kept = yaml.safe_load((tmp_path / run / "config.yaml").read_text())
     assert (kept["name"], kept["trainer"]["max_epochs"]) == ("tiny", 2)
     assert [path.name for path in tmp_path.rglob("version_*")] == ["version_0"]

@@ -1,11 +1,10 @@
 """What the README shows, and the answers to questions, work as they are written there."""
 
-import json
 import re
 import shlex
-from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -21,6 +20,7 @@ from simmim.data.classification import ClassificationData
 from simmim.doctor import doctor
 from simmim.embed import embed
 from simmim.export import export
+from support.folders import make_classes, make_images, save, write_coco
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -71,29 +71,18 @@ def _small(words: list[str]) -> list[str]:
 
 
 @pytest.fixture
-def folders(
-    tmp_path: Path, make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("path/to/images/a", "path/to/images/b", "path/to/other/images"):
-        make_images(tmp_path / name, 12)
-    for part in ("train", "val"):
-        make_images(tmp_path / "path/to/scenes" / part / "images", 4)
-        make_images(tmp_path / "path/to/boxes" / part, 4)
-        masks = tmp_path / "path/to/scenes" / part / "masks"
-        masks.mkdir()
+def folders(workdir: Path) -> None:
+    data = workdir / "path/to"
+    make_classes(data / "images", 12)
+    make_images(data / "other/images", 12)
+    for split in ("train", "val"):
+        make_images(data / "scenes" / split / "images", 4)
+        make_images(data / "boxes" / split, 4)
         for i in range(4):
-            Image.fromarray(np.indices((32, 32))[1].astype(np.uint8) // 16).save(
-                masks / f"{i:03d}.png"
-            )
-        boxes = {
-            "images": [{"id": i, "file_name": f"{i:03d}.png"} for i in range(4)],
-            "categories": [{"id": 1, "name": "thing"}],
-            "annotations": [
-                {"id": i, "image_id": i, "category_id": 1, "bbox": [4, 6, 12, 14]} for i in range(4)
-            ],
-        }
-        (tmp_path / "path/to/boxes" / part / "annotations.json").write_text(json.dumps(boxes))
+            save(data / f"scenes/{split}/masks/{i:03d}.png", np.indices((32, 32))[1] // 16)
+        images = [(i, f"{i:03d}.png") for i in range(4)]
+        objects: list[Any] = [(i, 3, [4, 6, 12, 14]) for i in range(4)]
+        write_coco(data / "boxes" / split / "annotations.json", images, objects, (32, 32))
 
 
 @pytest.fixture
@@ -107,6 +96,7 @@ def scans(folders: None) -> None:
         Image.fromarray(pixels).save(folder / f"patient{i % 4}_{i}.png")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("folders")
 @pytest.mark.filterwarnings("ignore")  # a reader's session, where warnings are no errors
 def test_the_python_of_the_readme() -> None:
@@ -116,6 +106,7 @@ def test_the_python_of_the_readme() -> None:
         exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("folders")
 @pytest.mark.filterwarnings("ignore")
 def test_the_commands_of_the_readme_one_after_the_other() -> None:
@@ -152,7 +143,7 @@ def test_every_command_that_goes_on_from_a_run() -> None:
     assert Path("runs/finetune_small/version_0/predictions.csv").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("scans")
 @pytest.mark.filterwarnings("ignore")
 def test_every_command_of_the_questions_one_after_the_other() -> None:

@@ -13,7 +13,6 @@ import pytest
 import yaml
 from PIL import Image
 
-from simmim.cli import main
 from simmim.durable import UNFINISHED
 from simmim.report import (
     REPORT,
@@ -28,6 +27,7 @@ from simmim.report import (
     write_page,
 )
 from simmim.report.of_run import best_and_last, choose_diagrams, commands, read_metrics, series_of
+from support.commands import refused, simmim
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
 needs_browser = pytest.mark.skipif(
@@ -273,28 +273,25 @@ def test_what_was_logged_once_is_not_said_to_be_always_the_same(run: Path) -> No
     assert "2 steps, 1 epoch. At the end: val/loss 0.8" in text
 
 
+DIGITS = "pretrain fit -c digits --trainer.max_epochs=2 --probe.every_n_epochs=0"
+ONE_BLOCK = "--model.encoder_kwargs={patch_size: 4, embed_dim: 16, depth: 1, num_heads: 1}"
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_that_fails_says_so_in_its_report(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workdir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    tiny = "{patch_size: 4, embed_dim: 16, depth: 1, num_heads: 1}"
-    options = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=4", "--model.base_lr=1e38"]
-    options += [f"--model.encoder_kwargs={tiny}", "--model.warmup_epochs=0"]
-    options += ["--trainer.logger=false", "--probe.every_n_epochs=0"]
-    assert main(["pretrain", "fit", "-c", "digits", *options]) == 1
-    text = (tmp_path / "runs" / "digits" / "version_0" / REPORT).read_text()
+    options = ["--model.base_lr=1e38", "--model.warmup_epochs=0", "--trainer.logger=false"]
+    refused(capsys, DIGITS, ONE_BLOCK, "--trainer.limit_train_batches=4", *options, status=1)
+    text = Path("runs/digits/version_0", REPORT).read_text()
     assert re.search(r'class="lead">Failed: [^<]* not a number at step \d[^<]*simmim doctor', text)
 
 
-def test_fit_ends_with_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    tiny = "{patch_size: 4, embed_dim: 16, depth: 1, num_heads: 1}"
-    options = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=2", "--trainer.logger=true"]
-    options += [f"--model.encoder_kwargs={tiny}", "--probe.every_n_epochs=0"]
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert main(["pretrain", "fit", "-c", "digits", *options]) == 0
-    path = tmp_path / "runs" / "digits" / "version_0" / REPORT
+@pytest.mark.slow
+def test_fit_ends_with_a_report(workdir: Path) -> None:
+    simmim(DIGITS, ONE_BLOCK, "--trainer.limit_train_batches=2", "--trainer.logger=true")
+    path = Path("runs/digits/version_0", REPORT).absolute()
     text = path.read_text()
     for part in ("Results", "Reconstructions", "Curves", "Go on", "How it was made", "val/loss"):
         assert part in text

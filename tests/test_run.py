@@ -1,11 +1,7 @@
 """A run's folder, its checkpoints, its metrics and its board."""
 
-import csv
 import errno
 import os
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +17,8 @@ from simmim import loggers, run
 from simmim.checkpoints import DurableCheckpointIO
 from simmim.loggers import MetricsFile, board, finish_board, is_logged_in
 from simmim.run import find_start, hold_run, leave_run, let_go, new_run, newest_run, run_of
+from support.commands import table
+from support.processes import kill, said, start
 
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
 
@@ -112,22 +110,25 @@ def test_a_run_that_failed_before_it_began_leaves_nothing(tmp_path: Path) -> Non
     assert (kept / "checkpoints/last.ckpt").exists()
 
 
+def hold(folder: Path) -> None:
+    lock = hold_run(folder)
+    Path("held").touch()
+    time.sleep(600)
+    let_go(lock)
+
+
 def test_two_processes_do_not_train_in_one_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "LOCK_SECONDS", 0.1)
-    code = (
-        "import sys; from pathlib import Path; from simmim.run import hold_run\n"
-        "lock = hold_run(Path(sys.argv[1])); print('held', flush=True); input()"
-    )
-    folder, pipe = new_run(tmp_path, "a"), subprocess.PIPE
-    arguments = [sys.executable, "-c", code, str(folder)]
-    with subprocess.Popen(arguments, stdin=pipe, stdout=pipe) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == b"held" + os.linesep.encode()
-        with pytest.raises(ValueError, match=r"another process trains in .*version_0"):
-            hold_run(folder)
-        other.kill()  # it cannot say good-bye, and lets go all the same
+    folder = new_run(workdir, "a")
+    other = start(hold, folder)
+    while not Path("held").exists():
+        assert other.is_alive(), said()
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match=r"another process trains in .*version_0"):
+        hold_run(folder)
+    kill(other)  # it cannot say good-bye, and lets go all the same
     lock = hold_run(folder)
     let_go(lock)
     assert not list(folder.iterdir())
@@ -267,34 +268,26 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no kill -9")
-def test_kill_9_during_a_save_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    code = (
-        "import sys, torch; from pathlib import Path\n"
-        "from simmim.checkpoints import DurableCheckpointIO\n"
-        "io, path = DurableCheckpointIO(), Path(sys.argv[1]) / 'checkpoints' / 'last.ckpt'\n"
-        "weights = torch.zeros(4_000_000)\n"
-        "for i in range(10_000): io.save_checkpoint({'i': i, 'weights': weights}, path)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
-    path = tmp_path / "checkpoints" / "last.ckpt"
-    deadline = time.monotonic() + 120
-    while not path.exists() and time.monotonic() < deadline:
+def save_for_ever(path: Path) -> None:
+    weights = torch.zeros(4_000_000)
+    for i in range(10_000):
+        DurableCheckpointIO().save_checkpoint({"i": i, "weights": weights}, path)
+
+
+def test_kill_9_during_a_save_leaves_a_whole_checkpoint(workdir: Path) -> None:
+    path = workdir / "checkpoints" / "last.ckpt"
+    process = start(save_for_ever, path)
+    while not path.exists():
+        assert process.is_alive(), said()
         time.sleep(0.02)
     time.sleep(0.1)
-    process.kill()
-    process.wait()
+    kill(process)
     assert torch.load(path)["weights"].shape == (4_000_000,)
-    run.clean_up(tmp_path)
+    run.clean_up(workdir)
     assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
 
 
 # Metrics -----------------------------------------------------------------------------------------
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_metrics_go_on_after_a_resume(tmp_path: Path) -> None:
@@ -311,11 +304,11 @@ def test_metrics_go_on_after_a_resume(tmp_path: Path) -> None:
     again.log_metrics({"train/loss": 0.2, "lr": 0.1}, 5)
     again.finalize("success")
 
-    table = rows(tmp_path / "metrics.csv")
-    assert list(table[0]) == ["step", "epoch", "train/loss", "val/loss", "lr"]
-    assert [row["step"] for row in table] == ["0", "1", "2", "3", "4", "5"]
-    assert [row["train/loss"] for row in table[3:]] == ["0.7", "0.25", "0.2"]
-    assert [row["lr"] for row in table[3:]] == ["", "0.1", "0.1"]
+    rows = table(tmp_path / "metrics.csv")
+    assert list(rows[0]) == ["step", "epoch", "train/loss", "val/loss", "lr"]
+    assert [row["step"] for row in rows] == ["0", "1", "2", "3", "4", "5"]
+    assert [row["train/loss"] for row in rows[3:]] == ["0.7", "0.25", "0.2"]
+    assert [row["lr"] for row in rows[3:]] == ["", "0.1", "0.1"]
 
 
 @pytest.mark.parametrize("rest", [",", "1", "1,0"])  # of "1,0,1.3" or "17,0,1.3"
@@ -324,7 +317,7 @@ def test_a_row_that_was_cut_off_is_dropped(tmp_path: Path, rest: str) -> None:
     again = MetricsFile(tmp_path, before_step=9)
     again.log_metrics({"train/loss": 1.3}, 2)
     again.save()
-    assert [row["step"] for row in rows(tmp_path / "metrics.csv")] == ["0", "1", "2"]
+    assert [row["step"] for row in table(tmp_path / "metrics.csv")] == ["0", "1", "2"]
 
 
 def test_lightning_finds_the_folder_in_the_metrics(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from simmim.optim import param_groups
 from simmim.pretrain import SimMIM
 from simmim.segment import VOID, Segmenter, class_iou
 from simmim.sliding import slide, starts
+from support.training import quiet_trainer
 
 VIT: dict[str, Any] = {
     "encoder": "vit_tiny_patch16_224",
@@ -75,19 +76,6 @@ class Data(L.LightningDataModule):
         return DataLoader(self.data, batch_size=self.batch_size)
 
     val_dataloader = test_dataloader = predict_dataloader = train_dataloader
-
-
-def trainer(folder: Path, **options: Any) -> L.Trainer:
-    return L.Trainer(
-        default_root_dir=folder,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
 
 
 # The sliding window ------------------------------------------------------------------------------
@@ -162,7 +150,7 @@ def test_scores_are_of_all_pixels_that_have_a_class(tmp_path: Path) -> None:
     model = Oracle(**VIT, num_classes=3)
     model.head_is_trained = True
     loader = DataLoader([batch], batch_size=None)
-    scores = trainer(tmp_path).validate(model, loader, verbose=False)[0]
+    scores = quiet_trainer(tmp_path).validate(model, loader, verbose=False)[0]
     # class 0: hits 2, missed 1, wrong 1; class 1: hits 2, missed 1, wrong 1
     assert scores["val/iou/0"] == pytest.approx(2 / 4)
     assert scores["val/iou/1"] == pytest.approx(2 / 4)
@@ -177,7 +165,7 @@ def test_images_without_any_class_cost_nothing(tmp_path: Path) -> None:
     data.masks[:] = VOID
     data.masks[5, :4] = 1
     model = Segmenter(**VIT, dice=1.0, dropout=0.0)
-    fit = trainer(tmp_path, max_epochs=1, log_every_n_steps=1, num_sanity_val_steps=2)
+    fit = quiet_trainer(tmp_path, log_every_n_steps=1, num_sanity_val_steps=2)
     fit.fit(model, Data(data, 2))
     metrics = fit.callback_metrics
     assert all(value.isfinite() for value in metrics.values())
@@ -190,7 +178,7 @@ def test_images_without_any_class_cost_nothing(tmp_path: Path) -> None:
     assert not logits.grad.any()
     data.masks[:] = VOID
     with pytest.raises(ValueError, match="all of them are void"):
-        trainer(tmp_path).validate(model, Data(data, 2), verbose=False)
+        quiet_trainer(tmp_path).validate(model, Data(data, 2), verbose=False)
 
 
 def test_the_loss_is_the_mean_over_known_pixels_in_float32() -> None:
@@ -246,7 +234,7 @@ def test_a_batch_of_one_image_can_be_trained_on(options: dict[str, Any]) -> None
 def test_a_frozen_encoder_stays_as_it_is(tmp_path: Path) -> None:
     model = Segmenter(**VIT, frozen=True, base_lr=1.0, warmup_epochs=0)
     before = {k: v.clone() for k, v in model.encoder.state_dict().items()}
-    trainer(tmp_path, max_epochs=1).fit(model, Data())
+    quiet_trainer(tmp_path).fit(model, Data())
     assert all(torch.equal(v, before[k]) for k, v in model.encoder.state_dict().items())
     assert not any(p.requires_grad for p in model.encoder.parameters())
     assert not model.train().encoder.training
@@ -283,7 +271,7 @@ def test_decoder_and_pyramid_have_the_learning_rate_of_the_head() -> None:
 @pytest.mark.parametrize("head", ["upernet", "linear"])
 def test_it_learns(tmp_path: Path, head: Any) -> None:
     model = Segmenter(**VIT, head=head, base_lr=0.25, warmup_epochs=1, dropout=0.0)
-    fit = trainer(tmp_path, max_epochs=40, log_every_n_steps=1, check_val_every_n_epoch=40)
+    fit = quiet_trainer(tmp_path, max_epochs=40, log_every_n_steps=1, check_val_every_n_epoch=40)
     fit.fit(model, Data())
     assert fit.callback_metrics["val/miou"] > 0.45  # all of one class: 0.27
     assert {"train/loss", "val/loss", "lr", "val/iou/dark"} <= set(fit.callback_metrics)
@@ -294,7 +282,7 @@ def test_a_checkpoint_opens_without_its_weights_and_reads_as_an_encoder(tmp_path
     pretraining = SimMIM(
         encoder=VIT["encoder"], img_size=32, mask_patch_size=8, encoder_kwargs=VIT["encoder_kwargs"]
     )
-    fit = trainer(tmp_path, max_epochs=1, limit_train_batches=1)
+    fit = quiet_trainer(tmp_path, limit_train_batches=1)
     fit.fit(pretraining, DataLoader(Squares(), batch_size=4))
     fit.save_checkpoint(tmp_path / "pre.ckpt")
     model = Segmenter(weights=str(tmp_path / "pre.ckpt"), decoder_channels=16)
@@ -306,7 +294,7 @@ def test_a_checkpoint_opens_without_its_weights_and_reads_as_an_encoder(tmp_path
         )
     assert torch.allclose(found, features, atol=1e-6)
     (tmp_path / "pre.ckpt").unlink()
-    fit = trainer(tmp_path, max_epochs=1)
+    fit = quiet_trainer(tmp_path)
     fit.fit(model.train(), Data())
     fit.save_checkpoint(tmp_path / "seg.ckpt")
     again = Segmenter.load_from_checkpoint(tmp_path / "seg.ckpt").eval()
@@ -327,14 +315,14 @@ def test_a_checkpoint_opens_without_its_weights_and_reads_as_an_encoder(tmp_path
 
 def test_weights_of_a_segmenter_bring_its_head(tmp_path: Path) -> None:
     model = Segmenter(**VIT)
-    fit = trainer(tmp_path, max_epochs=1)
+    fit = quiet_trainer(tmp_path)
     fit.fit(model, Data())
     fit.save_checkpoint(path := tmp_path / "seg.ckpt")
     again = Segmenter(weights=str(path), decoder_channels=16)
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(again.eval()(images), model.eval()(images))
-    trainer(tmp_path).validate(again, Data(), verbose=False)
+    quiet_trainer(tmp_path).validate(again, Data(), verbose=False)
     again.set_classes(["a", "b", "c", "d"], may_renew=True)
     assert again.num_classes == again.confusion.num_classes == 4  # type: ignore[union-attr]
     decoders = (again.decoder.state_dict(), model.decoder.state_dict())
@@ -348,7 +336,7 @@ def test_weights_of_a_segmenter_bring_its_head(tmp_path: Path) -> None:
     wider = Segmenter(weights=str(path), decoder_channels=24)
     assert wider.classifier is None
     with pytest.raises(ValueError, match="not trained to segment yet"):
-        trainer(tmp_path).validate(wider, Data(), verbose=False)
+        quiet_trainer(tmp_path).validate(wider, Data(), verbose=False)
 
 
 def test_going_on_is_bitwise_the_same(tmp_path: Path) -> None:
@@ -371,7 +359,7 @@ def test_going_on_is_bitwise_the_same(tmp_path: Path) -> None:
         torch.manual_seed(0)
         model = Segmenter(**VIT, drop_path_rate=0.2, base_lr=0.1, warmup_epochs=1)
         data = SegmentationData(str(tmp_path / "d"), img_size=32, batch_size=4, num_workers=0)
-        run = trainer(tmp_path, max_epochs=3, callbacks=[Stop()])
+        run = quiet_trainer(tmp_path, max_epochs=3, callbacks=[Stop()])
         run.fit(model, datamodule=data, ckpt_path=ckpt)
         return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -391,7 +379,7 @@ def test_a_plain_loader_of_images_and_masks_is_taken(tmp_path: Path) -> None:
     assert torch.equal(found, images)  # type: ignore[arg-type]
     assert (known[:, :4] == VOID).all()  # type: ignore[index]
     loader = DataLoader(list(zip(images, masks, strict=True)), batch_size=2)
-    trainer(tmp_path, max_epochs=1).fit(model, loader, loader)
+    quiet_trainer(tmp_path).fit(model, loader, loader)
 
 
 def test_scores_stay_when_an_image_is_scored_at_another_size() -> None:
@@ -407,14 +395,14 @@ def test_scores_stay_when_an_image_is_scored_at_another_size() -> None:
 
 def test_class_weights_are_scikit_learns_balanced(tmp_path: Path) -> None:
     model = Segmenter(**VIT, class_weights="balanced")
-    fit = trainer(tmp_path, max_epochs=1, limit_train_batches=1)
+    fit = quiet_trainer(tmp_path, limit_train_batches=1)
     fit.fit(model, Data())
     assert model.class_weights is not None
     expected = [1000 / (3 * n) for n in (900, 90, 10)]
     assert model.class_weights.tolist() == pytest.approx(expected)
     wrong = Segmenter(**VIT, class_weights=[1.0])
     with pytest.raises(ValueError, match=r"class_weights \[1.0\] are not 3"):
-        trainer(tmp_path, max_epochs=1).fit(wrong, Data())
+        quiet_trainer(tmp_path).fit(wrong, Data())
 
 
 @pytest.mark.parametrize(
@@ -438,10 +426,10 @@ def test_options_that_contradict_are_refused(options: dict[str, Any], sentence: 
 def test_other_classes_and_untrained_models_are_refused(tmp_path: Path) -> None:
     model = Segmenter(**VIT)
     with pytest.raises(ValueError, match="not trained to segment yet"):
-        trainer(tmp_path).validate(model, Data(), verbose=False)
+        quiet_trainer(tmp_path).validate(model, Data(), verbose=False)
     with pytest.raises(ValueError, match="this model knows none, bright, dark"):
         model.set_classes(["a", "b", "c"])
-    fit = trainer(tmp_path, max_epochs=1)
+    fit = quiet_trainer(tmp_path)
     fit.fit(Segmenter(**VIT), Data())
     fit.save_checkpoint(path := tmp_path / "x.ckpt")
 
@@ -450,6 +438,6 @@ def test_other_classes_and_untrained_models_are_refused(tmp_path: Path) -> None:
         values, colors = (0, 7), None  # type: ignore[assignment]
 
     with pytest.raises(ValueError, match=r"data has the classes none, bright, this .* dark"):
-        trainer(tmp_path).validate(Segmenter(**VIT), Fewer(), ckpt_path=path, verbose=False)
+        quiet_trainer(tmp_path).validate(Segmenter(**VIT), Fewer(), ckpt_path=path, verbose=False)
     with pytest.raises(ValueError, match="num_classes 5 does not go with the 3 classes"):
         Segmenter(**VIT, num_classes=5).set_classes(["a", "b", "c"])

@@ -150,7 +150,7 @@ def test_it_compiles_without_a_break_and_not_again_after_the_first_epoch(
     assert list(model.state_dict()) == keys  # a checkpoint of it is like any other
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("_without_shape_checks")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_compiled_it_learns_the_same() -> None:

@@ -4,57 +4,174 @@ import json
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
-import yaml
 from lightning.fabric.accelerators.xla import XLAAccelerator
 from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler
 
-from simmim import load_encoder
-from simmim.checkpoints import BEFORE, put_in_place, there_is
-from simmim.cli import main
+from simmim import Classifier, Segmenter, load_encoder
+from simmim.callbacks.classification import ConfusionMatrix, PredictionTable
+from simmim.callbacks.segmentation import MaskWriter, Segmentations
+from simmim.checkpoints import BEFORE, DurableCheckpointIO, put_in_place, there_is
+from simmim.data import SegmentationData
+from simmim.data.classification import ClassificationData
 from simmim.durable import UNFINISHED
 from simmim.pretrain import SimMIM
 from simmim.run import clean_up
-from simmim.strategies import FullyShard
+from simmim.strategies import FullyShard, gradient_norm
 from simmim.weights.files import read_checkpoint
 from simmim.weights.shards import META
 from simmim.xla import wake_xla
-from test_exact import TINY
+from support import exhaustive
+from support.commands import assert_same_tensors, simmim, write_tiny
+from support.folders import make_classes, make_images, save
+from support.processes import end, in_processes, kill, program, said, start
+from support.training import fsdp_on_cpu, trainer_of
+from test_exact import OPTIONS
+from test_pretrain import TINY, ByIndex, tiny
+
+# What is trained --------------------------------------------------------------------------------
+
+SKIP = {"hidden_tokens": "skip", "head": "transformer", "head_kwargs": {"width": 64}}
+SKIP |= {"masking": "random", "masking_kwargs": None}
+SWIN = {
+    "encoder": "swin_tiny_patch4_window7_224",
+    "mask_patch_size": 16,
+    "encoder_kwargs": {"embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4},
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "skip": SKIP,
+    "swin_skip": {**SWIN, **SKIP},
+}
+CLASSIFIERS: dict[str, dict[str, Any]] = {
+    "finetune": {"layer_decay": 0.5},  # and its first block is frozen
+    "probe": {"frozen": True},
+}
 
 
-def _start(name: str, *args: str) -> None:
-    script = Path(__file__).with_name(name)
-    # A seed that an earlier test left there would be set again in several processes, not in one.
-    env = {key: value for key, value in os.environ.items() if key != "PL_GLOBAL_SEED"}
-    done = subprocess.run(
-        [sys.executable, str(script), *args],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=script.parent,
-        env=env,
+class Labelled(ByIndex):
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {**super().__getitem__(i), "label": torch.tensor(i % 3)}
+
+
+class Data(L.LightningDataModule):
+    """Sixteen images, in the same global batches of eight for any number of processes."""
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__()
+        self.images, self.batch_size = Labelled(n=16), batch_size
+        self.images.images[::2, :, :16] = 0  # half is nodata: uneven numbers are hidden
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        ranks, rank = self.trainer.world_size, self.trainer.global_rank
+        sampler = DistributedSampler(self.images, ranks, rank, shuffle=False)
+        return DataLoader(self.images, batch_size=self.batch_size, sampler=sampler)
+
+
+class Keep(L.Callback):
+    """What each batch gave: its loss over all processes, its gradient's norm, the lr after it."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.rates: list[float] = []
+
+    def on_before_optimizer_step(self, run: L.Trainer, model: Any, optimizer: Any) -> None:
+        self.norms.append(float(gradient_norm(run, model)))
+
+    def on_train_batch_end(self, run: L.Trainer, *args: Any) -> None:
+        self.losses.append(float(run.callback_metrics["train/loss"]))
+        self.rates.append(run.optimizers[0].param_groups[0]["lr"])
+
+
+class Stop(L.Callback):
+    """End after some of the epochs, as a run does that is stopped."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, run: L.Trainer, *args: Any) -> None:
+        run.should_stop = run.current_epoch + 1 >= self.epochs
+
+
+def build(name: str) -> L.LightningModule:
+    """A model by its name here."""
+    options: dict[str, Any] = {"warmup_epochs": 1, "base_lr": 0.1}
+    if name not in CLASSIFIERS:
+        options |= {"masking": "foreground", "masking_kwargs": {"nodata": 0}}
+        return tiny(**{**options, **MODELS[name]})
+    shape = {k: v for k, v in TINY.items() if k != "mask_patch_size"}
+    model = Classifier(**shape, **options, **CLASSIFIERS[name], num_classes=3)
+    model.model.blocks[0].requires_grad_(False)
+    return model
+
+
+def train_each(processes: int, runs: list[tuple[Path, dict[str, Any]]]) -> None:
+    """Train in one of some processes, once for each file and its options.
+
+    Options: strategy, batches (to accumulate), clip, clip_by (norm or value), epochs, save (a
+    checkpoint), load (one to go on from), model (one of MODELS or CLASSIFIERS).
+    """
+    fsdp_on_cpu()
+    for out, options in runs:
+        train(processes, out, **options)
+
+
+def train(
+    processes: int,
+    out: Path,
+    strategy: str = "ddp",
+    batches: int = 1,
+    clip: float | None = None,
+    clip_by: str | None = None,
+    epochs: int = 4,
+    save: Path | None = None,
+    load: Path | None = None,
+    model: str = "plain",
+) -> None:
+    torch.manual_seed(0)
+    module, keep = build(model), Keep()
+    assert not [m for m in module.modules() if isinstance(m, nn.Dropout) and m.p]
+    trainer = trainer_of(
+        processes,
+        out.parent,
+        keep,
+        Stop(epochs),
+        strategy=strategy,
+        max_epochs=4,
+        gradient_clip_val=clip,
+        gradient_clip_algorithm=clip_by,
+        accumulate_grad_batches=batches,
+        log_every_n_steps=1,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    trainer.strategy.checkpoint_io = DurableCheckpointIO()
+    trainer.fit(module, Data(8 // processes // batches), ckpt_path=load)
+    if save:
+        trainer.save_checkpoint(save)
+    if trainer.is_global_zero:
+        torch.save({"losses": keep.losses, "norms": keep.norms, "rates": keep.rates}, out)
 
 
 # What training comes to -------------------------------------------------------------------------
 
 
 class Runs:
-    """Trains with `ddp_step.py`, each way once."""
+    """Trains each way once."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.made = folder, {}  # type: ignore[var-annotated]
+        self.folder = folder
+        self.made: dict[Any, dict[str, Any]] = {}
 
     def __call__(self, processes: int, **options: Any) -> dict[str, Any]:
         """What a run gave, and the `file` of its last checkpoint."""
@@ -62,21 +179,16 @@ class Runs:
 
     def together(self, processes: int, *options: dict[str, Any]) -> list[dict[str, Any]]:
         """What several runs gave, one after the other in the same processes."""
-        keys = [(processes, *(f"{k}={value}" for k, value in run.items())) for run in options]
-        new = [key for key in keys if key not in self.made]
-        files = [
-            [self.folder / f"{len(self.made) + i}.{end}" for end in ("pt", "ckpt")]
-            for i in range(len(new))
-        ]
-        words = [
-            word
-            for key, (out, file) in zip(new, files, strict=True)
-            for word in ("--", str(out), *key[1:], f"save={file}")
-        ]
+        keys = [(processes, str(sorted(each.items()))) for each in options]
+        new = {}
+        for key, each in zip(keys, options, strict=True):
+            if key not in self.made and key not in new:
+                out = self.folder / f"{len(self.made) + len(new)}.pt"
+                new[key] = (out, {**each, "save": out.with_suffix(".ckpt")})
         if new:
-            _start("ddp_step.py", str(processes), *words[1:])
-        for key, (out, file) in zip(new, files, strict=True):
-            self.made[key] = {**torch.load(out, weights_only=True), "file": file}
+            in_processes(processes, train_each, processes, list(new.values()))
+        for key, (out, each) in new.items():
+            self.made[key] = {**torch.load(out, weights_only=True), "file": each["save"]}
         return [self.made[key] for key in keys]
 
 
@@ -111,16 +223,17 @@ SHARDED = ("fully_shard", "fully_shard_sharded", "fsdp", "fsdp_sharded")
 WHOLE = {"fsdp": False, "fsdp_no_shard": False}
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns(runs: Runs) -> None:
     assert_same_training(runs(1), runs(2))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_four_processes_learn_what_one_learns(runs: Runs) -> None:
     assert_same_training(runs(1), runs(4))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_clipping_and_accumulation_mean_the_same(runs: Runs) -> None:
     """What is clipped is the norm of the whole gradient: otherwise the weights would differ."""
     options = {"clip": 0.05, "batches": 2}
@@ -132,7 +245,7 @@ def test_clipping_and_accumulation_mean_the_same(runs: Runs) -> None:
         assert_same_training(one, many, WHOLE.get(way, True))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_clipping_by_value_means_the_same(runs: Runs) -> None:
     """Gradients are averaged over processes before each value is cut off, in shards too."""
     options: dict[str, Any] = {"clip": 1e-3, "clip_by": "value", "batches": 2}
@@ -145,7 +258,7 @@ def test_clipping_by_value_means_the_same(runs: Runs) -> None:
     assert_same_training(one, runs(4, **options, strategy="fully_shard"))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_layer_decay_and_frozen_parameters_mean_the_same(runs: Runs) -> None:
     models = ("finetune", "probe")
     ways = ("ddp", "fully_shard", "fsdp")
@@ -159,16 +272,17 @@ def test_layer_decay_and_frozen_parameters_mean_the_same(runs: Runs) -> None:
     assert {group["lr_scale"] for group in groups} == {0.125, 0.5, 1.0}  # 0.25: the frozen block
 
 
+@pytest.mark.slow
 def test_shards_learn_what_one_process_learns(runs: Runs) -> None:
     assert_same_training(runs(1), runs(2, strategy="fully_shard"))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_four_shards_learn_what_one_process_learns(runs: Runs) -> None:
     assert_same_training(runs(1), runs(4, strategy="fully_shard"))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("strategy", ["fully_shard", "fsdp"])
 @pytest.mark.parametrize("model", ["skip", "swin_skip"])
 def test_hidden_tokens_are_skipped_in_shards(runs: Runs, model: str, strategy: str) -> None:
@@ -179,7 +293,7 @@ def test_hidden_tokens_are_skipped_in_shards(runs: Runs, model: str, strategy: s
     assert many["rates"] == one["rates"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "ways", [("fully_shard", 2), ("fully_shard_sharded", 4), ("fsdp_sharded", 2)]
 )
@@ -195,7 +309,7 @@ def test_a_sharded_run_goes_on_in_any_way(
     converted = half
     if half.is_dir():
         converted = tmp_path / "one.ckpt"
-        assert main(["convert", "--weights", str(half), "--out", str(converted)]) == 0
+        simmim("convert --weights", str(half), "--out", str(converted))
     for strategies, processes, file in (
         (strategy, 2, half),
         ("auto", 1, half),
@@ -210,7 +324,7 @@ def test_a_sharded_run_goes_on_in_any_way(
         assert torch.equal(tensor, model.encoder.model.state_dict()[name])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("strategy", SHARDED[::2])
 def test_a_run_of_one_process_goes_on_in_shards(runs: Runs, strategy: str) -> None:
     whole, half = runs(1, clip=0.05), runs(1, clip=0.05, epochs=2)
@@ -244,62 +358,42 @@ def test_a_folder_of_shards_is_replaced_and_put_back(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(os.name == "nt", reason="kills a session of processes")
-def test_a_run_in_shards_that_is_killed_goes_on(
-    tmp_path: Path, make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_in_shards_that_is_killed_goes_on(workdir: Path) -> None:
     """With kill -9, at any moment, and with every step written."""
-    make_images(tmp_path / "images" / "a", 24)
-    make_images(tmp_path / "images" / "b", 24)
-    config = yaml.safe_load(TINY)
+    make_classes(Path("images"), 24)
     strategy = {"save_distributed_checkpoint": True}
-    config["trainer"] |= {
-        "devices": 2,
-        "max_epochs": 5,
-        "strategy": {"class_path": "simmim.strategies.FullyShard", "init_args": strategy},
-    }
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    strategy = {"class_path": "simmim.strategies.FullyShard", "init_args": strategy}
+    two = {"devices": 2, "max_epochs": 5, "strategy": strategy}
+    write_tiny(workdir, **{**OPTIONS, "trainer": two})
     fit = [sys.executable, "-m", "simmim", "pretrain", "fit", "-c", "tiny.yaml"]
     often = [*fit, "--checkpoint.every_n_minutes=0"]
-    log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    assert subprocess.call([*often, "--name=whole"], stdout=log, stderr=log) == 0
+    end(start(program, *often, "--name=whole"))
     whole, last = (Path(f"runs/{name}/version_0/checkpoints/last.ckpt") for name in ("whole", "b"))
     steps = [0]
     for i in range(3):
         more = ["--name=b", *(["--ckpt_path=last"] if i else [])]
-        run = subprocess.Popen([*often, *more], stdout=log, stderr=log, start_new_session=True)
+        run = start(program, *often, *more)
         began, before = time.time(), last.stat().st_ino if last.exists() else None
-        while run.poll() is None and (not last.exists() or last.stat().st_ino == before):
+        while run.is_alive() and (not last.exists() or last.stat().st_ino == before):
             assert time.time() - began < 120
             time.sleep(0.001)
         time.sleep(0.03 * i)
-        os.killpg(run.pid, signal.SIGKILL)
-        assert run.wait() == -signal.SIGKILL, Path("log.txt").read_text()[-3000:]
+        assert kill(run) == -signal.SIGKILL, said()[-3000:]
         assert there_is(last)
         steps.append(read_checkpoint(last)["global_step"])
     assert steps == sorted(steps)
     one = read_checkpoint(whole)
     assert steps[-1] < one["global_step"]
-    end = subprocess.call([*often, "--name=b", "--ckpt_path=last"], stdout=log, stderr=log)
-    assert end == 0, Path("log.txt").read_text()[-3000:]
+    end(start(program, *often, "--name=b", "--ckpt_path=last"))
     other = read_checkpoint(last)
     assert other["global_step"] == one["global_step"]
-    for name, tensor in one["state_dict"].items():
-        assert torch.equal(other["state_dict"][name], tensor), name
+    assert_same_tensors(one["state_dict"], other["state_dict"])
     assert {path.name for path in last.parent.iterdir()} == {"last.ckpt", "best.ckpt"}
-    for command in (
-        ["embed", "--weights", "runs/b/version_0", "--root", "images", "--out", "f.npz"],
-        ["export", "--weights", "runs/b/version_0", "--out", "encoder"],
-        ["pretrain", "validate", "--ckpt_path", "runs/b/version_0", "-c", "cpu"],
-    ):
-        words = [sys.executable, "-m", "simmim", *command]
-        assert subprocess.call(words, stdout=log, stderr=log) == 0, Path("log.txt").read_text()[
-            -3000:
-        ]
+    simmim("embed --weights runs/b/version_0 --root images --out f.npz")
+    simmim("export --weights runs/b/version_0 --out encoder")
+    simmim("pretrain validate --ckpt_path runs/b/version_0 -c cpu")
 
 
 class Evil:
@@ -326,25 +420,43 @@ def test_tensor_parallel_is_refused() -> None:
 # What is scored ---------------------------------------------------------------------------------
 
 
-def test_two_processes_score_what_one_scores(
-    tmp_path: Path, make_images: Callable[..., Path]
-) -> None:
+def score_labels(processes: int, out: Path) -> None:
+    torch.manual_seed(0)
+    kwargs = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    model = Classifier(
+        encoder="vit_tiny_patch16_224", img_size=32, encoder_kwargs=kwargs, ema_decay=0.5
+    )
+    options: dict[str, Any] = {"img_size": 32, "num_workers": 0, "val_fraction": 0.35}
+    data = ClassificationData(root="images", batch_size=8 // processes, **options)
+    watchers = ConfusionMatrix(), PredictionTable()
+    trainer = trainer_of(processes, out, *watchers, max_epochs=2)
+    trainer.fit(model, data)
+    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    trainer.predict(model, data, return_predictions=False)
+    if trainer.is_global_zero:
+        torch.save({"metrics": found, "confusion": model.confusion_matrix}, out / "found.pt")
+
+
+def in_one_and_two(function: Any, *args: Any) -> list[Any]:
+    """What one process and two have found, in the folders 1 and 2."""
+    for processes in (1, 2):
+        Path(str(processes)).mkdir()
+        in_processes(processes, function, processes, Path(str(processes)), *args)
+    return [torch.load(f"{processes}/found.pt", weights_only=True) for processes in (1, 2)]
+
+
+@pytest.mark.slow
+def test_two_processes_score_what_one_scores(workdir: Path) -> None:
     """Each validation image counts once, though 13 cannot be dealt out evenly."""
     for name, n in (("a", 11), ("b", 9), ("c", 17)):
-        make_images(tmp_path / "images" / name, n)
-    found = {}
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        out.mkdir()
-        _start("ddp_classify.py", str(processes), str(tmp_path / "images"), str(out))
-        found[processes] = torch.load(out / "found.pt", weights_only=True)
-    one, two = found[1], found[2]
+        make_images(Path("images", name), n)
+    one, two = in_one_and_two(score_labels)
     assert torch.equal(one["confusion"], two["confusion"])
     assert int(one["confusion"].sum()) == 13
     for name in ("loss", "top1", "top1_balanced", "calibration_error", "top1_class/a"):
         shares = [run["metrics"][f"val/{name}"] for run in (one, two)]
         assert shares[1] == pytest.approx(shares[0], rel=1e-4), name
-    tables = [(tmp_path / n / "predictions.csv").read_text().splitlines() for n in "12"]
+    tables = [Path(n, "predictions.csv").read_text().splitlines() for n in "12"]
     rows = [[line.split(",") for line in table[1:]] for table in tables]
     assert len(rows[0]) == 37
     assert [row[:2] for row in rows[0]] == [row[:2] for row in rows[1]]
@@ -352,8 +464,32 @@ def test_two_processes_score_what_one_scores(
     torch.testing.assert_close(shares[1], shares[0], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fully_shard", marks=pytest.mark.slow)])
-def test_two_processes_segment_what_one_segments(tmp_path: Path, strategy: str) -> None:
+def score_masks(processes: int, out: Path, strategy: str) -> None:
+    torch.manual_seed(0)
+    model = Segmenter(
+        encoder="vit_tiny_patch16_224",
+        img_size=32,
+        encoder_kwargs={"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2},
+        decoder_channels=16,
+        base_lr=0.0,  # a BatchNorm sees other batches in two processes: nothing is to be learned
+        warmup_lr=0.0,
+    )
+    data = SegmentationData("d", img_size=32, batch_size=4 // processes, num_workers=0)
+    trainer = trainer_of(processes, out, Segmentations(), MaskWriter(), strategy=strategy)
+    trainer.fit(model, data)  # every trained parameter is reached, or DDP stops here
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+    trainer.validate(model, data, verbose=False)
+    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    trainer.predict(model, data, return_predictions=False)
+    if trainer.is_global_zero:
+        torch.save(found, out / "found.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", exhaustive("fully_shard")])
+def test_two_processes_segment_what_one_segments(workdir: Path, strategy: str) -> None:
     """Each validation image counts once, though five of two sizes cannot be dealt out evenly.
 
     Nor can their windows: with weights in shards no process waits for another for ever.
@@ -362,26 +498,16 @@ def test_two_processes_segment_what_one_segments(tmp_path: Path, strategy: str) 
     for part, n in (("train", 8), ("val", 5)):
         for i in range(n):
             size = (40, 50) if i % 2 else (20, 64)
-            for kind, pixels in (
-                ("images", rng.integers(0, 256, (*size, 3), dtype=np.uint8)),
-                ("masks", rng.integers(0, 3, size, dtype=np.uint8)),
-            ):
-                (tmp_path / "d" / part / kind).mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(tmp_path / "d" / part / kind / f"{i}.png")
-    found = {}
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        out.mkdir()
-        way = strategy if processes > 1 else "auto"
-        _start("ddp_segment.py", str(processes), str(tmp_path / "d"), str(out), way)
-        found[processes] = torch.load(out / "found.pt", weights_only=True)
+            save(Path(f"d/{part}/images/{i}.png"), rng.integers(0, 256, (*size, 3)))
+            save(Path(f"d/{part}/masks/{i}.png"), rng.integers(0, 3, size))
+    found = in_one_and_two(score_masks, strategy)
     for name in ("loss", "miou", "pixel_accuracy", "iou/0", "iou/2"):
-        shares = [found[n][f"val/{name}"] for n in (1, 2)]
+        shares = [scores[f"val/{name}"] for scores in found]
         assert shares[1] == pytest.approx(shares[0], rel=1e-4), name
-    masks = [sorted((tmp_path / n / "predictions").rglob("*.png")) for n in "12"]
+    masks = [sorted(Path(n, "predictions").rglob("*.png")) for n in "12"]
     assert [len(paths) for paths in masks] == [13, 13]
     for one, two in zip(*masks, strict=True):
-        assert one.relative_to(tmp_path / "1") == two.relative_to(tmp_path / "2")
+        assert one.relative_to("1") == two.relative_to("2")
         assert np.array_equal(np.asarray(Image.open(one)), np.asarray(Image.open(two)))
 
 

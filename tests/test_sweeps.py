@@ -1,9 +1,6 @@
 """Every W&B sweep names options that exist, with values that they take; two are run."""
 
-import os
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +13,12 @@ from wandb.sdk.sweeps.scheduler.optimizer import RunWithMetrics
 from wandb.sdk.sweeps.scheduler.wandb import WandbOptimizer
 from wandb.sdk.sweeps.sweep_info import SweepInfo
 
-import simmim
 from board_records import history, records, summary
 from simmim.pretrain import SimMIM
+from support import exhaustive
+from support.commands import QUIET, SMALL_SIMMIM
+from support.folders import make_classes
+from support.processes import run_program
 
 SWEEPS = sorted((Path(__file__).parents[1] / "configs" / "sweep").glob("*.yaml"))
 
@@ -66,73 +66,41 @@ def test_each_file_is_a_sweep_to_wandb(path: Path) -> None:
     assert schema_violations_from_proposed_config(yaml.safe_load(path.read_text())) == []
 
 
-SMALL = [
-    "--model.img_size=32",
-    "--model.mask_patch_size=8",
-    "--model.encoder=vit_tiny_patch16_224",
-    "--model.encoder_kwargs={patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}",
-    "--model.drop_path_rate=0",
-    "--model.compile=false",
-    "--data.batch_size=8",
-    "--data.num_workers=0",
-    "--trainer.accelerator=cpu",
-    "--trainer.devices=1",
-    "--trainer.precision=32-true",
-    "--trainer.max_epochs=1",
-    "--trainer.enable_progress_bar=false",
-]
+OPTIONS = [*SMALL_SIMMIM, *QUIET, "--model.drop_path_rate=0", "--model.compile=false"]
+OPTIONS += ["--data.batch_size=8", "--trainer.precision=32-true", "--trainer.max_epochs=1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "metric"),
-    [
-        ("mask_ratio", "val/probe_top1"),
-        pytest.param("lr", "val/loss", marks=pytest.mark.slow),
-    ],
+    ("name", "metric"), [("mask_ratio", "val/probe_top1"), exhaustive("lr", "val/loss")]
 )
 def test_a_sweep_is_run(
-    tmp_path: Path,
-    make_images: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-    metric: str,
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, name: str, metric: str
 ) -> None:
     """W&B's local controller asks for two runs, and is told what each has come to, offline."""
-    monkeypatch.chdir(tmp_path)
-    for label in ("cat", "dog"):
-        make_images(tmp_path / "images" / label, 20, size=32)
+    make_classes(Path("images"), 20)
     sweep = yaml.safe_load((SWEEPS[0].parent / f"{name}.yaml").read_text())
     sweep["parameters"]["data.root"]["value"] = "images"
     assert sweep["metric"]["name"] == metric
     controller = WandbOptimizer(SweepInfo("local", name, "nobody", "simmim", sweep, "controller"))
-    environment = {
-        # Without the address of a W&B service that another test here has begun and ended.
-        **{k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"},
-        "WANDB_MODE": "offline",
-        "WANDB_SWEEP_ID": "local",
-        "PYTHONPATH": str(Path(simmim.__file__).parents[1]),
-    }
+    # The address of a W&B service that another test here has begun and ended.
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
+    board = {"WANDB_MODE": "offline", "WANDB_SWEEP_ID": "local"}
     key = next(key for key, value in sweep["parameters"].items() if "value" not in value)
     tried = []
     for number in range(2):
         (asked,) = controller.ask_n_runs(1)
         run_id = f"sweep{number}"
-        done = subprocess.run(
-            [*agent_words(sweep, asked.config.wire_dict()), *SMALL],
-            env={**environment, "WANDB_RUN_ID": run_id},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        run = tmp_path / "runs" / "swin_base_100ep" / f"version_{number}"
+        words = agent_words(sweep, asked.config.wire_dict())
+        run_program(*words, *OPTIONS, **board, WANDB_RUN_ID=run_id)
+        run = Path(f"runs/swin_base_100ep/version_{number}")
         model = yaml.safe_load((run / "config.yaml").read_text())["model"]
         tried.append(model[key.removeprefix("model.")])
         assert tried[-1] == pytest.approx(float(asked.config[key].value))
-        (board,) = (run / "wandb").glob(f"offline-run-*-{run_id}")
-        assert records(board, "run")[0]["sweep_id"] == "local"
-        said = summary(board)
-        assert said[metric] == history(board)[metric][-1]
+        (log,) = (run / "wandb").glob(f"offline-run-*-{run_id}")
+        assert records(log, "run")[0]["sweep_id"] == "local"
+        said = summary(log)
+        assert said[metric] == history(log)[metric][-1]
         told = RunWithMetrics(asked.config, RunState.FINISHED, run_id, said, [])
         controller.tell_run(asked.run_id, told)
     assert tried[0] != tried[1]

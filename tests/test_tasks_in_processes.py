@@ -1,13 +1,6 @@
 """Each task over some processes, from the command line: it trains, goes on, scores and predicts."""
 
-import csv
 import json
-import os
-import shlex
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +13,11 @@ from simmim import Classifier, Detector, Segmenter, load_encoder
 from simmim.cli import main
 from simmim.pretrain import SimMIM
 from simmim.weights.files import read_checkpoint
-from test_detect import blocks
+from support.commands import assert_same_tensors, simmim, table
+from support.folders import make_boxes, save
+from support.processes import commands, in_processes
 
-pytestmark = [
-    pytest.mark.slow,
-    # jsonargparse's own, about what LightningCLI calls
-    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
-]
+pytestmark = pytest.mark.exhaustive
 
 VIT = "'{patch_size: 8, embed_dim: 32, depth: 4, num_heads: 2}'"
 QUIET = (
@@ -61,71 +52,29 @@ def command(task: str) -> str:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, for_commands: None) -> Path:
+def place(workdir: Path) -> Path:
     """A working folder with images/ of three classes, masks/, boxes/; new/ and few/ to predict."""
-    monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
 
-    def save(path: str, size: tuple[int, int], shade: int = 0) -> None:
-        pixels = rng.integers(shade, shade + 150, (*size, 3), dtype=np.uint8)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
+    def noise(path: str, size: tuple[int, int], shade: int = 0) -> None:
+        save(Path(path), rng.integers(shade, shade + 150, (*size, 3)))
 
     for part, counts in {"train": (8, 8, 8), "val": (3, 2, 2)}.items():
         for label, n in enumerate(counts):
             for i in range(n):
-                save(f"images/{part}/{'abc'[label]}/{i}.png", (32, 32), 50 * label)
+                noise(f"images/{part}/{'abc'[label]}/{i}.png", (32, 32), 50 * label)
     for part, n in {"train": 8, "val": 7}.items():
         for i in range(n):
             size = (40, 50) if i % 2 else (20, 64)
-            save(f"masks/{part}/images/{i}.png", size)
-            mask = rng.integers(0, 3, size, dtype=np.uint8)
+            noise(f"masks/{part}/images/{i}.png", size)
+            mask = rng.integers(0, 3, size)
             mask[: i + 1] = 255  # no class: the images have uneven numbers of pixels
-            Path(f"masks/{part}/masks").mkdir(exist_ok=True)
-            Image.fromarray(mask).save(f"masks/{part}/masks/{i}.png")
-        blocks(Path("boxes", part), n)
+            save(Path(f"masks/{part}/masks/{i}.png"), mask)
+    make_boxes(Path("boxes"), train=8, val=7)
     for i in range(7):
-        save(f"new/{i}.png", (30 + i, 64 - i))
-    save("few/0.png", (32, 32))
-    return tmp_path
-
-
-# Processes --------------------------------------------------------------------------------------
-
-
-def in_processes(n: int, nodes: int, lines: list[str]) -> str:
-    """Run command lines in n processes, as torchrun starts them; what the first one said."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    Path("commands.txt").write_text("\n".join(lines))
-    torchrun = {"TORCHELASTIC_RUN_ID": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torchrun |= {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n // nodes)}
-    script = Path(__file__).with_name("commands.py")
-    processes, logs = [], [Path(f"log_{rank}.txt") for rank in range(n)]
-    for rank, log in enumerate(logs):
-        node, local = divmod(rank, n // nodes)
-        place = {"RANK": str(rank), "LOCAL_RANK": str(local), "GROUP_RANK": str(node)}
-        words, env = [sys.executable, str(script), "commands.txt"], os.environ | torchrun | place
-        with log.open("wb") as file:
-            processes.append(subprocess.Popen(words, stdout=file, stderr=file, env=env))
-    try:
-        began = time.monotonic()
-        while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
-            assert time.monotonic() - began < 900, logs[0].read_text()[-3000:]
-            time.sleep(0.1)
-        for process, log in zip(processes, logs, strict=True):
-            assert not process.poll(), log.read_text()[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return logs[0].read_text()
-
-
-def in_one(line: str) -> None:
-    """Run a command line in this process."""
-    assert main(shlex.split(line)) == 0
+        noise(f"new/{i}.png", (30 + i, 64 - i))
+    noise("few/0.png", (32, 32))
+    return workdir
 
 
 def over(way: str, processes: int) -> str:
@@ -168,11 +117,10 @@ def put_aside(way: str, name: str) -> None:
 
 
 def rows(file: Path) -> list[dict[str, float]]:
-    with file.open(newline="") as stream:
-        return [
-            {k: float(v) for k, v in row.items() if v and k.startswith("val/") and k != DISTANCE}
-            for row in csv.DictReader(stream)
-        ]
+    return [
+        {k: float(v) for k, v in row.items() if v and k.startswith("val/") and k != DISTANCE}
+        for row in table(file)
+    ]
 
 
 def assert_same_scores(run: Path) -> None:
@@ -224,10 +172,10 @@ def test_every_task_is_the_same_over_processes(place: Path, way: str, processes:
         refused += [f"{begin} --model.ema_decay=0.5", f"{begin} --trainer.sync_batchnorm=true"]
     lines = [*refused, *scores(way, of)]
     if processes > 2:
-        in_processes(2, NODES[way], fits(way))
+        in_processes(2, commands, fits(way), nodes=NODES[way])
     else:
         lines = [*fits(way), *lines]
-    said = in_processes(processes, NODES[way], lines)
+    said = in_processes(processes, commands, lines, nodes=NODES[way])
     assert f"1 images to evaluate are fewer than the {processes} processes" in said
     assert "Traceback" not in said
     if way == "fsdp":
@@ -236,7 +184,7 @@ def test_every_task_is_the_same_over_processes(place: Path, way: str, processes:
     assert not Path("no").exists()
     put_aside(way, "several")
     for line in scores(way, "--trainer.devices=1 --trainer.num_nodes=1 --trainer.strategy=auto"):
-        in_one(line)
+        simmim(line)
     put_aside(way, "one")
     for task in TASKS:
         run = Path(way, task, "version_0")
@@ -265,15 +213,15 @@ def assert_every_command_reads_shards(place: Path) -> None:
     }
     for task, kind in kinds.items():
         run, one = f"fsdp/{task}/version_0", f"{task}.ckpt"
-        in_one(f"convert --weights={run} --out={one}")
+        simmim(f"convert --weights={run} --out={one}")
         model = kind.load_from_checkpoint(one)
         again = kind.load_from_checkpoint(f"{run}/checkpoints/last.ckpt")
-        assert_equal(again.state_dict(), model.state_dict())
-        assert_equal(load_encoder(run).state_dict(), load_encoder(one).state_dict())
+        assert_same_tensors(again.state_dict(), model.state_dict())
+        assert_same_tensors(load_encoder(run).state_dict(), load_encoder(one).state_dict())
         for weights, out in ((run, "shards"), (one, "file")):
             options = "--map=none --neighbours=0 --accelerator=cpu --num_workers=0"
-            in_one(f"embed --weights={weights} --root=images --out={task}_{out}.npz {options}")
-            in_one(f"export --weights={weights} --out={task}_{out}")
+            simmim(f"embed --weights={weights} --root=images --out={task}_{out}.npz {options}")
+            simmim(f"export --weights={weights} --out={task}_{out}")
         features = [np.load(f"{task}_{out}.npz")["features"] for out in ("shards", "file")]
         np.testing.assert_array_equal(*features)
         assert features[0].std(0).min() > 0
@@ -290,13 +238,7 @@ def assert_every_command_reads_shards(place: Path) -> None:
             assert inherited.classes == model.classes != []
     assert json.loads(Path("classify_shards/config.json").read_text())["label_names"] == [*"abc"]
     few = "--root=images --epochs=1 --min_steps=2 --seeds=1 --budgets=[1.0] --accelerator=cpu"
-    in_one(f"compare --weights=fsdp/segment/version_0 {few} --num_workers=0 --out=compared")
+    simmim(f"compare --weights=fsdp/segment/version_0 {few} --num_workers=0 --out=compared")
     assert "scratch" in Path("compared/summary.md").read_text()
-    words = f"compare --weights=fsdp/classify/version_0 {few}".split()
-    assert main(words) == 1  # it knows the labels already
-
-
-def assert_equal(a: dict[str, Any], b: dict[str, Any]) -> None:
-    assert a.keys() == b.keys()
-    for name, tensor in a.items():
-        assert torch.equal(tensor, b[name]), name
+    line = f"compare --weights=fsdp/classify/version_0 {few}"
+    assert main(line.split()) == 1  # it knows the labels already

@@ -21,6 +21,8 @@ from simmim.cli import main
 from simmim.detect import Detector
 from simmim.segment import Segmenter
 from simmim.weights.files import read_checkpoint
+from support.commands import refused
+from support.folders import make_classes
 
 MODELS = (SimMIM, Classifier, Segmenter, Detector)
 TINY = {"depth": 1, "embed_dim": 32, "num_heads": 2}
@@ -84,10 +86,8 @@ def test_the_trap_works(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def images(tmp_path: Path, make_images: Callable[..., Path]) -> Path:
-    for name in ("a", "b"):
-        make_images(tmp_path / "images" / name, 8)
-    return tmp_path / "images"
+def images(tmp_path: Path) -> Path:
+    return make_classes(tmp_path / "images", 8)
 
 
 def commands(weights: str, root: Path, out: Path) -> dict[str, list[str]]:
@@ -108,17 +108,11 @@ def refusals(
     weights: str, root: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> dict[str, str]:
     """What each command says of a file that it must refuse."""
-    said = {}
-    for name, arguments in commands(weights, root, out).items():
-        assert main(arguments) in (1, 2), name
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert lines, name
-        assert lines[-1].startswith("simmim: "), (name, lines)
-        assert not any("Traceback" in line for line in lines), (name, lines)
-        said[name] = lines[-1]
-    return said
+    lines = commands(weights, root, out)
+    return {name: refused(capsys, "", *words) for name, words in lines.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trap", KINDS, indirect=True)
 def test_no_command_runs_code(
     trap: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -151,6 +145,7 @@ def served(tmp_path: Path) -> Iterator[str]:
         server.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trap", ["zip", "legacy", "pickle"], indirect=True)
 def test_code_at_a_url_is_not_run(
     trap: Path, served: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

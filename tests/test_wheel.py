@@ -94,6 +94,7 @@ def test_the_changelog_begins_with_this_version() -> None:
 # What is in it -----------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_the_wheel_has_every_module_and_every_config(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as file:
         names = {name for name in file.namelist() if ".dist-info/" not in name}
@@ -108,6 +109,7 @@ def test_the_wheel_has_every_module_and_every_config(wheel: Path) -> None:
     assert names == expected | {"simmim/py.typed"}
 
 
+@pytest.mark.exhaustive
 def test_the_source_archive_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hatchling", "build", "--target", "sdist"]
     run(*command, "--directory", tmp_path, cwd=ROOT)
@@ -171,7 +173,7 @@ def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / BIN
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
 def test_the_wheel_works_with_what_it_declares(clean: Path, tmp_path: Path) -> None:
     assert run(clean / "simmim", "--version", cwd=tmp_path).strip() == simmim.__version__
@@ -192,7 +194,7 @@ def test_the_wheel_works_with_what_it_declares(clean: Path, tmp_path: Path) -> N
     assert "wrote encoder" in out
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
 @pytest.mark.parametrize(
     ("options", "extra"),
