@@ -232,6 +232,7 @@ def test_the_script_finds_modules_of_the_working_folder_behind_those_that_are_in
     assert "callback: ahoy" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_folder_where_nothing_is_named_is_not_searched(place: Path) -> None:
     before = [*sys.path]
     (place / "missing.py").write_text("raise SystemExit('caught')\n")

@@ -121,12 +121,6 @@ def test_keys_draws_and_masks_are_those_of_splitmix64(seed: int, epoch: int, ind
             assert mask.nonzero()[:, 0].tolist() == sorted(hidden)
 
 
-def test_keys_of_neighbours_never_collide() -> None:
-    index = torch.arange(2000)
-    grid = [sample_keys(index, seed, epoch) for seed in range(10) for epoch in range(50)]
-    assert len(torch.cat(grid).unique()) == 10 * 50 * 2000
-
-
 def test_draws_are_independent_of_each_other() -> None:
     """Of draw, index, epoch, seed and stream: neighbours' correlations are those of chance."""
     index = torch.arange(20_000)

@@ -173,7 +173,11 @@ def tiny(kind: str = "vit", **kwargs: Any) -> SimMIM:
 
 @pytest.mark.parametrize(
     ("kind", "masking"),
-    [("vit", "token"), ("vit", "block"), ("swin", "random"), ("swin", "square")],
+    [
+        ("vit", "token"),
+        ("vit", "block"),
+        pytest.param("swin", "square", marks=pytest.mark.slow),
+    ],
 )
 def test_it_trains_and_its_weights_are_the_encoder_s(
     kind: str, masking: str, tmp_path: Path
