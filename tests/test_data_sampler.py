@@ -1,6 +1,6 @@
 """Order: a permutation by (seed, epoch), the same global batches for any number of processes."""
 
-from itertools import chain
+from itertools import chain, product
 
 import pytest
 from torch.utils.data import DataLoader
@@ -39,11 +39,9 @@ def test_an_epoch_is_its_permutation() -> None:
     assert epoch_of(20, 4, 1, seed=1) != epoch_of(20, 4, 1, seed=2)
 
 
-@pytest.mark.parametrize(("batch_size", "replicas"), [(12, 1), (6, 2), (4, 3), (3, 4), (1, 12)])
-def test_global_batches_do_not_depend_on_the_number_of_processes(
-    batch_size: int, replicas: int
-) -> None:
-    assert epoch_of(100, batch_size, replicas) == epoch_of(100, 12, 1)
+def test_global_batches_do_not_depend_on_the_number_of_processes() -> None:
+    for batch_size, replicas in ((6, 2), (4, 3), (1, 12)):
+        assert epoch_of(100, batch_size, replicas) == epoch_of(100, 12, 1)
 
 
 def test_every_image_is_seen_once_an_epoch() -> None:
@@ -67,23 +65,19 @@ def test_it_begins_where_it_is_told() -> None:
     assert len(later) == 20  # as Lightning counts: the batches of an epoch
 
 
-@pytest.mark.parametrize(
-    ("n", "replicas"),
-    [(n, r) for n in (1, 2, 5, 7, 16, 17, 100) for r in (1, 2, 3, 4, 8) if r <= n],
-)
-@pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
-def test_evaluation_sees_each_once_in_as_many_batches(
-    n: int, replicas: int, batch_size: int
-) -> None:
-    size = even_batch_size(n, batch_size, replicas)
-    samplers = [EvenSampler(range(n), replicas, rank) for rank in range(replicas)]
-    loaders = [DataLoader(range(n), batch_size=size, sampler=s) for s in samplers]
-    assert len({len(loader) for loader in loaders}) == 1
-    assert all(len(list(loader)) == len(loader) > 0 for loader in loaders)
-    seen = sorted(i for sampler in samplers for i in sampler)
-    assert seen == list(range(n))
-    if batch_size > 2 and n >= 2 * replicas:
-        assert size <= batch_size
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_evaluation_sees_each_once_in_as_many_batches(batch_size: int) -> None:
+    for n, replicas in product((1, 2, 5, 16, 17, 100), (1, 2, 3, 8)):
+        if replicas > n:
+            continue
+        size = even_batch_size(n, batch_size, replicas)
+        samplers = [EvenSampler(range(n), replicas, rank) for rank in range(replicas)]
+        loaders = [DataLoader(range(n), batch_size=size, sampler=s) for s in samplers]
+        assert len({len(loader) for loader in loaders}) == 1
+        assert all(len(list(loader)) == len(loader) > 0 for loader in loaders)
+        assert sorted(i for sampler in samplers for i in sampler) == list(range(n))
+        if batch_size > 2 and n >= 2 * replicas:
+            assert size <= batch_size
 
 
 def test_the_order_of_evaluation_is_the_folders() -> None:

@@ -1,6 +1,5 @@
 """Crops: torchvision's law, Pillow's pixels, and a draw that depends on nothing but its key."""
 
-from collections.abc import Iterator
 from itertools import repeat
 
 import numpy as np
@@ -38,11 +37,10 @@ def test_uniforms_are_a_known_function_of_their_key() -> None:
 
 
 def test_neighbouring_keys_are_unrelated() -> None:
-    by_index = np.array([next(uniforms(0, 0, i)) for i in range(5000)])
-    by_epoch = np.array([next(uniforms(0, e, 0)) for e in range(5000)])
-    for values in (by_index, by_epoch):
-        assert values.mean() == pytest.approx(0.5, abs=0.02)
-        assert abs(np.corrcoef(values[1:], values[:-1])[0, 1]) < 0.06
+    for keys in ([(0, 0, i) for i in range(3000)], [(0, e, 0) for e in range(3000)]):
+        values = np.array([next(uniforms(*key)) for key in keys])
+        assert values.mean() == pytest.approx(0.5, abs=0.03)
+        assert abs(np.corrcoef(values[1:], values[:-1])[0, 1]) < 0.08
 
 
 def test_permutation_is_a_known_function_of_seed_and_epoch() -> None:
@@ -51,7 +49,7 @@ def test_permutation_is_a_known_function_of_seed_and_epoch() -> None:
     assert sorted(permutation(1000, 5, 9).tolist()) == list(range(1000))
 
 
-@pytest.mark.parametrize(("height", "width"), [(300, 500), (500, 300), (64, 64), (100, 180)])
+@pytest.mark.parametrize(("height", "width"), [(300, 500), (100, 64)])
 def test_the_box_law_is_torchvisions(height: int, width: int) -> None:
     image = torch.empty(3, height, width)
     theirs = np.array([RandomResizedCrop.get_params(image, SCALE, RATIO) for _ in range(3000)])
@@ -73,18 +71,14 @@ def test_a_box_step_by_step() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(1, 2000), (2000, 1), (1, 1), (40, 400), (400, 40)])
 def test_where_nothing_fits_the_box_is_torchvisions(height: int, width: int) -> None:
-    def largest() -> Iterator[float]:
-        return repeat(0.999999)
-
-    ours = random_box(height, width, (1, 1), RATIO, largest())
+    ours = random_box(height, width, (1, 1), RATIO, repeat(0.999999))
     if 1 in (height, width):
         assert 1 <= ours.height <= height
         assert 1 <= ours.width <= width
         assert ours.left + ours.width <= width
         return
     image = torch.empty(3, height, width)
-    theirs = RandomResizedCrop.get_params(image, [1.0, 1.0], list(RATIO))  # never fits
-    assert ours == theirs
+    assert ours == RandomResizedCrop.get_params(image, [1.0, 1.0], list(RATIO))  # never fits
 
 
 def test_pixels_are_pillows_to_a_grey_level() -> None:
@@ -99,12 +93,9 @@ def test_pixels_are_pillows_to_a_grey_level() -> None:
         assert np.abs(ours.permute(1, 2, 0).numpy().astype(int) - theirs).max() <= 1
 
 
-def test_a_crop_of_the_right_size_is_left_alone() -> None:
+def test_a_crop_of_the_right_size_is_left_alone_and_deep_scans_stay_between_0_and_1() -> None:
     image = torch.randint(0, 256, (3, 20, 20), dtype=torch.uint8)
     assert torch.equal(crop_and_resize(image, Box(2, 3, 8, 8), (8, 8)), image[:, 2:10, 3:11])
-
-
-def test_deep_scans_stay_between_0_and_1() -> None:
     image = (torch.rand(1, 50, 50) > 0.5).float()
     resized = crop_and_resize(image, Box(0, 0, 50, 50), (64, 64))
     assert (resized.dtype, resized.min() >= 0, resized.max() <= 1) == (torch.float32, True, True)

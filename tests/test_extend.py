@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,16 +124,6 @@ trainer:
 """
 SILENT = f"{QUIET}probe: &none {{every_n_epochs: 0}}\nreconstructions: *none\nworst: *none\n"
 TINY = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 1}
-VIT = f"--model.encoder=vit_tiny_patch16_224 --model.encoder_kwargs={TINY}"
-
-
-def write_folder(folder: Path, make_images: Callable[..., Path]) -> None:
-    for name in ("a", "b"):
-        make_images(folder / "images" / name, 6)
-    (folder / "my_parts.py").write_text(PARTS)
-    (folder / "own.yaml").write_text(OWN)
-    (folder / "quiet.yaml").write_text(QUIET)
-    (folder / "silent.yaml").write_text(SILENT)
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +143,11 @@ def place(
     tmp_path: Path, make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """A working folder with images, and a user's own file and config."""
-    write_folder(tmp_path, make_images)
+    for name in ("a", "b"):
+        make_images(tmp_path / "images" / name, 6)
+    files = {"my_parts.py": PARTS, "own.yaml": OWN, "quiet.yaml": QUIET, "silent.yaml": SILENT}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -171,6 +166,7 @@ def forget_parts() -> None:
 # On the command line -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_each_kind_is_named_by_its_import_path_and_opens_with_trust_alone(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -208,22 +204,21 @@ def test_each_kind_is_named_by_its_import_path_and_opens_with_trust_alone(
     assert fit("own.yaml", "--ckpt_path=last", "--trainer.max_epochs=3") == 0  # named once more
 
 
-@pytest.mark.parametrize("mode", ["probe", "finetune"])
-def test_compare_takes_an_own_encoder(
-    place: Path, mode: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.slow
+def test_compare_takes_an_own_encoder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = ["--model.img_size=32", "--model.mask_patch_size=8", "--model.drop_path_rate=0"]
     own = ["--model.encoder=my_parts.Patches", "--data.root=images", "--data.batch_size=4"]
     assert fit("image_folder", *model, *own, "--data.num_workers=0") == 0
     (place / "plain.yaml").write_text("model: {frozen: false, warmup_epochs: 1}\n")
-    recipe = ["--config", "plain.yaml"] if mode == "finetune" else ["--mode", "probe"]
     length = ["--seeds=1", "--epochs=1", "--min_steps=1", "--budgets=[1.0]", "--batch_size=4"]
-    command = ["compare", "--weights", "runs/image_folder/version_0", *recipe, *length]
-    assert main(command) == 1
-    assert "--trust" in capsys.readouterr().err
-    assert main([*command, "--trust"]) == 0
+    for recipe in (["--config", "plain.yaml"], ["--mode", "probe"]):
+        command = ["compare", "--weights", "runs/image_folder/version_0", *recipe, *length]
+        assert main(command) == 1
+        assert "--trust" in capsys.readouterr().err
+        assert main([*command, "--trust"]) == 0
 
 
+@pytest.mark.slow
 def test_the_script_finds_modules_of_the_working_folder_behind_those_that_are_installed(
     place: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -237,15 +232,15 @@ def test_the_script_finds_modules_of_the_working_folder_behind_those_that_are_in
     assert "callback: ahoy" in done.stdout
 
 
-def test_a_folder_where_nothing_is_named_is_not_searched(
-    place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.slow
+def test_a_folder_where_nothing_is_named_is_not_searched(place: Path) -> None:
     before = [*sys.path]
     (place / "missing.py").write_text("raise SystemExit('caught')\n")
     assert main(["pretrain", "fit", "-c", "quiet.yaml", "--data.root=nowhere"]) == 1
     assert sys.path == before
 
 
+@pytest.mark.slow
 def test_parts_are_registered_by_a_module_that_the_config_imports(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -270,13 +265,15 @@ def test_parts_are_registered_by_a_module_that_the_config_imports(
     assert main([*embed, "--imports", "my_parts"]) == 0
 
 
+@pytest.mark.slow
 def test_an_own_data_module_trains_a_classifier(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = ["--data_class=my_parts.Noise", "--data.images=12", "--model.img_size=32"]
     config = ["-c", "finetune_small", "-c", "quiet.yaml"]
-    command = ["classify", "fit", *config, *data, *VIT.split(" --", 1)[0].split()]
-    assert main([*command, f"--model.encoder_kwargs={TINY}", "--model.drop_path_rate=0"]) == 0
+    vit = ["--model.encoder=vit_tiny_patch16_224", f"--model.encoder_kwargs={TINY}"]
+    command = ["classify", "fit", *config, *data, *vit, "--model.drop_path_rate=0"]
+    assert main(command) == 0
     run = "runs/finetune_small/version_0"
     kept = torch.load(f"{run}/checkpoints/last.ckpt", weights_only=True)
     assert kept["classes"] == ["dark", "bright"]
@@ -284,6 +281,7 @@ def test_an_own_data_module_trains_a_classifier(
     assert "val/top1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_slurm_goes_on_with_what_the_same_command_names(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,7 +301,6 @@ def test_slurm_goes_on_with_what_the_same_command_names(
         ("--model.masking=chequer --imports my_parts", "did you mean 'checker'"),
         ("--imports mine", "imports: 'mine' cannot be imported"),
         ("--data_class=my_parts.Gray", "data_class 'my_parts.Gray' is no LightningDataModule"),
-        ("--data_class=my_parts.Nois", "data 'my_parts.Nois' cannot be imported"),
         ("--data_class=my_parts.Noise --data.image=3", "--data.image: did you mean --data.images"),
         ("--model.encoder=my_parts.Gray", "encoder 'my_parts.Gray' is Gray(in_chans, img_size"),
         ("--trainer.callbacks+=my_parts.Sy", "--trainer.callbacks: module my_parts has no Sy"),
@@ -372,11 +369,9 @@ class Bare(nn.Module):
             "masking_kwargs: .* has no option 'shar', it has share",
         ),
         ({"loss": "one_number"}, r"loss .* gives \(B\): return \(B, C, 32, 32\)"),
-        ({"loss": "whole_numbers"}, "cannot be called as simmim calls a loss"),
         ({"target": "Flat"}, r"target .* gives \(B, 3072\): return \(B, C, 32, 32\)"),
         ({"target": "Bare"}, r"target .* is Bare.*cannot be called|no option"),
         ({"head": "Coarse"}, r"head .* gives \(B, 3, 4, 4\): return \(B, 3, 32, 32\)"),
-        ({"head": "Flat"}, "cannot be called as simmim calls a head"),
         ({"encoder": "Bare", "encoder_kwargs": None}, "has no forward_features: define"),
         ({"encoder": "Bare", "encoder_kwargs": {"width": 1}}, "has no option 'width', it has none"),
         ({"encoder": "one_number"}, "encoder_kwargs: .* has no option 'patch_size'"),
@@ -396,7 +391,6 @@ def test_a_module_without_options_is_known_after_torch_compile(
 ) -> None:
     monkeypatch.setattr(nn.Module, "__init__", nn.Module.__init__)  # to have it back
     mutation_guard.install_generation_tagging_init()  # what the first compilation does
-    assert nn.Module.__init__.__name__ == "patched_init"
     with pytest.raises(ValueError, match="has no option 'width', it has none"):
         tiny(encoder="test_extend.Bare", encoder_kwargs={"width": 1})
 
@@ -438,12 +432,9 @@ def test_a_registered_name_needs_no_trust_and_takes_no_name_of_ours() -> None:
 
 
 def test_a_package_registers_its_parts_by_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Point:
-        def load(self) -> None:
-            simmim.register("loss", "packaged")(one_number)
-
+    point = SimpleNamespace(load=lambda: simmim.register("loss", "packaged")(one_number))
     simmim.parts._load_entry_points.cache_clear()
-    monkeypatch.setattr("simmim.parts.entry_points", lambda group: [Point()])
+    monkeypatch.setattr("simmim.parts.entry_points", lambda group: [point])
     with pytest.raises(ValueError, match=r"loss 'packaged' gives \(B\)"):
         tiny(loss="packaged", trust=False)
     simmim.parts._load_entry_points.cache_clear()

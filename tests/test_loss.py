@@ -63,31 +63,21 @@ def test_cosine_loss_by_hand() -> None:
 def test_cross_entropy_loss_by_hand() -> None:
     """Two channels of three classes: the classes of the first channel come first."""
     chances = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]])
-    prediction = chances.log().view(1, 6, 1, 1) + 7  # logits: a constant does not matter
-    target = torch.tensor([0, 2]).view(1, 2, 1, 1)
-    mask = torch.ones(1, 1, 1, dtype=torch.bool)
-    expected = -(math.log(0.5) + math.log(0.8)) / 2
-    assert cross_entropy_loss(prediction, target, mask).item() == pytest.approx(expected)
+    prediction = chances.log().view(1, 6, 1, 1).expand(1, 6, 1, 2) + 7  # a constant does not matter
+    target = torch.tensor([[0, 1], [2, 0]]).view(1, 2, 1, 2)
+    mask = torch.tensor([[[True, False]]])
+    loss = cross_entropy_loss(prediction, target, mask)
+    assert loss.item() == pytest.approx(-(math.log(0.5) + math.log(0.8)) / 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = cross_entropy_loss(prediction.bfloat16(), target, mask)
+    assert low.dtype == torch.float32
+    assert low == cross_entropy_loss(prediction.bfloat16().float(), target, mask)
 
 
-def test_cross_entropy_is_torchs_for_each_channel() -> None:
-    prediction, target = torch.randn(4, 3 * 8, 6, 6), torch.randint(8, (4, 3, 6, 6))
-    mask = draw(4, 3)
-    hidden = upsample_mask(mask, (6, 6))[:, 0]
-    by_channel = [
-        F.cross_entropy(logits.movedim(1, -1)[hidden], classes[hidden])
-        for logits, classes in zip(prediction.split(8, 1), target.unbind(1), strict=True)
-    ]
-    ours = cross_entropy_loss(prediction, target, mask)
-    torch.testing.assert_close(ours, torch.stack(by_channel).mean())
-
-
-@pytest.mark.parametrize("size", [(192, 6), (224, 7)])
-def test_l1_loss_is_the_official_one(size: tuple[int, int]) -> None:
+def test_l1_loss_is_the_official_one() -> None:
     """SimMIM's formula, with its mask of 4-px patches and its 1e-5."""
-    pixels, cells = size
-    images, prediction = torch.randn(2, 2, 3, pixels, pixels).unbind(0)
-    mask = draw(2, cells)
+    images, prediction = torch.randn(2, 2, 3, 96, 96).unbind(0)
+    mask = draw(2, 3)
     official = mask.long().repeat_interleave(8, 1).repeat_interleave(8, 2)  # of 4-px patches
     official = official.repeat_interleave(4, 1).repeat_interleave(4, 2).unsqueeze(1).contiguous()
     difference = F.l1_loss(images, prediction, reduction="none")
@@ -118,9 +108,8 @@ def test_visible_pixels_count_for_nothing(loss: Loss, case: tuple[Tensor, Tensor
 @pytest.mark.parametrize("loss", [l1_loss, mse_loss, smooth_l1_loss, cosine_loss])
 def test_without_a_mask_everything_counts(loss: Loss, case: tuple[Tensor, Tensor, Tensor]) -> None:
     prediction, target, mask = case
-    torch.testing.assert_close(
-        loss(prediction, target, None), loss(prediction, target, torch.ones_like(mask))
-    )
+    whole = loss(prediction, target, None)
+    torch.testing.assert_close(whole, loss(prediction, target, torch.ones_like(mask)))
     assert loss(target, target, None).item() == pytest.approx(0, abs=1e-6)
 
 
@@ -145,26 +134,16 @@ def test_nan_that_is_not_hidden_stays_out_of_the_loss(case: tuple[Tensor, Tensor
 
 
 @pytest.mark.parametrize("loss", OURS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_losses_are_in_float32(
-    loss: Loss, dtype: torch.dtype, case: tuple[Tensor, Tensor, Tensor]
-) -> None:
+def test_losses_are_in_float32(loss: Loss, case: tuple[Tensor, Tensor, Tensor]) -> None:
     prediction, target, mask = case
-    low = (prediction * 300).to(dtype)  # a square of 90,000 does not fit into float16
-    expected = loss(low.float(), target, mask)
-    assert expected.isfinite()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = loss(low, target, mask)
-    assert ours.dtype == torch.float32
-    assert ours == expected
-
-
-def test_cross_entropy_is_in_float32() -> None:
-    prediction, target = torch.randn(2, 6, 4, 4).bfloat16(), torch.randint(2, (2, 3, 4, 4))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = cross_entropy_loss(prediction, target, None)
-    assert ours.dtype == torch.float32
-    assert ours == cross_entropy_loss(prediction.float(), target, None)
+    for dtype in (torch.bfloat16, torch.float16):
+        low = (prediction * 300).to(dtype)  # a square of 90,000 does not fit into float16
+        expected = loss(low.float(), target, mask)
+        assert expected.isfinite()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            ours = loss(low, target, mask)
+        assert ours.dtype == torch.float32
+        assert ours == expected
 
 
 def test_the_mean_is_right_where_processes_hide_different_numbers() -> None:
@@ -240,18 +219,13 @@ def test_a_perfect_prediction_has_a_fourier_loss_of_zero(
     assert target.grad.eq(0).all()
 
 
-@pytest.mark.parametrize("loss", OURS)
-def test_shapes_that_would_be_broadcast_are_refused(loss: Loss) -> None:
-    with pytest.raises(Exception, match=r"differ in shape|[Tt]ype-check"):
-        loss(torch.rand(2, 3, 4, 4), torch.rand(2, 1, 4, 4), None)
-
-
-def test_the_shape_checks_are_there_without_jaxtyping_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shapes_that_would_be_broadcast_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from jaxtyping import config
 
     monkeypatch.setattr(config, "jaxtyping_disable", True)
-    with pytest.raises(ValueError, match=r"\(2, 3, 4, 4\) and target \(2, 1, 4, 4\) differ"):
-        l1_loss(torch.rand(2, 3, 4, 4), torch.rand(2, 1, 4, 4), None)
+    for loss in OURS:
+        with pytest.raises(ValueError, match=r"\(2, 3, 4, 4\) and target \(2, 1, 4, 4\) differ"):
+            loss(torch.rand(2, 3, 4, 4), torch.rand(2, 1, 4, 4), None)
     with pytest.raises(ValueError, match="channels must be a multiple of 3"):
         cross_entropy_loss(torch.rand(2, 7, 4, 4), torch.zeros(2, 3, 4, 4, dtype=torch.long), None)
 
@@ -260,13 +234,9 @@ def test_the_shape_checks_are_there_without_jaxtyping_too(monkeypatch: pytest.Mo
 def test_errors_of_the_table_are_their_losses_before_the_mean(
     name: str, case: tuple[Tensor, Tensor, Tensor]
 ) -> None:
+    check_loss(LOSSES[name])
     prediction, target, mask = case
     loss = {"l1": l1_loss, "l2": mse_loss, "smooth_l1": smooth_l1_loss, "cosine": cosine_loss}[name]
     error = LOSSES[name](prediction.half(), target)
     assert error.dtype == torch.float32
     torch.testing.assert_close(masked_mean(error, mask), loss(prediction.half(), target, mask))
-
-
-@pytest.mark.parametrize("name", ["l1", "l2", "smooth_l1", "cosine"])
-def test_each_loss_holds_to_what_a_users_own_must(name: str) -> None:
-    check_loss(LOSSES[name])

@@ -42,6 +42,14 @@ def hidden_cells(mask: Tensor) -> list[int]:
     return mask.flatten(1).sum(1).unique().tolist()
 
 
+def assert_uniform(counts: Tensor, p: float = 1e-4) -> None:
+    """Pearson's chi-square test."""
+    expected = counts.sum() / len(counts)
+    statistic = ((counts - expected) ** 2 / expected).sum().item()
+    low, high = chi2.ppf([p / 2, 1 - p / 2], len(counts) - 1)
+    assert low < statistic < high, f"{statistic} outside {low} .. {high}"
+
+
 # Counts
 
 
@@ -51,24 +59,19 @@ def hidden_cells(mask: Tensor) -> list[int]:
         (36, 0.6, 22),  # Swin at 192 px: the released runs' 22 of 36
         (49, 0.6, 30),  # ViT at 224 px
         (100, 0.55, 55),  # 56 in floating point
-        (100, 0.56, 56),  # 57 in floating point
         (10, 0.1 + 0.2, 3),  # 0.30000000000000004 means 0.3
-        (7, 1 / 3, 3),
         (9, 1 / 3, 3),
         (36, 0, 0),
         (36, 1, 36),
         (36, 1e-9, 1),
         (0, 0.6, 0),
+        *((100, i / 100, i) for i in (7, 14, 28, 29, 56, 57, 58)),  # products that are inexact
     ],
 )
 def test_mask_count_is_the_ceiling_of_the_decimal(cells: int, ratio: float, count: int) -> None:
     assert mask_count(cells, ratio) == count
     assert draw_counts(keys(3), cells, ratio).tolist() == [count] * 3
     assert draw_counts(keys(3), torch.full((3,), cells), ratio).tolist() == [count] * 3
-
-
-def test_hundredths_of_a_hundred_are_themselves() -> None:
-    assert [mask_count(100, i / 100) for i in range(101)] == list(range(101))
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.1, math.nan, [0.6, 0.4], [0.4], [0.1, 0.2, 0.3], [0, 2]])
@@ -78,14 +81,12 @@ def test_an_impossible_ratio_is_refused_with_its_value(ratio: float | list[float
 
 
 @pytest.mark.parametrize("masking", ["random", "block", "token"])
-@pytest.mark.parametrize("grid", [(6, 6), (7, 7), (4, 9), (1, 8), (14, 14)])
-@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.6, 0.95, 1.0])
-def test_every_sample_hides_exactly_the_same_number(
-    masking: str, grid: tuple[int, int], ratio: float
-) -> None:
-    mask = draw_masks(MASKINGS[masking], keys(200), grid, ratio)
-    assert mask.shape == (200, *grid)
-    assert hidden_cells(mask) == [mask_count(grid[0] * grid[1], ratio)]
+def test_every_sample_hides_exactly_the_same_number(masking: str) -> None:
+    for grid in ((6, 6), (4, 9), (1, 8), (14, 14)):
+        for ratio in (0.0, 0.1, 0.6, 0.95, 1.0):
+            mask = draw_masks(MASKINGS[masking], keys(100), grid, ratio)
+            assert mask.shape == (100, *grid)
+            assert hidden_cells(mask) == [mask_count(grid[0] * grid[1], ratio)]
 
 
 def test_a_range_of_ratios_draws_every_count_equally_often() -> None:
@@ -98,42 +99,26 @@ def test_a_range_of_ratios_draws_every_count_equally_often() -> None:
 # The hash
 
 
-def assert_uniform(counts: Tensor, p: float = 1e-4) -> None:
-    """Pearson's chi-square test."""
-    expected = counts.sum() / len(counts)
-    statistic = ((counts - expected) ** 2 / expected).sum().item()
-    low, high = chi2.ppf([p / 2, 1 - p / 2], len(counts) - 1)
-    assert low < statistic < high, f"{statistic} outside {low} .. {high}"
+def splitmix64(x: int) -> int:
+    """Its finaliser (Steele et al. 2014), in Python's integers."""
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31
 
 
-def test_keys_of_neighbours_never_collide() -> None:
-    index = torch.arange(2000)
-    grid = [sample_keys(index, seed, epoch) for seed in range(10) for epoch in range(50)]
-    assert len(torch.cat(grid).unique()) == 10 * 50 * 2000
-
-
-def test_numbers_of_the_hash_are_those_of_splitmix64() -> None:
-    def mix(x: int) -> int:
-        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
-        return x ^ x >> 31
-
-    key = mix((mix(mix(7) + 3) + 41) % 2**64)
-    draws = [mix((mix(key) + i) % 2**64) >> 33 for i in range(3)]
-    sample = sample_keys(torch.tensor([41]), 7, 3)
+@pytest.mark.parametrize(("seed", "epoch", "index"), [(7, 3, 41), (0, 0, 0), (1, 799, 1_281_166)])
+def test_keys_draws_and_masks_are_those_of_splitmix64(seed: int, epoch: int, index: int) -> None:
+    key = splitmix64((splitmix64((splitmix64(seed) + epoch) % 2**64) + index) % 2**64)
+    sample = sample_keys(torch.tensor([index]), seed, epoch)
     assert sample.item() % 2**64 == key
-    assert hash_integers(sample, 3).tolist() == [draws]
-
-
-@pytest.mark.parametrize("stream", [0, 1, 5])
-def test_draws_are_uniform_in_every_bit_and_31_bits_long(stream: int) -> None:
-    draws = hash_integers(keys(4000), 50, stream).flatten()
-    assert draws.min() >= 0
-    assert draws.max() < 2**31
-    ones = torch.stack([(draws >> bit & 1).float().mean() for bit in range(31)])
-    assert (ones - 0.5).abs().max() < 5 * 0.5 / len(draws) ** 0.5  # five standard deviations
-    assert_uniform((draws >> 23).bincount(minlength=256))
-    assert_uniform((draws % 251).bincount(minlength=251))
+    for stream in (0, 1, 5):
+        start = splitmix64(key ^ stream << 40)
+        draws = [splitmix64((start + i) % 2**64) >> 33 for i in range(16)]
+        assert hash_integers(sample, 16, stream).tolist() == [draws]
+        if stream == 1:  # hidden are the cells that draw the lowest numbers
+            hidden = sorted(range(16), key=lambda i: draws[i])[:10]
+            mask = draw_masks(random_mask, sample, (4, 4), 0.6).flatten()
+            assert mask.nonzero()[:, 0].tolist() == sorted(hidden)
 
 
 def test_draws_are_independent_of_each_other() -> None:
@@ -154,25 +139,7 @@ def test_draws_are_independent_of_each_other() -> None:
         assert_uniform((first[:, 0] % 16 * 16 + other % 16).bincount(minlength=256))
 
 
-def test_one_changed_bit_of_the_index_changes_half_of_the_key() -> None:
-    index = torch.arange(2000)
-    for bit in range(0, 30, 3):
-        change = sample_keys(index, 0, 0) ^ sample_keys(index ^ (1 << bit), 0, 0)
-        flipped = torch.stack([(change >> i & 1).float().mean() for i in range(64)])
-        assert (flipped - 0.5).abs().max() < 5 * 0.5 / 2000**0.5
-
-
 # Random masks
-
-
-def test_each_cell_and_each_pair_of_cells_is_hidden_as_often() -> None:
-    n, ratio = 40_000, 0.6
-    flat = draw_masks(random_mask, keys(n), (6, 6), ratio).flatten(1).double()
-    hidden = 22 / 36
-    assert (flat.mean(0) - hidden).abs().max() < 5 * (hidden * (1 - hidden) / n) ** 0.5
-    pairs = (flat.T @ flat / n)[*torch.triu_indices(36, 36, 1)]
-    expected = hidden * 21 / 35  # without replacement
-    assert (pairs - expected).abs().max() < 5 * (expected * (1 - expected) / n) ** 0.5
 
 
 def test_masks_of_neighbouring_samples_and_epochs_overlap_by_chance_only() -> None:
@@ -206,9 +173,15 @@ def test_each_masking_holds_to_what_a_users_own_must(masking: str, tolerance: fl
 
 def test_masks_are_what_they_were() -> None:
     """Stored on the day they were first drawn: a run interrupted today goes on after an update."""
-    masks = draw_masks(random_mask, keys(2, seed=1, epoch=2), (4, 4), 0.5)
-    rows = ["".join(".#"[cell] for cell in row) for row in masks.flatten(1).int().tolist()]
-    assert rows == [".##....#.#####..", "....#.#.##.#.###"]
+    stored = {
+        "random": [".##....#.#####..", "....#.#.##.#.###"],
+        "block": ["........########", ".##..##.###.#..."],
+        "square": [".###.###.###....", ".###.###.###...."],
+    }
+    for masking, expected in stored.items():
+        masks = draw_masks(MASKINGS[masking], keys(2, seed=1, epoch=2), (4, 4), 0.5)
+        rows = ["".join(".#"[cell] for cell in row) for row in masks.flatten(1).int().tolist()]
+        assert rows == expected, masking
 
 
 # Block and square masks
@@ -218,26 +191,22 @@ def test_block_masks_are_of_blocks() -> None:
     """Hidden cells have more hidden neighbours, and are farther from what is visible."""
     sides = {}
     for masking in (random_mask, block_mask):
-        mask = draw_masks(masking, keys(300), (14, 14), 0.4)
+        mask = draw_masks(masking, keys(100), (14, 14), 0.4)
         alike = (mask[:, 1:] == mask[:, :-1]).float().mean()
-        distance = average_distance(mask, 16).mean()
+        distance = average_distance(mask, 4).mean()
         sides[masking] = alike.item(), distance.item()
+        assert len(mask.flatten(1).unique(dim=0)) > 97
     assert sides[random_mask][0] == pytest.approx(0.4**2 + 0.6**2, abs=0.02)
     assert sides[block_mask][0] > 0.88
     assert sides[block_mask][1] > 3 * sides[random_mask][1]
 
 
 def test_block_masks_favour_no_side() -> None:
-    often = draw_masks(block_mask, keys(20_000), (6, 6), 0.6).float().mean(0)
+    often = draw_masks(block_mask, keys(5000), (6, 6), 0.6).float().mean(0)
     for turned in (often.flip(0), often.flip(1), often.T):
-        assert (often - turned).abs().max() < 0.03
+        assert (often - turned).abs().max() < 0.04
     assert often.min() > 0.2
     assert often.max() < 0.95
-
-
-def test_block_masks_differ() -> None:
-    mask = draw_masks(block_mask, keys(2000), (14, 14), 0.4).flatten(1)
-    assert len(mask.unique(dim=0)) > 1990
 
 
 @pytest.mark.parametrize(
@@ -260,34 +229,26 @@ def test_square_masks_are_squares_anywhere(grid: tuple[int, int], ratio: float, 
 def test_foreground_hides_the_ratio_of_each_samples_valid_cells_and_nothing_else() -> None:
     valid = torch.rand(500, 6, 6) < torch.rand(500, 1, 1)
     valid[0] = False
-    mask = draw_masks(foreground_mask, keys(500), (6, 6), 0.6, valid)
-    assert not (mask & ~valid).any()
-    wanted = [mask_count(n, 0.6) for n in valid.flatten(1).sum(1).tolist()]
-    assert mask.flatten(1).sum(1).tolist() == wanted
-    blocks = draw_masks(block_mask, keys(500), (6, 6), 0.6, valid)
-    assert not (blocks & ~valid).any()
-    assert blocks.flatten(1).sum(1).tolist() == wanted
-
-
-def test_foreground_without_valid_cells_given_is_refused() -> None:
-    with pytest.raises(ValueError, match="foreground"):
+    wanted = [math.ceil(round(0.6 * n, 9)) for n in valid.flatten(1).sum(1).tolist()]
+    for masking in (foreground_mask, block_mask):
+        mask = draw_masks(masking, keys(500), (6, 6), 0.6, valid)
+        assert not (mask & ~valid).any()
+        assert mask.flatten(1).sum(1).tolist() == wanted
+    with pytest.raises(ValueError, match=r"draw it with foreground_cells"):
         draw_masks(foreground_mask, keys(2), (6, 6), 0.6)
 
 
 def test_a_cell_is_foreground_where_any_pixel_is_data() -> None:
     images = torch.full((1, 2, 8, 12), 7, dtype=torch.uint8)
     images[0, 1, 3, 4] = 8  # the last row of cell (0, 1), which is 4 x 4 pixels
-    expected = torch.zeros(1, 2, 3, dtype=torch.bool)
-    expected[0, 0, 1] = True
-    assert torch.equal(foreground_cells(images, (2, 3), nodata=7), expected)
+    expected = [[False, True, False], [False] * 3]
+    assert foreground_cells(images, (2, 3), nodata=7)[0].tolist() == expected
     assert foreground_cells(images, (2, 3)).all()  # nodata is 0
     channel = torch.zeros(1, 2, 8, 12)
     channel[:, 0] = 1.0
     channel[:, 1, :4] = 1.0  # says which rows are data
-    assert foreground_cells(channel, (2, 3), mask_channel=1)[0].tolist() == [
-        [True] * 3,
-        [False] * 3,
-    ]
+    expected = [[True] * 3, [False] * 3]
+    assert foreground_cells(channel, (2, 3), mask_channel=1)[0].tolist() == expected
     assert not foreground_cells(torch.full((1, 1, 8, 12), math.nan), (2, 3), nodata=math.nan).any()
 
 
@@ -298,71 +259,66 @@ def test_upsampling_repeats_cells() -> None:
     mask = draw_masks(random_mask, keys(3), (2, 3), 0.5)
     expected = mask.repeat_interleave(4, 1).repeat_interleave(2, 2)[:, None]
     assert torch.equal(upsample_mask(mask, (8, 6)), expected)
-    assert torch.equal(upsample_mask(mask, (2, 3))[:, 0], mask)
     with pytest.raises(ValueError, match="2 x 3 cells does not divide a size of 8 x 7"):
         upsample_mask(mask, (8, 7))
 
 
-def test_sizes_that_do_not_fit_are_refused_with_some_that_do() -> None:
-    assert mask_grid((192, 224), 32) == (6, 7)
-    with pytest.raises(ValueError, match="img_size 200 is not a multiple of mask_patch_size 32"):
-        mask_grid((200, 200), 32)
-    with pytest.raises(ValueError, match="use 192 or 224, or a mask_patch_size of 20 or 25 or 40"):
-        mask_grid((200, 200), 32)
-    with pytest.raises(ValueError, match="a height of 192 and a width of 288 or 320, or a mask_"):
-        mask_grid((192, 300), 32)
-    with pytest.raises(ValueError, match=r"use 32, or a mask_patch_size of 4 or 7 or 14 or 28$"):
-        mask_grid((28, 28), 32)
-    with pytest.raises(ValueError, match="mask_patch_size 0 must be at least 1"):
-        mask_grid((192, 192), 0)
-
-
-@pytest.mark.parametrize("size", [(200, 200), (192, 300), (28, 28), (97, 89), (33, 64)])
-def test_the_sizes_an_error_names_are_legal(size: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="mask_patch_size of") as error:
+@pytest.mark.parametrize(
+    ("size", "remedy"),
+    [
+        ((200, 200), "use 192 or 224, or a mask_patch_size of 20 or 25 or 40"),
+        ((192, 300), "a height of 192 and a width of 288 or 320, or a mask_"),
+        ((28, 28), "use 32, or a mask_patch_size of 4 or 7 or 14 or 28$"),
+        ((97, 89), "mask_patch_size of"),
+        ((33, 64), "mask_patch_size of"),
+    ],
+)
+def test_a_size_that_does_not_fit_is_refused_with_some_that_do(
+    size: tuple[int, int], remedy: str
+) -> None:
+    with pytest.raises(ValueError, match=remedy) as error:
         mask_grid(size, 32)
     sizes, cells = str(error.value).split(": use ")[1].split(", or a mask_patch_size of ")
     assert all(int(word) % 32 == 0 for word in sizes.split() if word.isdigit())
-    assert cells.split(" or ")
     for cell in cells.split(" or "):
-        assert mask_grid(size, int(cell))
+        assert mask_grid(size, int(cell)) == (size[0] // int(cell), size[1] // int(cell))
+    with pytest.raises(ValueError, match="mask_patch_size 0 must be at least 1"):
+        mask_grid(size, 0)
 
 
 # Fills
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("fill", ["zero", "mean", "noise", 0.5, 1, (0.1, 0.2, 0.3)])
 def test_a_fill_leaves_the_visible_pixels_and_the_input_alone(
-    fill: float | str | tuple[float, ...], dtype: torch.dtype
+    fill: float | str | tuple[float, ...],
 ) -> None:
-    images = torch.randn(4, 3, 12, 8).to(dtype)
-    before = images.clone()
     mask = draw_masks(random_mask, keys(4), (3, 2), 0.5)
-    hidden = upsample_mask(mask, (12, 8)).expand_as(images)
-    filled = fill_pixels(images, mask, fill)
-    assert filled.dtype == dtype
-    assert torch.equal(images, before)
-    assert torch.equal(filled[~hidden], images[~hidden])
-    other = torch.where(hidden, torch.full_like(images, math.nan), images)
-    assert torch.equal(fill_pixels(other, mask, fill), filled)  # nothing hidden gets through
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        images = torch.randn(4, 3, 12, 8).to(dtype)
+        before = images.clone()
+        hidden = upsample_mask(mask, (12, 8)).expand_as(images)
+        filled = fill_pixels(images, mask, fill)
+        assert filled.dtype == dtype
+        assert torch.equal(images, before)
+        assert torch.equal(filled[~hidden], images[~hidden])
+        other = torch.where(hidden, torch.full_like(images, math.nan), images)
+        assert torch.equal(fill_pixels(other, mask, fill), filled)  # nothing hidden gets through
 
 
 def test_the_values_of_a_fill() -> None:
     images = torch.randn(2, 3, 4, 4)
     mask = torch.tensor([[[True, False]], [[True, True]]])
     assert fill_pixels(images, mask, "zero")[1].eq(0).all()
-    assert fill_pixels(images, mask, 0.5)[1].eq(0.5).all()
-    channels = fill_pixels(images, mask, [1.0, 2.0, 3.0])
-    for same in (torch.tensor([1.0, 2.0, 3.0]), np.array([1, 2, 3]), torch.ones(1, 3, 1, 1) * 2):
-        other = fill_pixels(images, mask, same)
-        assert torch.equal(other[:, 1], channels[:, 1])
-    assert torch.equal(fill_pixels(images, mask, torch.tensor(0.5)), fill_pixels(images, mask, 0.5))
-    assert channels[1].mean((1, 2)).tolist() == [1, 2, 3]
+    for half in (0.5, torch.tensor(0.5)):
+        assert fill_pixels(images, mask, half)[1].eq(0.5).all()
+    for channels in ([1.0, 2.0, 3.0], torch.tensor([1.0, 2.0, 3.0]), np.array([1, 2, 3])):
+        assert fill_pixels(images, mask, channels)[1].mean((1, 2)).tolist() == [1, 2, 3]
     mean = fill_pixels(images, mask, "mean")
-    expected = images[0, :, :, 2:].mean((1, 2))
-    torch.testing.assert_close(mean[0, :, 0, 0], expected)
+    torch.testing.assert_close(mean[0, :, 3, 1], images[0, :, :, 2:].mean((1, 2)))
     assert mean[1].eq(0).all()  # nothing is visible
+    whole = torch.tensor([0, 1, 3, 4]).view(1, 1, 1, 4).byte()
+    assert fill_pixels(whole, mask[:1], "mean").tolist() == [[[[4, 4, 3, 4]]]]  # 3.5, to even
 
 
 def test_noise_is_standard_normal_and_depends_on_the_key_alone() -> None:
@@ -373,7 +329,8 @@ def test_noise_is_standard_normal_and_depends_on_the_key_alone() -> None:
     table = torch.corrcoef(noise.flatten(1)) - torch.eye(8)
     assert table.abs().max() < 5 / noise[0].numel() ** 0.5
     assert torch.equal(noise[3:5], fill_pixels(images[3:5], mask[3:5], "noise", keys(8)[3:5]))
-    assert not torch.equal(noise, fill_pixels(images, mask, "noise", keys(8, epoch=1)))
+    other = fill_pixels(images, mask, "noise", keys(8, epoch=1))
+    assert torch.corrcoef(torch.stack([noise.flatten(), other.flatten()]))[0, 1].abs() < 0.02
 
 
 def test_a_fill_that_the_images_cannot_hold_is_refused() -> None:
@@ -382,13 +339,11 @@ def test_a_fill_that_the_images_cannot_hold_is_refused() -> None:
     for fill in (0.5, 256, -1):
         with pytest.raises(ValueError, match=f"{fill}.* whole numbers from 0 to 255"):
             fill_pixels(images, mask, fill)
-    with pytest.raises(ValueError, match="fill has 2 numbers for 3 channels"):
+    with pytest.raises(ValueError, match="2 numbers for 3 channels"):
         fill_pixels(images, mask, [1, 2])
-    with pytest.raises(ValueError, match="'nois' is none of zero, mean, noise"):
-        fill_pixels(images.float(), mask, "nois")
-    with pytest.raises(ValueError, match="'noise'"):
-        fill_pixels(images, mask, "noise")
-    assert fill_pixels(images, mask, "mean").dtype == torch.uint8
+    for pixels, name in ((images.float(), "nois"), (images, "noise")):
+        with pytest.raises(ValueError, match=f"'{name}' is none of zero, mean, noise"):
+            fill_pixels(pixels, mask, name)
 
 
 # mask_images
@@ -410,7 +365,7 @@ def test_mask_images_hides_the_ratio_of_32_px_cells(dtype: torch.dtype) -> None:
     assert len(mask.flatten(1).unique(dim=0)) == 5
 
 
-def test_mask_images_takes_all_and_nothing() -> None:
+def test_mask_images_takes_all_and_nothing_and_refuses_more() -> None:
     images = torch.rand(2, 1, 8, 8)
     masked, mask = mask_images(images, 0, 4)
     assert not mask.any()
@@ -418,8 +373,10 @@ def test_mask_images_takes_all_and_nothing() -> None:
     masked, mask = mask_images(images, 1.0, 4, fill=[0.25])
     assert mask.all()
     assert masked.eq(0.25).all()
-    assert mask_images(images, [0.25, 0.75], 4)[1].shape == (2, 2, 2)
+    assert hidden_cells(mask_images(torch.rand(99, 1, 8, 8), [0.25, 0.75], 4)[1]) == [1, 2, 3]
     assert mask_images(images[:0], 0.5, 4)[1].shape == (0, 2, 2)
+    with pytest.raises(ValueError, match=r"mask_ratio 1\.5 is not between 0 and 1"):
+        mask_images(images, 1.5, 4)
 
 
 def test_mask_images_is_reproduced_by_its_generator() -> None:
@@ -432,22 +389,13 @@ def test_mask_images_is_reproduced_by_its_generator() -> None:
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))
     torch.manual_seed(3)
-    first = mask_images(images, 0.5, 8)[1]
-    second = mask_images(images, 0.5, 8)[1]
+    first, second = (mask_images(images, 0.5, 8)[1] for _ in range(2))
     torch.manual_seed(3)
     assert torch.equal(first, mask_images(images, 0.5, 8)[1])
     assert not torch.equal(first, second)
     state = torch.get_rng_state()
     draw(1)
     assert torch.equal(state, torch.get_rng_state())
-
-
-def test_mask_images_refuses_what_it_cannot_do_in_a_sentence() -> None:
-    images = torch.rand(1, 3, 200, 200)
-    with pytest.raises(ValueError, match=r"img_size 200 .* use 192 or 224"):
-        mask_images(images)
-    with pytest.raises(ValueError, match=r"mask_ratio 1\.5 is not between 0 and 1"):
-        mask_images(images, 1.5, 20)
 
 
 # AvgDist
@@ -459,6 +407,8 @@ def test_average_distance_is_the_distance_transforms_mean() -> None:
         pixels = upsample_mask(mask, (grid[0] * size, grid[1] * size))[:, 0].numpy()
         expected = [distance_transform_edt(one)[one].mean() for one in pixels]
         np.testing.assert_allclose(average_distance(mask, size).numpy(), expected, rtol=1e-5)
+    both = torch.stack([torch.zeros(2, 2), torch.ones(2, 2)]).bool()
+    assert average_distance(both, 4).isnan().all()
 
 
 def test_distance_of_each_pixel_by_hand() -> None:
@@ -470,18 +420,10 @@ def test_distance_of_each_pixel_by_hand() -> None:
     assert distance[1].isinf().all()
 
 
-def test_average_distance_by_hand() -> None:
-    mask = torch.tensor([[[True, False]]])
-    assert average_distance(mask, 2).tolist() == [1.5]  # columns at 2 and 1 pixels
-    assert average_distance(~mask.expand(1, 3, 2), 1).tolist() == [1.0]
-    both = torch.stack([torch.zeros(2, 2), torch.ones(2, 2)]).bool()
-    assert average_distance(both, 4).isnan().all()
-
-
-@pytest.mark.parametrize(("ratio", "pixels"), [(0.5, 12.5), (0.6, 15.3), (0.7, 19.9), (0.8, 25.9)])
+@pytest.mark.parametrize(("ratio", "pixels"), [(0.5, 12.5), (0.8, 25.9)])
 def test_average_distance_of_random_masks_at_192_px(ratio: float, pixels: float) -> None:
-    mask = draw_masks(random_mask, keys(1000), (6, 6), ratio)
-    assert average_distance(mask, 32).mean().item() == pytest.approx(pixels, abs=0.5)
+    mask = draw_masks(random_mask, keys(300), (6, 6), ratio)
+    assert average_distance(mask, 32).mean().item() == pytest.approx(pixels, abs=0.6)
 
 
 # Compilation
@@ -495,6 +437,7 @@ def _without_shape_checks() -> Iterator[None]:
     config.update("jaxtyping_disable", False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_without_shape_checks")
 @pytest.mark.parametrize("masking", ["random", "block", "square"])
 def test_drawing_has_nothing_that_a_compiler_cannot_follow(masking: str) -> None:

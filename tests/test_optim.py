@@ -1,6 +1,7 @@
 """Parameter groups, layer decay, learning rates and the official initialisation, by hand."""
 
 import math
+from itertools import product
 from typing import Any
 
 import pytest
@@ -28,14 +29,14 @@ TINY: dict[str, dict[str, Any]] = {
         "window_size": 4,
     },
     "convnext_atto": {"depths": (1, 1, 2, 1), "dims": (8, 8, 16, 16)},
-    "resnet18": {},
+    "test_resnet": {},
 }
 SHARED = {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
 
 
 def encoder(name: str, num_classes: int = 0, **kwargs: Any) -> nn.Module:
     kwargs = {**TINY[name], **kwargs}
-    if not name.startswith(("convnext", "resnet")):
+    if not name.startswith(("convnext", "test_resnet")):
         kwargs["img_size"] = 16
     return timm.create_model(name, num_classes=num_classes, **kwargs)
 
@@ -65,24 +66,17 @@ def names_by_decay(model: nn.Module, **kwargs: Any) -> tuple[set[str], set[str]]
 
 
 @pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("layer_decay", [None, 0.65])
-@pytest.mark.parametrize("compat", ["default", "official"])
-def test_each_parameter_is_in_exactly_one_group(
-    name: str, layer_decay: float | None, compat: Any
-) -> None:
+def test_each_parameter_is_in_exactly_one_group_and_kernels_alone_decay(name: str) -> None:
     model = Holder(name)
     frozen = next(iter(model.encoder.model.parameters()))
     frozen.requires_grad_(False)
-    groups = param_groups(model, 0.05, layer_decay=layer_decay, compat=compat)
-    found = [id(p) for group in groups for p in group["params"]]
-    assert len(found) == len(set(found))
-    assert set(found) == {id(p) for p in model.parameters()} - {id(frozen)}
-    assert len({group["name"] for group in groups}) == len(groups)
-
-
-@pytest.mark.parametrize("name", TINY)
-def test_biases_and_norms_are_spared_and_kernels_are_not(name: str) -> None:
-    model = Holder(name)
+    for layer_decay, compat in product((None, 0.65), ("default", "official")):
+        options: Any = {"layer_decay": layer_decay, "compat": compat}
+        groups = param_groups(model, 0.05, **options)
+        found = [id(p) for group in groups for p in group["params"]]
+        assert len(found) == len(set(found))
+        assert set(found) == {id(p) for p in model.parameters()} - {id(frozen)}
+        assert len({group["name"] for group in groups}) == len(groups)
     decayed, spared = names_by_decay(model)
     parameters = dict(model.named_parameters())
     assert all(parameters[n].ndim > 1 for n in decayed)
@@ -161,35 +155,45 @@ def scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
     return {name_of[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
 
 
-def test_layer_decay_of_a_vit_by_hand() -> None:
-    found = scales(encoder("vit_tiny_patch16_224", num_classes=3), 0.5)
-    expected = {  # 3 blocks: levels 0 (embedding), 1, 2, 3, 4 (head); 0.5 ** (4 - level)
-        "cls_token": 0.0625,
-        "pos_embed": 0.0625,
-        "patch_embed.proj.weight": 0.0625,
-        "blocks.0.norm1.weight": 0.125,
-        "blocks.1.attn.qkv.weight": 0.25,
-        "blocks.2.mlp.fc2.bias": 0.5,
-        "norm.weight": 1.0,
-        "head.weight": 1.0,
-    }
-    assert {name: found[name] for name in expected} == expected
-
-
-@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
-def test_layer_decay_of_swin_by_hand(name: str) -> None:
-    found = scales(encoder(name, num_classes=3, depths=(2, 2)), 0.5)
-    expected = {  # 4 blocks: levels 0 to 5; timm's layers.1.downsample is the end of stage 0
-        "patch_embed.proj.weight": 0.03125,
-        "layers.0.blocks.0.attn.proj.weight": 0.0625,
-        "layers.0.blocks.1.attn.proj.weight": 0.125,
-        "layers.1.downsample.reduction.weight": 0.125,
-        "layers.1.downsample.norm.weight": 0.125,
-        "layers.1.blocks.0.attn.proj.weight": 0.25,
-        "layers.1.blocks.1.attn.proj.weight": 0.5,
-        "norm.weight": 1.0,
-        "head.fc.weight": 1.0,
-    }
+@pytest.mark.parametrize(
+    ("name", "kwargs", "expected"),
+    [
+        (  # 3 blocks: levels 0 (embedding), 1, 2, 3, 4 (head); 0.5 ** (4 - level)
+            "vit_tiny_patch16_224",
+            {},
+            {
+                "cls_token": 0.0625,
+                "pos_embed": 0.0625,
+                "patch_embed.proj.weight": 0.0625,
+                "blocks.0.norm1.weight": 0.125,
+                "blocks.1.attn.qkv.weight": 0.25,
+                "blocks.2.mlp.fc2.bias": 0.5,
+                "norm.weight": 1.0,
+                "head.weight": 1.0,
+            },
+        ),
+        *(
+            (  # 4 blocks: levels 0 to 5; timm's layers.1.downsample is the end of stage 0
+                name,
+                {"depths": (2, 2)},
+                {
+                    "patch_embed.proj.weight": 0.03125,
+                    "layers.0.blocks.0.attn.proj.weight": 0.0625,
+                    "layers.0.blocks.1.attn.proj.weight": 0.125,
+                    "layers.1.downsample.reduction.weight": 0.125,
+                    "layers.1.downsample.norm.weight": 0.125,
+                    "layers.1.blocks.0.attn.proj.weight": 0.25,
+                    "layers.1.blocks.1.attn.proj.weight": 0.5,
+                    "norm.weight": 1.0,
+                    "head.fc.weight": 1.0,
+                },
+            )
+            for name in ("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256")
+        ),
+    ],
+)
+def test_layer_decay_by_hand(name: str, kwargs: Any, expected: dict[str, float]) -> None:
+    found = scales(encoder(name, num_classes=3, **kwargs), 0.5)
     assert {name: found[name] for name in expected} == expected
 
 
@@ -253,13 +257,12 @@ def test_cosine_by_hand() -> None:
     assert curve(10) == pytest.approx(expected, abs=1e-14)
 
 
-def test_multistep_by_hand() -> None:
+def test_multistep_by_hand_and_what_is_not_known() -> None:
     found = curve(8, schedule="multistep", milestones=[6, 4], gamma=0.1)
     assert found == pytest.approx([0.2, 0.6, 1.0, 1.0, 0.1, 0.1, 0.01, 0.01])
-
-
-def test_without_warm_up_the_run_begins_at_the_top() -> None:
-    assert curve(1, warmup_steps=0) == [1.0]
+    assert curve(1, warmup_steps=0) == [1.0]  # without warm-up: at the top
+    with pytest.raises(ValueError, match="'linear' is not known: use cosine or multistep"):
+        curve(1, schedule="linear")
 
 
 def released(n: int, epochs: int, warmup_epochs: int, lr: float, **kwargs: Any) -> list[float]:
@@ -344,31 +347,18 @@ def test_officially_all_layers_share_the_first_and_the_last_rate() -> None:
     assert found[5] == [0.1, 0.1]
 
 
-def test_a_run_goes_on_at_the_same_rates() -> None:
-    whole, first, second = optimizer(), optimizer(), optimizer()
-    expected = rates(whole, Schedule(whole, **CURVE), 4)
-    before = Schedule(first, **CURVE)
-    rates(first, before, 2)
-    after = Schedule(second, **CURVE)
-    second.load_state_dict(first.state_dict())
-    after.load_state_dict(before.state_dict())
-    assert rates(second, after, 2) == expected[2:]
-    assert after.get_last_lr() == [0.1, 0.05]
-
-
-def test_a_longer_run_follows_the_longer_curve() -> None:
+@pytest.mark.parametrize("total_steps", [4, 8])
+def test_a_run_goes_on_at_the_rates_of_the_curve_that_it_is_given_now(total_steps: int) -> None:
     first, second = optimizer(), optimizer()
     before = Schedule(first, **CURVE)
-    rates(first, before, 3)
-    longer = {**CURVE, "total_steps": 8}
-    after = Schedule(second, **longer)
+    rates(first, before, 2)
+    given = {**CURVE, "total_steps": total_steps}
+    after = Schedule(second, **given)
+    second.load_state_dict(first.state_dict())
     after.load_state_dict(before.state_dict())
-    assert rates(second, after, 2) == [[lr_at(t, **longer) * s for s in (1, 0.5)] for t in (3, 4)]
-
-
-def test_an_unknown_schedule_is_refused() -> None:
-    with pytest.raises(ValueError, match="'linear' is not known: use cosine or multistep"):
-        Schedule(optimizer(), **{**CURVE, "schedule": "linear"})
+    assert rates(second, after, 2) == [[lr_at(t, **given) * s for s in (1, 0.5)] for t in (2, 3)]
+    last = lr_at(4, **given)
+    assert after.get_last_lr() == [last, 0.5 * last]
 
 
 # Initialisation ----------------------------------------------------------------------------------
@@ -431,4 +421,4 @@ def test_the_official_init_of_swin(name: str) -> None:
 
 def test_there_is_no_official_init_of_other_encoders() -> None:
     with pytest.raises(ValueError, match="use compat"):
-        init_official_(Holder("resnet18"))
+        init_official_(Holder("test_resnet"))

@@ -25,9 +25,9 @@ def test_linear_probe_solves_scikit_learns_problem(
     digits: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> None:
     train, train_labels, held_out, labels = digits
-    started = time.perf_counter()
+    started = time.process_time()
     probe = fit_linear_probe(train, train_labels)
-    assert time.perf_counter() - started < 5  # "seconds for 1,437 x 64 on one core"
+    assert time.process_time() - started < 5  # "seconds for 1,437 x 64 on one core"
     theirs = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=2000, tol=1e-8))
     theirs.fit(train.numpy(), train_labels.numpy())
     expected = torch.from_numpy(theirs.predict_proba(held_out.numpy())).float()

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.optim import SGD, AdamW
 from torch.overrides import TorchFunctionMode
-from torch.utils.data import DataLoader, Dataset
 
 from simmim import ImageFolderData, SimMIM, speed
 from simmim.benchmark.step import _precisions
@@ -24,19 +23,11 @@ from simmim.callbacks import CollapseAlarm
 from simmim.loss import take_hidden
 from simmim.masking import upsample_mask
 from simmim.speed import choose_attention
+from small import SHARED_BIAS, SWIN, VIT, noise_loader, quiet_trainer
 
-VIT = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
-SHARED_BIAS = {
-    **VIT,
-    "use_rel_pos_bias": False,
-    "use_shared_rel_pos_bias": True,
-    "init_values": 0.1,
-    "global_pool": "",
-}
-SWIN = {"patch_size": 2, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2), "window_size": 4}
 ENCODERS = {
     "vit": ("vit_tiny_patch16_224", VIT),
-    "beit": ("beit_base_patch16_224", SHARED_BIAS),
+    "beit": ("beit_base_patch16_224", {**VIT, **SHARED_BIAS, "global_pool": ""}),
     "swin": ("swin_tiny_patch4_window7_224", SWIN),
     "swinv2": ("swinv2_tiny_window8_256", SWIN),
     "convnext": ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 16), "patch_size": 2}),
@@ -46,21 +37,6 @@ SKIPPING = {  # a feature of Swin's is 8 px there, as is a cell
     "vit": ("vit_tiny_patch16_224", VIT),
     "swin": ("swin_tiny_patch4_window7_224", {**SWIN, "patch_size": 4}),
 }
-
-
-class Noise(Dataset[dict[str, Any]]):
-    def __init__(self, n: int, size: int) -> None:
-        self.n, self.size = n, size
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(i)
-        image = torch.randint(
-            256, (3, self.size, self.size), dtype=torch.uint8, generator=generator
-        )
-        return {"image": image, "index": i}
 
 
 def make_model(kind: str = "vit", **options: Any) -> SimMIM:
@@ -76,23 +52,11 @@ def fit(
     val: int = 0,
     data: L.LightningDataModule | None = None,
     **options: Any,
-) -> Any:
-    given = {"max_epochs": 1, "enable_progress_bar": False, "precision": "32-true", **options}
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        callbacks=[*callbacks],
-        **given,
-    )
-    size = model.encoder.img_size[0]
-    if data is not None:
-        trainer.fit(model, data)
-    else:
-        validation = DataLoader(Noise(val, size), batch_size=4) if val else None
-        trainer.fit(model, DataLoader(Noise(images, size), batch_size=4), validation)
+) -> L.Trainer:
+    trainer, size = quiet_trainer(*callbacks, **options), model.encoder.img_size[0]
+    validation = noise_loader(val, size) if val else None
+    given = (data,) if data else (noise_loader(images, size), validation)
+    trainer.fit(model, *given)
     return trainer
 
 
@@ -118,6 +82,7 @@ class Graphs(L.Callback):
         self.after.append(counters["stats"]["unique_graphs"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_without_shape_checks")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it
 @pytest.mark.parametrize(
@@ -125,8 +90,10 @@ class Graphs(L.Callback):
     [
         *product(ENCODERS, [{}]),
         *product(SKIPPING, [SKIP]),
-        *product(ENCODERS, [{"grad_checkpointing": True, "drop_path_rate": 0.1}]),
-        *product(SKIPPING, [{**SKIP, "grad_checkpointing": True}]),
+        *product(
+            ["vit", "swin", "convnext"], [{"grad_checkpointing": True, "drop_path_rate": 0.1}]
+        ),
+        ("swin", {**SKIP, "grad_checkpointing": True}),
         ("vit", {"mask_ratio": [0.4, 0.6], "mask_fill": "noise", "head": "mlp"}),
         ("vit", {"head": "inverse", "head_kwargs": {"depths": [1, 2], "width": 32}}),
         ("convnext", {"mask_fill": "mean", "mask_stage": 3, "fourier_weight": 0.5}),
@@ -178,14 +145,16 @@ def test_hidden_cells_are_taken_in_their_order() -> None:
     assert taken.sum() == pytest.approx(float((maps * hidden).sum()), abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
 @pytest.mark.parametrize(
-    "options",
+    ("kind", "options"),
     [
-        {},
-        {"head": "mlp", "masking": "block", "loss": "l2", "target": "normalized_pixels"},
-        {"target": "color_bins", "loss": "cross_entropy"},
-        {"target": "patch_normalized_pixels", "target_kwargs": {"patch_size": 4}},
+        *product(ENCODERS, [{}]),
+        (
+            "vit",
+            {"head": "mlp", "masking": "block", "loss": "l2", "target": "normalized_pixels"},
+        ),
+        ("vit", {"target": "color_bins", "loss": "cross_entropy"}),
+        ("swin", {"target": "patch_normalized_pixels", "target_kwargs": {"patch_size": 4}}),
     ],
     ids=str,
 )
@@ -243,13 +212,17 @@ class Kernels(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.filterwarnings("ignore:precision .* is slow on this processor")
 @pytest.mark.parametrize(
-    ("kind", "head"), [*product(ATTENTION, ["linear"]), ("vit", "transformer"), ("vit", "inverse")]
+    ("kind", "head", "precision"),
+    [
+        *product(ATTENTION, ["linear"], ["32-true"]),
+        *product(["vit"], ["transformer", "inverse"], ["32-true"]),
+        *product(["vit", "swinv2"], ["linear"], ["bf16-mixed"]),
+        ("vit", "inverse", "bf16-mixed"),
+    ],
 )
-@pytest.mark.parametrize(("precision", "fused"), [("32-true", True), ("bf16-mixed", False)])
-def test_attention_is_fused_where_that_is_quicker(
-    kind: str, head: str, precision: str, fused: bool
-) -> None:
+def test_attention_is_fused_where_that_is_quicker(kind: str, head: str, precision: str) -> None:
     """In every layer of the encoder, and of the head."""
     name, kwargs, layers = ATTENTION[kind]
     width = {} if head == "linear" else {"width": 64}
@@ -259,7 +232,7 @@ def test_attention_is_fused_where_that_is_quicker(
     with Kernels() as kernels:
         model(torch.randn(2, 3, 32, 32))
     layers += {"linear": 0, "transformer": 1, "inverse": 2 + 6 + 2 + 2}[head]
-    assert kernels.calls == (layers if fused else 0)
+    assert kernels.calls == (layers if precision == "32-true" else 0)
 
 
 @pytest.mark.parametrize("kind", ATTENTION)
@@ -335,6 +308,7 @@ def test_the_optimiser_is_fused_unless_the_user_decides() -> None:
     assert isinstance(momentum.optimizers[0], SGD)
 
 
+@pytest.mark.filterwarnings("ignore:precision .* is slow on this processor")
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
 def test_a_fused_optimiser_clips_in_mixed_precision(precision: Any) -> None:
     """And does what the other does. Lightning knows no fp16 on CPUs: torch does."""
@@ -370,28 +344,18 @@ def test_recomputing_activations_saves_memory_and_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
 
 
-@pytest.mark.parametrize("able", [True, False])
-def test_bf16_is_measured_where_the_processor_has_it(
-    able: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    capabilities = {"avx512_bf16": able, "avx2": True}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert speed.multiplies_bf16() == able
-    chosen = ["32-true", "bf16-mixed"] if able else ["32-true"]
-    assert _precisions(torch.device("cpu")) == chosen
-
-
-@pytest.mark.parametrize(
-    ("avx512_bf16", "avx2", "able"),
-    [(True, True, True), (False, True, False), (False, False, True)],  # the last is an Arm
-)
-def test_an_older_torch_knows_x86(
-    avx512_bf16: bool, avx2: bool, able: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delattr(torch.cpu, "get_capabilities")
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
-    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: avx2)
-    assert speed.multiplies_bf16() is able
+def test_bf16_is_measured_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for able in (True, False):
+        capabilities = {"avx512_bf16": able, "avx2": True}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capabilities: c)
+        assert speed.multiplies_bf16() == able
+        chosen = ["32-true", "bf16-mixed"] if able else ["32-true"]
+        assert _precisions(torch.device("cpu")) == chosen
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # an older torch, which knows x86
+    for avx512_bf16, avx2, able in ((True, True, True), (False, True, False), (False, False, True)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda v=avx512_bf16: v)
+        monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda v=avx2: v)
+        assert speed.multiplies_bf16() is able  # the last is an Arm
 
 
 def test_bf16_on_a_processor_without_it_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from simmim.target import TARGETS, Target
 from simmim.testing import check_target
 
 MEAN, STD = (0.485, 0.456, 0.406, 0.3), (0.229, 0.224, 0.225, 0.25)
-TEACHER = {"teacher": "vit_tiny_patch16_224", "pretrained": False}
+TEACHER = {"teacher": "test_vit", "pretrained": False}
 OPTIONS: dict[str, dict[str, Any]] = {"features": TEACHER}
 
 
@@ -46,52 +46,28 @@ def normalize(raw: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-@pytest.mark.parametrize("in_chans", [1, 3, 4])
-def test_each_target_holds_to_what_a_users_own_must(name: str, in_chans: int) -> None:
-    check_target(TARGETS[name], in_chans=in_chans, **OPTIONS.get(name, {}))
+def test_each_target_holds_to_what_a_users_own_must(name: str) -> None:
+    for in_chans in (1, 3, 4):
+        check_target(TARGETS[name], in_chans=in_chans, **OPTIONS.get(name, {}))
+    assert set(make(name, **OPTIONS.get(name, {})).state_dict()) <= {"mean", "std"}
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_each_loss_that_a_target_names_takes_it(name: str) -> None:
-    target = make(name, **OPTIONS.get(name, {}))
-    element = target(photo())
-    prediction = torch.randn(2, target.out_chans, *element.shape[2:], requires_grad=True)
-    for loss in target.losses:
-        error = LOSSES[loss](prediction, element)
-        assert error.shape[2:] == element.shape[2:]
-        (gradient,) = torch.autograd.grad(error.sum(), prediction)
-        assert gradient.isfinite().all()
-        assert gradient.ne(0).float().mean() > 0.9
-
-
-@pytest.mark.parametrize("name", [name for name in TARGETS if name != "features"])
-def test_targets_are_the_same_numbers_under_autocast(name: str) -> None:
-    target, images = make(name), photo()
-    expected = target(images)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = target(images)
-    assert ours.dtype in (torch.float32, torch.int64)
-    assert torch.equal(ours, expected)
-    assert target(images.bfloat16()).dtype == ours.dtype  # `--trainer.precision bf16-true`
-
-
-@pytest.mark.parametrize("name", TARGETS)
-def test_pictures_can_be_drawn_under_autocast(name: str) -> None:
+def test_targets_and_pictures_under_autocast(name: str) -> None:
     target, images = make(name, **OPTIONS.get(name, {})), photo()
     element = target(images)
     prediction = torch.randn(2, target.out_chans, *element.shape[2:]).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = target(images)
         shown = target.to_pixels(prediction, images)
         shown = target.picture(prediction, element) if shown is None else shown
     assert shown.dtype == torch.float32
-
-
-@pytest.mark.parametrize("name", TARGETS)
-def test_nothing_is_trained_and_only_the_normalisation_saved(name: str) -> None:
-    target = make(name, **OPTIONS.get(name, {}))
-    assert not list(target.parameters())
-    assert set(target.state_dict()) <= {"mean", "std"}
-    assert not target(photo()).requires_grad
+    if name == "features":  # the teacher computes in bfloat16
+        torch.testing.assert_close(ours, element, atol=0.1, rtol=0.1)
+    else:
+        assert torch.equal(ours, element)
+        # `--trainer.precision bf16-true`
+        assert target(images.bfloat16()).dtype == ours.dtype
 
 
 # Pixels ------------------------------------------------------------------------------------------
@@ -105,29 +81,21 @@ def test_pixels_are_the_images() -> None:
     assert (target.out_chans, target.stride, target.losses[0]) == (3, 1, "l1")
 
 
-@pytest.mark.parametrize("size", [[16, 24], [4, 6], [2, 3]])
+@pytest.mark.parametrize("size", [[16, 24], [2, 3]])
 def test_lower_resolution_is_the_mean_of_what_an_element_covers(size: list[int]) -> None:
-    images, target = photo(), make("pixels", size=size)
+    images, target = photo().requires_grad_(), make("pixels", size=size)
     stride = 32 // size[0]
     assert target.stride == stride
-    blocks = images.numpy().reshape(2, 3, size[0], stride, size[1], stride)
-    np.testing.assert_allclose(target(images).numpy(), blocks.mean((3, 5)), atol=1e-6)
-    shown = target.to_pixels(target(images), images)
+    element = target(images)
+    blocks = images.detach().numpy().reshape(2, 3, size[0], stride, size[1], stride)
+    np.testing.assert_allclose(element.detach().numpy(), blocks.mean((3, 5)), atol=1e-6)
+    shown = target.to_pixels(element, images)
     assert shown is not None
-    assert torch.equal(shown[:, :, ::stride, ::stride], target(images))
-    torch.testing.assert_close(target(shown), target(images))  # shown as it is: nothing added
-
-
-def test_every_resolution_of_the_papers_ablation() -> None:
-    strides = [make("pixels", (192, 192), size=192 // n).stride for n in (1, 2, 4, 8, 16, 32)]
-    assert strides == [1, 2, 4, 8, 16, 32]
-
-
-def test_a_low_resolution_element_depends_on_its_own_pixels_alone() -> None:
-    images = photo().requires_grad_()
-    (gradient,) = torch.autograd.grad(make("pixels", size=[2, 3])(images)[0, 0, 1, 1], images)
-    assert gradient[0, 0, 16:, 16:32].ne(0).all()
-    assert gradient.ne(0).sum() == 16 * 16
+    assert torch.equal(shown[:, :, ::stride, ::stride], element)
+    torch.testing.assert_close(target(shown), element)  # shown as it is: nothing added
+    (gradient,) = torch.autograd.grad(element[0, 0, 1, 1], images)  # of its own pixels alone
+    assert gradient[0, 0, stride : 2 * stride, stride : 2 * stride].ne(0).all()
+    assert gradient.ne(0).sum() == stride**2
 
 
 # Sliding window ----------------------------------------------------------------------------------
@@ -146,13 +114,11 @@ def brute_force(images: Tensor, window: int) -> tuple[np.ndarray, np.ndarray]:
     return mean, deviation
 
 
-@pytest.mark.parametrize(
-    ("window", "size"), [(3, (7, 9)), (5, (16, 12)), (9, (5, 14)), (47, (24, 60))]
-)
+@pytest.mark.parametrize(("window", "size"), [(3, (7, 9)), (9, (5, 14)), (47, (24, 60))])
 def test_normalized_pixels_by_brute_force(window: int, size: tuple[int, int]) -> None:
-    images = photo(size, in_chans=2, batch=1)
+    images = photo(size, in_chans=1, batch=1)
     mean, deviation = brute_force(images, window)
-    ours = make("normalized_pixels", size, in_chans=2, window=window)(images)
+    ours = make("normalized_pixels", size, in_chans=1, window=window)(images)
     np.testing.assert_allclose(ours.numpy(), (images.numpy() - mean) / deviation, atol=2e-5)
 
 
@@ -168,20 +134,21 @@ def official(images: Tensor, window: int = 47) -> Tensor:
     return (images - mean) / (variance.clamp(min=0) + 1e-6).sqrt()
 
 
-@pytest.mark.parametrize("size", [(64, 64), (48, 80)])
-def test_normalized_pixels_are_the_official_ones(size: tuple[int, int]) -> None:
-    images = photo(size)
-    ours = make("normalized_pixels", size)(images)
+def test_normalized_pixels_are_the_official_ones() -> None:
+    images = photo((48, 80))
+    ours = make("normalized_pixels", (48, 80))(images)
     torch.testing.assert_close(ours.double(), official(images.double()), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours, official(images), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("value", [-2.1179, 0.0, 2.64])
-def test_flat_images_are_zero(value: float) -> None:
+def test_flat_images_are_zero() -> None:
     """In float32 the official formula makes noise of 0.02 of a black image."""
-    images = torch.full((1, 3, 96, 96), value)
-    assert make("normalized_pixels", (96, 96))(images).abs().amax() < 1e-3
-    assert make("patch_normalized_pixels", (96, 96))(images).abs().amax() < 1e-3
+    for value in (-2.1179, 0.0, 2.64):
+        images = torch.full((1, 3, 96, 96), value)
+        assert make("normalized_pixels", (96, 96))(images).abs().amax() < 1e-3
+        assert make("patch_normalized_pixels", (96, 96))(images).abs().amax() < 1e-3
+        # Of HOG, rounding errors would be scaled up to vectors of length 1.
+        assert make("hog", (96, 96))(images).eq(0).all()
 
 
 def test_a_flat_part_of_an_image_stays_flat() -> None:
@@ -193,14 +160,9 @@ def test_a_flat_part_of_an_image_stays_flat() -> None:
 
 
 @pytest.mark.parametrize("name", ["normalized_pixels", "patch_normalized_pixels"])
-def test_brightness_and_contrast_are_left_out(name: str) -> None:
+def test_brightness_and_contrast_are_left_out_and_put_back(name: str) -> None:
     images, target = photo(), make(name)
     torch.testing.assert_close(target(3 * images + 2), target(images), atol=1e-3, rtol=1e-3)
-
-
-@pytest.mark.parametrize("name", ["normalized_pixels", "patch_normalized_pixels"])
-def test_pictures_of_normalised_pixels_give_the_image_back(name: str) -> None:
-    images, target = photo(), make(name)
     torch.testing.assert_close(target.to_pixels(target(images), images), images)
 
 
@@ -219,7 +181,7 @@ def test_a_prediction_of_nothing_is_shown_as_the_local_mean(name: str) -> None:
 # Patches -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("patch", "in_chans"), [(16, 3), (8, 1), (4, 4), (2, 3)])
+@pytest.mark.parametrize(("patch", "in_chans"), [(16, 3), (4, 4)])
 def test_patch_normalized_pixels_are_maes(patch: int, in_chans: int) -> None:
     images = photo(in_chans=in_chans)
     p, c, h, w = patch, in_chans, 32 // patch, 48 // patch
@@ -260,10 +222,13 @@ def test_hog_is_the_published_one(cell: int, bins: int, in_chans: int) -> None:
     )
 
 
-def test_hog_of_nothing_is_exactly_nothing() -> None:
-    """Rounding errors would be scaled up to vectors of length 1, a target of noise."""
-    for value in (-2.1179, 0.123456, 2.64):
-        assert make("hog")(torch.full((1, 3, 32, 48), value)).eq(0).all()
+def test_hog_of_a_ramp_by_hand() -> None:
+    """Brightness a right and b down: Sobel gives (-8 a, -8 b), and each cell one full bin."""
+    y, x = torch.meshgrid(torch.arange(24.0), torch.arange(24.0), indexing="ij")
+    for across, down, bin_ in ((1.0, 0.2, 3), (1.0, -0.2, 5), (0.2, 1.0, 0), (-0.2, 1.0, 8)):
+        # atan2(across, down) in half turns: 0.437, 0.563, 0.063 and 0.937, of which each bin is 1/9
+        histogram = make("hog", (24, 24), in_chans=1)((across * x + down * y)[None, None])
+        assert histogram[0, :, 1, 1].tolist() == pytest.approx([float(k == bin_) for k in range(9)])
 
 
 def test_hog_has_length_one_and_no_memory_of_the_normalisation() -> None:
@@ -322,14 +287,14 @@ def test_features_are_the_teachers_own_in_its_own_normalisation() -> None:
     torch.testing.assert_close(target(images), expected)
     normed = make("features", **TEACHER)(images)
     torch.testing.assert_close(
-        normed, F.layer_norm(expected.movedim(1, -1), (192,)).movedim(-1, 1), atol=1e-5, rtol=1e-4
+        normed, F.layer_norm(expected.movedim(1, -1), (64,)).movedim(-1, 1), atol=1e-5, rtol=1e-4
     )
     torch.testing.assert_close(normed.mean(1), torch.zeros(2, 2, 3), atol=1e-5, rtol=0)
     torch.testing.assert_close(normed.var(1, correction=0), torch.ones(2, 2, 3), atol=1e-3, rtol=0)
 
 
 def test_the_teacher_stays_frozen_whatever_happens_to_the_model() -> None:
-    target = make("features", (64, 64), teacher="resnet18", pretrained=False)
+    target = make("features", (64, 64), teacher="test_resnet", pretrained=False)
     model, images = nn.Sequential(nn.Conv2d(3, 3, 1), target), photo((64, 64)).requires_grad_()
     before = target(images)
     model.train().requires_grad_(True)
@@ -347,15 +312,11 @@ def test_the_teacher_stays_frozen_whatever_happens_to_the_model() -> None:
 def test_a_random_teacher_is_the_same_in_each_process_and_disturbs_no_draw() -> None:
     images = photo()
     torch.manual_seed(1)
-    first, draw = make("features", **TEACHER)(images), torch.rand(1)
+    target, draw = make("features", **TEACHER), torch.rand(1)
     torch.manual_seed(1)
     assert torch.equal(draw, torch.rand(1))
     torch.manual_seed(2)
-    assert torch.equal(make("features", **TEACHER)(images), first)
-
-
-def test_a_copy_of_a_target_has_a_teacher_of_its_own() -> None:
-    target, images = make("features", **TEACHER), photo()
+    assert torch.equal(make("features", **TEACHER)(images), target(images))
     twin = copy.deepcopy(target)
     assert twin.teacher is not target.teacher
     assert torch.equal(twin(images), target(images))
@@ -371,12 +332,14 @@ def test_the_statistics_of_the_data_reach_the_teacher() -> None:
 @pytest.mark.parametrize(
     ("teacher", "size", "stride", "options"),
     [
-        ("vit_tiny_patch16_224", (64, 48), 16, {}),
-        ("swin_tiny_patch4_window7_224", (224, 224), 32, {}),
-        ("resnet18", (64, 96), 32, {}),
-        ("convnext_atto", (64, 32), 32, {}),
-        ("vit_tiny_patch16_224", (64, 32), 8, {"size": [128, 64]}),
-        ("vit_small_patch14_dinov2", (224, 224), 16, {"size": 196}),
+        ("test_vit", (64, 48), 16, {}),
+        pytest.param("swin_tiny_patch4_window7_224", (224, 224), 32, {}, marks=pytest.mark.slow),
+        ("test_resnet", (64, 96), 32, {}),
+        ("test_convnext", (64, 32), 32, {}),
+        ("test_vit", (64, 32), 8, {"size": [128, 64]}),
+        pytest.param(
+            "vit_small_patch14_dinov2", (224, 224), 16, {"size": 196}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_teachers_of_every_kind(
@@ -391,18 +354,10 @@ def test_teachers_of_every_kind(
     )
 
 
-def test_features_in_float32_under_autocast() -> None:
-    target, images = make("features", **TEACHER), photo()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = target(images)
-    assert ours.dtype == torch.float32
-    torch.testing.assert_close(ours, target(images), atol=0.1, rtol=0.1)
-
-
 @pytest.mark.parametrize("kind", ["pth", "safetensors", "folder"])
 def test_weights_of_a_teacher_from_a_local_file(tmp_path: Path, kind: str) -> None:
     torch.manual_seed(3)
-    model = timm.create_model("vit_tiny_patch16_224", img_size=(32, 48))  # with its classifier
+    model = timm.create_model("test_vit", img_size=(32, 48))  # with its classifier
     state = model.state_dict()
     if kind == "pth":
         torch.save({"model": state}, path := tmp_path / "teacher.pth")
@@ -440,17 +395,17 @@ def test_a_teacher_that_cannot_be_downloaded_is_one_sentence(
     with pytest.raises(
         ValueError, match=r"cannot be had \(We couldn't connect to the hub\): name"
     ) as e:
-        make("features", teacher="vit_tiny_patch16_224")
+        make("features", teacher="test_vit")
     assert "\n" not in str(e.value)
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
-    state = timm.create_model("vit_tiny_patch16_224", img_size=(32, 48)).state_dict()
-    lacking = {name: value for name, value in state.items() if "blocks.7" not in name}
+    state = timm.create_model("test_vit", img_size=(32, 48)).state_dict()
+    lacking = {name: value for name, value in state.items() if "blocks.3" not in name}
     torch.save(lacking, tmp_path / "lacking.pth")
-    with pytest.raises(ValueError, match=r"they lack blocks\.7\.attn"):
+    with pytest.raises(ValueError, match=r"they lack blocks\.3\.attn"):
         make("features", **TEACHER | {"weights": str(tmp_path / "lacking.pth")})
-    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "other.pth")
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"other\.pth|cannot be had"):
         make("features", **TEACHER | {"weights": str(tmp_path / "other.pth")})
 
@@ -492,13 +447,9 @@ def test_bins_of_a_smaller_image() -> None:
     [
         ("pixels", {"size": 5}, r"size 5 .* use \[16, 24\] or \[8, 12\]"),
         ("pixels", {"size": [16, 16]}, r"\[16, 16\] of the target is not img_size \[32, 48\]"),
-        ("pixels", {"size": [64, 96]}, "divided by a whole number"),
-        ("color_bins", {"size": [3, 3]}, r"use \[16, 24\]"),
         ("color_bins", {"bins": 1}, "too few: use 8 or 256"),
         ("normalized_pixels", {"window": 46}, "window 46 .* odd number"),
-        ("normalized_pixels", {"window": 1}, "odd number from 3"),
         ("patch_normalized_pixels", {"patch_size": 12}, "patch_size 12 .* use 4 or 8 or 16"),
-        ("patch_normalized_pixels", {"patch_size": 1}, "use 2 or 4 or 8"),
         ("hog", {"cell": 7}, r"cell 7 .* img_size \[32, 48\] .* use 2 or 4 or 8"),
         ("hog", {"bins": 1}, "too few"),
         ("features", {}, "teacher None of target 'features'"),
@@ -516,9 +467,7 @@ def test_mistakes_are_one_sentence_with_a_remedy(
     assert "\n" not in str(error.value)
 
 
-def test_an_image_too_odd_for_any_remedy_is_refused_all_the_same() -> None:
-    for name in ("patch_normalized_pixels", "hog"):
-        with pytest.raises(ValueError, match="another img_size"):
-            make(name, (31, 37))
-    with pytest.raises(ValueError, match="an img_size that is a multiple"):
-        make("pixels", (31, 37), size=8)
+@pytest.mark.parametrize("name", ["patch_normalized_pixels", "hog"])
+def test_an_image_too_odd_for_any_remedy_is_refused_all_the_same(name: str) -> None:
+    with pytest.raises(ValueError, match="another img_size"):
+        make(name, (31, 37))

@@ -28,7 +28,8 @@ from simmim.head import HEADS
 from simmim.loss import LOSSES
 from simmim.masking import MASKINGS
 from simmim.target import TARGETS
-from test_speed import ENCODERS, SKIP, SKIPPING, Noise, make_model
+from small import ByIndex
+from test_speed import ENCODERS, SKIP, SKIPPING, make_model
 
 COPIES = ("_to_copy", "copy_", "lift_fresh", "lift_fresh_copy")  # lift: what torch.tensor makes
 
@@ -106,7 +107,7 @@ def crossings(model: SimMIM, *callbacks: L.Callback, **options: Any) -> list[dic
         **given,
     )
     with pytest.raises(Heard):
-        trainer.fit(model, DataLoader(Noise(28, model.encoder.img_size[0]), batch_size=4))
+        trainer.fit(model, DataLoader(ByIndex(28, model.encoder.img_size[0]), batch_size=4))
     return [dict(found) for found in listen.steps]
 
 

@@ -13,11 +13,9 @@ from simmim.pretrain import SimMIM
 from simmim.transfer import open_backbone
 from simmim.weights import load_encoder
 from simmim.weights.fit import Architecture
-from simmim.weights.resize import resize_positions, resize_table
 from simmim.weights.sources import build_encoder
 
 VIT: dict[str, Any] = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
-SHARED = {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True, "global_pool": ""}
 SWIN: dict[str, Any] = {"embed_dim": 12, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4}
 CONVNEXT: dict[str, Any] = {"dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
 STEMS: dict[str, tuple[str, dict[str, Any], int]] = {  # where the image goes in
@@ -74,7 +72,7 @@ def test_timms_own_padding_takes_any_size() -> None:
 
 
 @pytest.mark.parametrize("stem", STEMS)
-def test_gray_weights_see_gray_in_three_channels_and_the_reverse(stem: str, tmp_path: Path) -> None:
+def test_other_channels_take_the_weights_that_see_the_same(stem: str, tmp_path: Path) -> None:
     encoder, kwargs, size = STEMS[stem]
     gray = torch.randn(2, 1, size, size)
     equal = gray.expand(-1, 3, -1, -1)
@@ -85,18 +83,11 @@ def test_gray_weights_see_gray_in_three_channels_and_the_reverse(stem: str, tmp_
     path, three = checkpoint(tmp_path, encoder, 3, size, **kwargs)
     one = load_encoder(path, in_chans=1).eval()
     torch.testing.assert_close(one(gray), three(equal))
-
-
-@pytest.mark.parametrize("stem", STEMS)
-def test_a_fourth_channel_takes_the_first_ones_weights(stem: str, tmp_path: Path) -> None:
-    encoder, kwargs, size = STEMS[stem]
-    path, three = checkpoint(tmp_path, encoder, 3, size, **kwargs)
-    four: Any = load_encoder(path, in_chans=4)
+    four: Any = load_encoder(path, in_chans=4)  # the fourth takes the first one's weights
     colour = three.get_submodule(stem).weight
     expected = torch.cat([colour, colour[:, :1]], 1) * 3 / 4
     assert torch.equal(four.get_submodule(stem).weight, expected)
-    report: Any = four.report
-    assert not report.missing
+    assert not four.report.missing
 
 
 def test_channels_without_a_rule_are_refused(tmp_path: Path) -> None:
@@ -124,33 +115,15 @@ def test_a_task_on_other_channels_takes_other_statistics(tmp_path: Path) -> None
 # Sizes -------------------------------------------------------------------------------------------
 
 
-def test_positions_of_a_vit_take_another_size(tmp_path: Path) -> None:
-    path, first = checkpoint(tmp_path, "vit_tiny_patch16_224", **VIT)
-    second = open_backbone(str(path), img_size=[40, 48]).model
-    assert torch.equal(second.pos_embed, resize_positions(first.pos_embed, (10, 12), 1))
-
-
-def test_the_table_of_a_beit_takes_another_size(tmp_path: Path) -> None:
-    path, first = checkpoint(tmp_path, "beit_base_patch16_224", **VIT, **SHARED)
-    second: Any = load_encoder(path, img_size=48)
-    table = first.rel_pos_bias.relative_position_bias_table
-    assert torch.equal(
-        second.rel_pos_bias.relative_position_bias_table, resize_table(table, (12, 12))
-    )
-
-
-def test_swin_keeps_its_window_in_a_larger_image(tmp_path: Path) -> None:
+def test_a_larger_image_needs_no_other_weights_of_swin_and_convnext(tmp_path: Path) -> None:
     path, first = checkpoint(tmp_path, "swin_tiny_patch4_window7_224", **SWIN)
     second: Any = load_encoder(path, img_size=64)
     for name, tensor in first.state_dict().items():
         assert torch.equal(second.state_dict()[name], tensor), name
     assert second(torch.randn(1, 3, 64, 64)).shape == (1, 24)
-
-
-def test_convnext_takes_any_size_with_the_same_weights(tmp_path: Path) -> None:
     path, first = checkpoint(tmp_path, "convnext_atto", **CONVNEXT)
     images = torch.randn(1, 3, 64, 96)
-    second: Any = load_encoder(path, img_size=[64, 96]).eval()
+    second = load_encoder(path, img_size=[64, 96]).eval()
     assert torch.equal(second(images), first(images))
 
 

@@ -1,0 +1,51 @@
+"""Small encoders, images and a quiet trainer, which tests of the method share."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+VIT: dict[str, Any] = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+SHARED_BIAS = {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True, "init_values": 0.1}
+SWIN: dict[str, Any] = {
+    "patch_size": 2,
+    "embed_dim": 16,
+    "depths": (2, 2),
+    "num_heads": (2, 2),
+    "window_size": 4,
+}
+
+
+class ByIndex(Dataset[dict[str, Tensor]]):
+    """Images of noise that know their place, as our data modules give them."""
+
+    def __init__(self, n: int = 8, size: int = 32) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.images = torch.randint(0, 256, (n, 3, size, size), generator=generator).byte()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {"image": self.images[i], "index": torch.tensor(i)}
+
+
+def noise_loader(n: int = 8, size: int = 32) -> DataLoader[dict[str, Tensor]]:
+    """Batches of four."""
+    return DataLoader(ByIndex(n, size), batch_size=4)
+
+
+def quiet_trainer(*callbacks: L.Callback, **options: Any) -> L.Trainer:
+    """One epoch on a CPU, of which nothing is written or shown."""
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "max_epochs": 1,
+    }
+    return L.Trainer(callbacks=[*callbacks], **{**defaults, **options})
