@@ -123,17 +123,14 @@ def test_without_buffers_a_file_needs_its_configuration(tmp_path: Path) -> None:
         (ViT(positions="absolute"), "pos_embed"),
         (
             Swin(),
-            [
-                "layers.0.blocks.1.attn.relative_position_bias_table",
-                "layers.0.downsample.norm.bias",
-            ],
+            "layers.0.blocks.1.attn.relative_position_bias_table layers.0.downsample.norm.bias",
         ),
         (
             Swin(v2=True),
             "layers.0.blocks.0.attn.logit_scale layers.1.blocks.1.attn.cpb_mlp.2.weight",
         ),
     ],
-    ids=str,
+    ids=["vit", "vit-per-block", "vit-absolute", "swin", "swinv2"],
 )
 def test_every_part_matters_in_the_reference(spec: Spec, parts: str) -> None:
     # With weights near their initialisation a missing table moves the loss by 2e-6 alone.
