@@ -239,7 +239,9 @@ STATE_DICTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", STATE_DICTS)
+@pytest.mark.parametrize(
+    "kind", ["bare", *(pytest.param(k, marks=pytest.mark.slow) for k in STATE_DICTS if k != "bare")]
+)
 def test_the_state_dict_of_a_vit(kind: str, tmp_path: Path) -> None:
     model: Any = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, num_classes=0, qk_norm=True, reg_tokens=2, **KWARGS
