@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from simmim.masking import draw_masks, random_mask, sample_keys, upsample_mask
 from simmim.pretrain import SimMIM
-from small import SHARED_BIAS, SWIN, VIT, ByIndex, noise_loader, quiet_trainer
+from support.small import SHARED_BIAS, SWIN, VIT, ByIndex, noise_loader
+from support.training import quiet_trainer
 
 TINY: dict[str, Any] = {
     "encoder": "vit_tiny_patch16_224",
@@ -194,7 +195,7 @@ def _losses(model: SimMIM, **kwargs: Any) -> list[float]:
             losses.append(float(args[2]["loss"]))
 
     torch.manual_seed(0)
-    quiet_trainer(Keep(), **kwargs).fit(model, noise_loader())
+    quiet_trainer(None, Keep(), **kwargs).fit(model, noise_loader())
     return losses
 
 
@@ -217,7 +218,7 @@ def test_learning_rates_by_hand() -> None:
             rates.append(run.optimizers[0].param_groups[0]["lr"])
 
     model = tiny(base_lr=5.12, warmup_epochs=1, warmup_lr=0.512, min_lr=1.024)
-    run = quiet_trainer(Keep(), max_epochs=4)
+    run = quiet_trainer(None, Keep(), max_epochs=4)
     run.fit(model, noise_loader())
     # A global batch of 4: lr 5.12 x 4 / 512 = 0.04, from 0.004 to 0.008; 8 steps, 2 of warm-up.
     cosine = [0.008 + 0.5 * (0.04 - 0.008) * (1 + math.cos(math.pi * t / 8)) for t in range(2, 8)]
@@ -264,7 +265,7 @@ def test_a_new_head_trains_alone_on_loaded_weights_at_first(
             assert any(n.startswith("head.") for n in moved)
             run.should_stop = run.global_step > 3
 
-    run = quiet_trainer(Compare(), max_epochs=20)
+    run = quiet_trainer(None, Compare(), max_epochs=20)
     run.fit(model, noise_loader())
     assert run.global_step == 4
 
@@ -282,7 +283,7 @@ def interrupted(folder: Path, name: str, max_epochs: int, stop: int, **options: 
     """Train until an epoch's end, from `ckpt` where it is given, and save `folder`/`name`.ckpt."""
     torch.manual_seed(0)
     ckpt, model = options.pop("ckpt", None), tiny(**options)
-    run = quiet_trainer(stop_after(stop), max_epochs=max_epochs)
+    run = quiet_trainer(None, stop_after(stop), max_epochs=max_epochs)
     run.fit(model, noise_loader(), ckpt_path=ckpt)
     run.save_checkpoint(folder / f"{name}.ckpt")
     return model

@@ -16,7 +16,8 @@ from simmim.encoder import Encoder
 from simmim.masking import draw_masks, random_mask, sample_keys, upsample_mask
 from simmim.pretrain import SimMIM
 from simmim.weights import load_encoder
-from small import SHARED_BIAS, noise_loader, quiet_trainer
+from support.small import SHARED_BIAS, noise_loader
+from support.training import quiet_trainer
 
 TINY = {"embed_dim": 32, "num_heads": 2, "depth": 2}
 SWIN = {"embed_dim": 16, "depths": (2, 2, 2, 1), "num_heads": (1, 1, 2, 2)}

@@ -23,7 +23,8 @@ from simmim.callbacks import CollapseAlarm
 from simmim.loss import take_hidden
 from simmim.masking import upsample_mask
 from simmim.speed import choose_attention
-from small import SHARED_BIAS, SWIN, VIT, noise_loader, quiet_trainer
+from support.small import SHARED_BIAS, SWIN, VIT, noise_loader
+from support.training import quiet_trainer
 
 ENCODERS = {
     "vit": ("vit_tiny_patch16_224", VIT),
@@ -53,7 +54,7 @@ def fit(
     data: L.LightningDataModule | None = None,
     **options: Any,
 ) -> L.Trainer:
-    trainer, size = quiet_trainer(*callbacks, **options), model.encoder.img_size[0]
+    trainer, size = quiet_trainer(None, *callbacks, **options), model.encoder.img_size[0]
     validation = noise_loader(val, size) if val else None
     given = (data,) if data else (noise_loader(images, size), validation)
     trainer.fit(model, *given)

@@ -28,7 +28,7 @@ from simmim.head import HEADS
 from simmim.loss import LOSSES
 from simmim.masking import MASKINGS
 from simmim.target import TARGETS
-from small import ByIndex
+from support.small import ByIndex
 from test_speed import ENCODERS, SKIP, SKIPPING, make_model
 
 COPIES = ("_to_copy", "copy_", "lift_fresh", "lift_fresh_copy")  # lift: what torch.tensor makes

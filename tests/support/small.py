@@ -1,8 +1,7 @@
-"""Small encoders, images and a quiet trainer, which tests of the method share."""
+"""Small encoders and images, which tests of the method share."""
 
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -35,17 +34,3 @@ class ByIndex(Dataset[dict[str, Tensor]]):
 def noise_loader(n: int = 8, size: int = 32) -> DataLoader[dict[str, Tensor]]:
     """Batches of four."""
     return DataLoader(ByIndex(n, size), batch_size=4)
-
-
-def quiet_trainer(*callbacks: L.Callback, **options: Any) -> L.Trainer:
-    """One epoch on a CPU, of which nothing is written or shown."""
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "max_epochs": 1,
-    }
-    return L.Trainer(callbacks=[*callbacks], **{**defaults, **options})
