@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= auto
 PYTEST = $(BIN)/python -m pytest --dist loadscope --numprocesses $(WORKERS)
 
-.PHONY: help install demo notebooks test test-fast test-all test-xla lint types format wheel clean
+.PHONY: help install demo notebooks test test-fast test-all test-xla test-lowest lint types format wheel clean
 
 help: ## List every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,11 @@ test-xla: ## Run the step on XLA's CPU device, in .venv-xla with the torch it wa
 	.venv-xla/bin/python -m pip install --quiet "torch==2.9.*" "torchvision==0.24.*" "torch_xla==2.9.*" --editable ".[dev]"
 	.venv-xla/bin/python -m pytest tests/xla --numprocesses 0
 
+test-lowest: ## Run the quick tests in .venv-lowest with the lowest versions that pyproject.toml allows
+	$(PYTHON) -m venv .venv-lowest && .venv-lowest/bin/python -m pip install --quiet uv
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct --editable ".[dev]"
+	.venv-lowest/bin/python -m pytest --numprocesses $(WORKERS) -m "not slow"
+
 lint: $(STAMP) ## Check style (ruff)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -56,4 +61,4 @@ wheel: $(STAMP) ## Build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean: ## Remove the environment and caches; runs and data stay
-	rm -rf $(VENV) .venv-xla dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-xla .venv-lowest dist .pytest_cache .mypy_cache .ruff_cache

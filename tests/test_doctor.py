@@ -1,7 +1,6 @@
 """`simmim doctor`: what it finds in folders that have it."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,11 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
+from doctor_work import Fatal, square, wrong
 from simmim.doctor import doctor
 from simmim.doctor.estimate import fitting_sizes
 from simmim.doctor.likeness import clusters
 from simmim.doctor.pictures import COLUMNS, GAP, SIDE, Row, Tile, draw_sheet
-from simmim.doctor.record import File, Inspector, Record, look
+from simmim.doctor.record import look
 from simmim.doctor.workers import run_all
 from simmim.pretrain import SimMIM
 from support.commands import refused, simmim
@@ -433,20 +433,10 @@ def test_classes_are_counted_whole_where_a_sample_is_looked_at(tmp_path: Path) -
 # Workers ------------------------------------------------------------------------------------------
 
 
-def _square(n: int) -> int:
-    if n == 5:
-        os.kill(os.getpid(), 9)
-    if n == 9:
-        os._exit(3)
-    if n == 20:
-        time.sleep(60)
-    return n * n
-
-
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_a_killed_worker_names_its_item_and_nothing_else_is_lost(workers: int) -> None:
     results = dict(
-        run_all(_square, range(40), workers, lambda n, why: (n, why), patience=1.0)  # type: ignore
+        run_all(square, range(40), workers, lambda n, why: (n, why), patience=1.0)  # type: ignore
     )
     assert len(results) == 40
     assert results.pop(5) == (5, "it ends the process that reads it (SIGKILL)")
@@ -458,33 +448,23 @@ def test_a_killed_worker_names_its_item_and_nothing_else_is_lost(workers: int) -
 def test_spawned_workers_do_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = _photos(tmp_path / "root", 12)
     here = _diagnose(root, tmp_path)
-    monkeypatch.setattr("simmim.doctor.workers.get_context", lambda: get_context("spawn"))
+    spawn = get_context("spawn")
+    monkeypatch.setattr("simmim.doctor.workers.worker_context", lambda *sent: spawn)
     there = _diagnose(root, tmp_path)
     for found in (here, there):
         found["summary"].pop("images_per_s")
     assert here["summary"] == there["summary"]
 
 
-def _wrong(n: int) -> int:
-    raise KeyError(n)
-
-
 def test_an_error_of_ours_is_no_fault_of_a_file() -> None:
     with pytest.raises(KeyError):
-        list(run_all(_wrong, range(3), 1, lambda n, why: 0))
-
-
-class _Fatal(Inspector):
-    def __call__(self, file: File) -> Record:
-        if file.name.endswith("005.jpg"):
-            os.kill(os.getpid(), 9)
-        return super().__call__(file)
+        list(run_all(wrong, range(3), 1, lambda n, why: 0))
 
 
 def test_a_file_that_kills_its_reader_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("simmim.doctor.command.Inspector", _Fatal)
+    monkeypatch.setattr("simmim.doctor.command.Inspector", Fatal)
     found = _diagnose(_photos(tmp_path / "root", 12), tmp_path, workers=2)
     files = found["by_kind"]["unreadable"]["files"]
     assert files == {"005.jpg": "it ends the process that reads it (SIGKILL)"}

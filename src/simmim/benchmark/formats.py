@@ -14,7 +14,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from itertools import islice
 from math import nan
-from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from simmim.benchmark.startup import ROLLUP, be_quiet, memory_of
 from simmim.data.layout import read_folder
 from simmim.data.mapped import PLACE
 from simmim.data.pack import Encoded, Encoder, Images
+from simmim.data.workers import worker_context
 
 BATCH = 256  # images that are looked at for how they are mixed
 PARTS = 50  # of the data
@@ -37,8 +37,6 @@ ENVIRONMENT = {
     "AWS_SECRET_ACCESS_KEY": "none",
     "AWS_DEFAULT_REGION": "us-east-1",
 }
-FORKS = "forkserver" in get_all_start_methods()  # a fork of this process would copy threads' locks
-CONTEXT: Any = get_context("forkserver" if FORKS else "spawn")
 
 
 def formats(
@@ -76,8 +74,6 @@ def formats(
     ):  # fmt: skip
         if number < least:
             raise ValueError(f"--{option} {number} is too small: use {least} or more")
-    if FORKS:
-        CONTEXT.set_forkserver_preload([__name__])  # torch is imported once, not in each process
     installed = [name for name, kind in FORMATS.items() if find_spec(kind.module)]
     near, far, rest = [], [], []
     with (
@@ -198,7 +194,7 @@ def _prepare() -> None:
 
 def _apart(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function in a process that has touched nothing."""
-    with ProcessPoolExecutor(1, CONTEXT, _prepare) as pool:
+    with ProcessPoolExecutor(1, worker_context(function), _prepare) as pool:
         return pool.submit(function, *args).result()
 
 
@@ -228,10 +224,11 @@ def _measure_memory(name: str, kept: Path, images: int, workers: int) -> tuple[f
     """Megabytes of processes that have read all: their own, and of the files they map."""
     if not ROLLUP.exists():
         return nan, nan
-    barrier = CONTEXT.Barrier(workers + 1, timeout=600)
+    context = worker_context(hold)
+    barrier = context.Barrier(workers + 1, timeout=600)
     seeds = range(workers) if FORMATS[name].random else [None] * workers
     processes = [
-        CONTEXT.Process(target=hold, args=(name, kept, images, seed, barrier), daemon=True)
+        context.Process(target=hold, args=(name, kept, images, seed, barrier), daemon=True)
         for seed in seeds
     ]
     for process in processes:

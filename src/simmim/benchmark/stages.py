@@ -10,12 +10,11 @@ from typing import Any
 from warnings import catch_warnings, filterwarnings
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
-from simmim.data.dataset import ImageData, Key
+from simmim.data.dataset import ImageData, Key, Loader
 from simmim.data.decode import decode_image
 from simmim.data.draws import permutation, uniforms
-from simmim.data.workers import outlive_the_first_signal
 
 STAGES = ("read", "decode", "crop", "collate", "transfer")
 PREFETCHED = 2  # batches of each worker, torch's default: they were read before the clock ran
@@ -138,17 +137,14 @@ class Feed:
         collate: Callable[[list[Any]], Any] | None = None,
         pin: bool = False,
     ) -> None:
-        if workers and isinstance(data, ImageData):
-            data.unreadable.share_memory_()
         with catch_warnings():
             filterwarnings("ignore", ".*worker processes in total")  # to see that is the purpose
-            loader: DataLoader[Any] = DataLoader(
+            loader: Loader[Any] = Loader(
                 data,
-                batch_size,
+                batch_size=batch_size,
                 sampler=sampler,
                 num_workers=workers,
                 collate_fn=collate,
-                worker_init_fn=outlive_the_first_signal,
                 pin_memory=pin,
             )
             self._batches = iter(loader)

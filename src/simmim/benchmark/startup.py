@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import ERROR, getLogger
-from multiprocessing import active_children, get_context
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 from warnings import filterwarnings
@@ -70,7 +70,7 @@ def startup(
     real: int = 200_000,
     labels: int = 1_000_000,
     batches: int = 400,
-    start: Literal["fork", "spawn"] = "fork",
+    start: Literal["forkserver", "fork", "spawn"] = "forkserver",
 ) -> str:
     """Measure what happens before the first batch, and the memory of workers, by number of files.
 
@@ -81,7 +81,8 @@ def startup(
         labels: Rows of a table of labels (`--data.labels`) that is read, and read again.
         batches: Batches of 256 that are read before the memory is measured; they touch most pages
             of the index.
-        start: How workers begin: fork (Linux) or spawn (Windows and macOS).
+        start: How workers begin: forkserver (as `simmim` has it on Linux), fork, or spawn (Windows
+            and macOS).
 
     Returns:
         The duration of `simmim --help`, and two tables.
@@ -154,10 +155,8 @@ def measure_times(root: str) -> Times:
     return Times(*np.diff(marks).tolist())
 
 
-def measure_memory(
-    root: str, workers: int, batches: int, start: Literal["fork", "spawn"]
-) -> list[Memory]:
-    """Read batches of names; the memory of this process, and of each worker."""
+def measure_memory(root: str, workers: int, batches: int, start: str) -> list[Memory]:
+    """Read batches of names; the memory of this process, of each worker, and of their server."""
     index = read_index(root)
     trains, _ = split_off(index, *SPLIT)
     data = Names(index, CenterCrop((1, 1)), trains)
@@ -168,12 +167,12 @@ def measure_memory(
         sampler=_sampler(data),
         num_workers=workers,
         collate_fn=collate,
-        multiprocessing_context=start if workers else None,
+        **({} if start == "forkserver" or not workers else {"multiprocessing_context": start}),
     )
     found = []
     for i, _ in enumerate(loader, start=1):
         if i == min(batches, len(loader)):
-            found = [memory_of(pid) for pid in (os.getpid(), *(p.pid for p in active_children()))]
+            found = [memory_of(process) for process in _family(os.getpid())]
             break
     return found
 
@@ -225,6 +224,12 @@ def memory_of(process: int | None) -> Memory:
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
     table = {line.split(":")[0]: int(line.split()[1]) * 1024 / 1e6 for line in lines}
     return Memory(table["Rss"], table["Pss"], table["Pss_File"])
+
+
+def _family(process: int) -> list[int]:
+    """A process, those that it has started, and theirs (Linux)."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [process, *(pid for child in children for pid in _family(int(child)))]
 
 
 def _sampler(data: ImageData) -> EpochSampler:

@@ -19,6 +19,7 @@ from simmim.data.index import FileIndex
 from simmim.data.index_cache import digest_of
 from simmim.data.mapped import as_tensor
 from simmim.data.scans import Intensity
+from simmim.data.workers import outlive_the_first_signal, worker_context
 
 T = TypeVar("T")
 Transform = Callable[[Any, Iterator[float]], dict[str, Any]]  # of what `read` gives
@@ -222,10 +223,22 @@ class WholeFolder(ImageData):
 
 
 class Loader(DataLoader[T]):
-    """A DataLoader that Lightning knows to go on where it stopped: its sampler finds the place.
+    """A DataLoader whose workers are started alike everywhere, see workers.py.
 
-    Batches of which nothing could be read are left out.
+    Lightning knows it to go on where it stopped: its sampler finds the place. Batches of which
+    nothing could be read are left out.
     """
+
+    def __init__(self, dataset: Dataset[T], **options: Any) -> None:
+        if options.get("num_workers"):
+            if isinstance(dataset, ImageData):
+                dataset.unreadable.share_memory_()
+            options = {
+                "worker_init_fn": outlive_the_first_signal,
+                "multiprocessing_context": worker_context(dataset, options.get("collate_fn")),
+                **options,
+            }
+        super().__init__(dataset, **options)
 
     def __iter__(self) -> Any:
         """Iterate over the batches."""

@@ -22,7 +22,7 @@ from simmim.data.statistics import (
     measured_window,
 )
 from simmim.data.summary import DataSummary, SplitSummary
-from simmim.data.workers import default_workers, outlive_the_first_signal
+from simmim.data.workers import default_workers
 
 Batch = dict[str, Any]
 SPLITS = {"train": "training", "val": "validation", "test": "test"}  # a split's data set
@@ -280,8 +280,6 @@ class LoaderModule(L.LightningDataModule):
         max_workers: int = 1024,
     ) -> Loader[Batch]:
         workers = min(self._workers(data), -(-len(data) // batch_size), max_workers)
-        if workers:
-            data.unreadable.share_memory_()
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return Loader(
             data,
@@ -290,7 +288,6 @@ class LoaderModule(L.LightningDataModule):
             drop_last=drop_last,
             collate_fn=self.collate,
             num_workers=workers,
-            worker_init_fn=outlive_the_first_signal,
             persistent_workers=workers > 0,
             pin_memory=on_gpu,
         )

@@ -20,10 +20,11 @@ import numpy.typing as npt
 import simplejpeg
 import torch
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from simmim.bar import Bar
 from simmim.data.bad_files import escape
+from simmim.data.dataset import Loader
 from simmim.data.decode import UnreadableImage, decode_pixels, is_dicom, reason_of
 from simmim.data.index import FileIndex, check_folder
 from simmim.data.layout import IMAGES, read_split, read_unsplit
@@ -36,7 +37,7 @@ from simmim.data.shards import (
     digest_of_file,
     is_packed,
 )
-from simmim.data.workers import cpu_count, outlive_the_first_signal
+from simmim.data.workers import cpu_count
 from simmim.durable import UNFINISHED, beside, sync, write_whole
 
 BATCH_BYTES = 16 * 2**20  # of a record batch: what other tools read at once
@@ -384,13 +385,12 @@ def _write(
 
 def _encoded(images: Images, start: int, workers: int) -> Iterator[tuple[int, "Encoded | str"]]:
     """Read and encode in parallel, in order."""
-    loader: DataLoader[Any] = DataLoader(
+    loader: Loader[Any] = Loader(
         images,
         batch_size=8,
         sampler=range(start, len(images)),
         num_workers=workers,
         collate_fn=list,
-        worker_init_fn=outlive_the_first_signal,
     )
     for batch in loader:
         for item in batch:

@@ -12,16 +12,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
 from simmim.bar import Bar
 from simmim.data.checks import check_choice
-from simmim.data.dataset import ImageData, collate
+from simmim.data.dataset import ImageData, Loader, collate
 from simmim.data.decode import UnreadableImage
 from simmim.data.mapped import cache_folder
 from simmim.data.sampler import choose
 from simmim.data.scans import Intensity, Pixels
-from simmim.data.workers import outlive_the_first_signal
 from simmim.durable import write_whole
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel, in 0..1
@@ -140,11 +139,10 @@ class _Values(Dataset[Tensor]):
 
 
 def _percentiles(data: ImageData, places: list[int], num_workers: int) -> list[float] | None:
-    loader: DataLoader[Any] = DataLoader(
+    loader: Loader[Any] = Loader(
         _Values(data, places),
         batch_size=None,
         num_workers=num_workers,
-        worker_init_fn=outlive_the_first_signal,
     )
     bar = Bar(loader, desc="Intensities", leave=False, delay=1.0)
     values = torch.cat(list(bar)).numpy()
@@ -157,12 +155,11 @@ def _percentiles(data: ImageData, places: list[int], num_workers: int) -> list[f
 
 
 def _measure(data: ImageData, places: list[int], num_workers: int) -> Statistics:
-    loader: DataLoader[Any] = DataLoader(
+    loader: Loader[Any] = Loader(
         Subset(data, places),
         batch_size=32,
         num_workers=num_workers,
         collate_fn=collate,
-        worker_init_fn=outlive_the_first_signal,
     )
     pixels = 0
     total = torch.zeros(data.in_chans, dtype=torch.float64)

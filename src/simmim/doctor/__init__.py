@@ -5,7 +5,18 @@ finds images that show the same, `findings` draws the conclusions, `estimate` tr
 model, `diagnosis` is all of it as plain data, and `report`, `sheet` and `pictures` show it.
 """
 
-from simmim.doctor.command import doctor
-from simmim.doctor.diagnosis import Diagnosis
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Diagnosis", "doctor"]
+_HOME = {"Diagnosis": "diagnosis", "doctor": "command"}  # not imported by its processes
+__all__ = list(_HOME)
+
+if TYPE_CHECKING:
+    from simmim.doctor.command import doctor as doctor
+    from simmim.doctor.diagnosis import Diagnosis as Diagnosis
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'simmim.doctor' has no attribute {name!r}")
+    return getattr(import_module(f"simmim.doctor.{_HOME[name]}"), name)

@@ -9,11 +9,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from multiprocessing import get_context, parent_process
+from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
 import torch
+
+from simmim.data.workers import worker_context
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -71,13 +73,13 @@ class _Worker:
     """A process, and what it has been given and not answered yet."""
 
     def __init__(self, work: Callable[[Any], Any]) -> None:
-        context = get_context()
+        context = worker_context(work, _serve)
         self.pipe, theirs = context.Pipe()
         self.process: Any = context.Process(target=_serve, args=(work, theirs), daemon=True)
         self.process.start()
         theirs.close()
         self.todo: list[int] = []
-        self.since, self.gone = time.monotonic(), False
+        self.since, self.ready, self.gone = time.monotonic(), False, False
 
     @property
     def handles(self) -> tuple[Any, Any]:
@@ -98,8 +100,9 @@ class _Worker:
                 answer = self.pipe.recv()
                 if isinstance(answer, _Failure):
                     raise answer.error
-                yield self.todo.pop(0), answer
-                self.since = time.monotonic()
+                if self.ready:
+                    yield self.todo.pop(0), answer
+                self.ready, self.since = True, time.monotonic()
         except (EOFError, OSError):  # the pipe has no other end
             self.gone = True
             self.process.join(5)
@@ -110,7 +113,7 @@ class _Worker:
             return ""
         if self.gone or not (self.process.is_alive() or self.pipe.poll()):
             return f"it ends the process that reads it ({_signal(self.process.exitcode or 0)})"
-        if time.monotonic() - self.since > patience:
+        if self.ready and time.monotonic() - self.since > patience:
             return f"to read it takes more than {patience:g} seconds"
         return ""
 
@@ -134,6 +137,7 @@ def _serve(work: Callable[[Any], Any], pipe: Connection) -> None:
     parent = parent_process()
     assert parent is not None
     with suppress(EOFError, OSError, KeyboardInterrupt):
+        pipe.send(None)  # what it has imported until here is not counted
         while pipe in wait([pipe, parent.sentinel]):
             for item in pipe.recv():
                 try:

@@ -13,7 +13,6 @@ import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from simmim.bar import Bar
 from simmim.data import ImageFolderData
@@ -25,7 +24,7 @@ from simmim.data.layout import Part, read_parts
 from simmim.data.sampler import choose
 from simmim.data.shards import PackedIndex, is_packed, join_packed, read_packed
 from simmim.data.statistics import imagenet_statistics
-from simmim.data.workers import default_workers, outlive_the_first_signal
+from simmim.data.workers import default_workers
 from simmim.durable import written_whole
 from simmim.embed.pictures import (
     Tile,
@@ -323,18 +322,15 @@ class Embedder:
                 f"the device's memory is full: use a smaller --batch_size than {len(images)}"
             ) from error
 
-    def _loader(self, images: WholeFolder) -> DataLoader[Any]:
+    def _loader(self, images: WholeFolder) -> Loader[Any]:
         workers = self.data.num_workers
         workers = default_workers(images) if workers is None else workers
         workers = min(workers, -(-len(images) // self.data.batch_size))
-        if workers:
-            images.unreadable.share_memory_()
         return Loader(
             images,
             batch_size=self.data.batch_size,
             num_workers=workers,
             collate_fn=collate,
-            worker_init_fn=outlive_the_first_signal,
             pin_memory=self.fabric.device.type == "cuda",
         )
 
