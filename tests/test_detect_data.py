@@ -20,6 +20,7 @@ from simmim.data.boxes import Fit, Jitter, Placement
 from simmim.data.detection import Annotated
 from simmim.data.draws import uniforms
 from simmim.data.mapped import open_tensors, write_tensors
+from support.folders import write_coco
 
 # What most folders here are like, and nothing that these tests are about.
 pytestmark = [
@@ -28,30 +29,6 @@ pytestmark = [
 ]
 Make = Callable[..., Path]
 BLOOD = Path(__file__).parents[2] / "shared" / "data" / "detection"
-
-
-def coco(
-    path: Path,
-    images: list[tuple[Any, str]],
-    objects: list[tuple[Any, int, list[float]]],
-    size: tuple[int, int] = (40, 40),
-    **more: Any,
-) -> Path:
-    """Write annotations: images as (id, name), objects as (image id, category id, box)."""
-    content = {
-        "images": [
-            {"id": i, "file_name": name, "width": size[0], "height": size[1]} for i, name in images
-        ],
-        "annotations": [
-            {"id": n, "image_id": i, "category_id": c, "bbox": box, "area": 7.0, "iscrowd": 0}
-            for n, (i, c, box) in enumerate(objects)
-        ],
-        "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}],
-        **more,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
-    return path
 
 
 def voc(path: Path, objects: list[tuple[str, tuple[float, ...], int]], size: int = 40) -> None:
@@ -94,7 +71,7 @@ def folder(tmp_path: Path, make_images: Make) -> Path:
         make_images(root / part, n, size=40)
         names = [(10 * i, f"{i:03d}.png") for i in range(n)]
         boxes = [(0, 7, [1, 2, 10, 20]), (0, 3, [5.5, 6, 8, 8]), (10, 3, [0, 0, 40, 40])]
-        coco(root / part / "annotations.json", names, boxes)
+        write_coco(root / part / "annotations.json", names, boxes)
     return root
 
 
@@ -130,7 +107,7 @@ def test_annotations_are_found_where_people_keep_them(
 ) -> None:
     make_images(tmp_path / "train" / "images", 2, size=40)
     names = [(i, name.format(f"{i:03d}.png")) for i in range(2)]
-    coco(tmp_path / place, names, [(1, 3, [1, 2, 3, 4])])
+    write_coco(tmp_path / place, names, [(1, 3, [1, 2, 3, 4])])
     made = data(tmp_path, val_fraction=0, scale_jitter=(1, 1), hflip=0)
     assert truth(made, "training")["images/001.png"] == ([[1, 2, 4, 6]], [0])
 
@@ -139,7 +116,7 @@ def test_coco_s_own_folders_are_found(tmp_path: Path, make_images: Make) -> None
     for part in ("train2017", "val2017"):
         make_images(tmp_path / part, 2, size=40)
         file = tmp_path / "annotations" / f"instances_{part}.json"
-        coco(file, [(0, "000.png"), (1, "001.png")], [(0, 3, [1, 2, 3, 4])])
+        write_coco(file, [(0, "000.png"), (1, "001.png")], [(0, 3, [1, 2, 3, 4])])
     made = data(tmp_path)
     assert (made.num_train, len(made.sets["validation"])) == (2, 2)
 
@@ -151,7 +128,7 @@ def test_one_file_for_a_folder_is_split_as_every_task_splits(
         make_images(tmp_path / "all" / part, 10, size=40)
     names = [f"{part}/{i:03d}.png" for part in ("a", "b") for i in range(10)]
     boxes = [(i, 3, [i, i, 2, 2]) for i in range(20)]
-    file = coco(tmp_path / "elsewhere.json", list(enumerate(names)), boxes)  # type: ignore[arg-type]
+    file = write_coco(tmp_path / "elsewhere.json", list(enumerate(names)), boxes)  # type: ignore[arg-type]
     made = data(tmp_path / "all", annotations=str(file), val_fraction=0.2)
     pretraining = ImageFolderData(root=str(tmp_path / "all"), val_fraction=0.2, num_workers=0)
     pretraining.setup("fit")
@@ -169,7 +146,7 @@ def test_one_file_for_train_and_val(folder: Path, tmp_path: Path) -> None:
     for part in ("train", "val"):
         (folder / part / "annotations.json").unlink()
     names = [(i, f"{part}/{i % 4:03d}.png") for i, part in enumerate(["train"] * 4 + ["val"])]
-    file = coco(tmp_path / "all.json", names, [(i, 3, [1, 1, 2, 2]) for i in (0, 4)])
+    file = write_coco(tmp_path / "all.json", names, [(i, 3, [1, 1, 2, 2]) for i in (0, 4)])
     made = data(folder, annotations=str(file))
     assert truth(made) == {"000.png": ([[1, 1, 3, 3]], [0])}
     assert made.num_train == 4
@@ -188,7 +165,7 @@ def test_what_is_wrong_is_left_out_and_counted(tmp_path: Path, make_images: Make
         (3, 7, [1, 1, 2, 2]),  # a second entry of the first file
         (0, 3, [1, 1, float("nan"), 2]),
     ]
-    coco(tmp_path / "train" / "annotations.json", images, boxes)
+    write_coco(tmp_path / "train" / "annotations.json", images, boxes)
     made = data(tmp_path, val_fraction=0, scale_jitter=(1, 1), hflip=0)
     assert truth(made, "training") == {
         "000.png": ([[30, 30, 40, 40], [1, 1, 3, 3]], [0, 1]),
@@ -245,23 +222,24 @@ def test_an_image_of_another_size_than_was_annotated_is_a_bad_file(folder: Path)
 
 
 def test_crowds_are_ignored(folder: Path) -> None:
-    file = folder / "val" / "annotations.json"
-    content = json.loads(file.read_text())
-    content["annotations"][0]["iscrowd"] = 1
-    file.write_text(json.dumps(content))
+    change(folder, 1, iscrowd=1)
     sample = data(folder).sets["validation"][0]
     assert sample["target"]["labels"].tolist() == [0]
     assert sample["truth"]["iscrowd"].tolist() == [1, 0]
 
 
-def change(folder: Path, n: int | None = None, **fields: Any) -> None:
-    """Give the first n objects of each part these fields."""
+def rewrite(folder: Path, change: Callable[[str, list[Any]], None]) -> None:
+    """Change the annotations of train/ and val/."""
     for part in ("train", "val"):
         file = folder / part / "annotations.json"
         content = json.loads(file.read_text())
-        for entry in content["annotations"][:n]:
-            entry.update(fields)
+        change(part, content["annotations"])
         file.write_text(json.dumps(content))
+
+
+def change(folder: Path, n: int | None = None, **fields: Any) -> None:
+    """Give the first n objects of each part these fields."""
+    rewrite(folder, lambda _, entries: [entry.update(fields) for entry in entries[:n]])  # type: ignore[arg-type, return-value]
 
 
 SPELLINGS = {
@@ -283,13 +261,12 @@ def test_yes_and_no_are_read_in_any_spelling(folder: Path, word: str, value: obj
 
 @pytest.mark.parametrize("spell", [str, float, lambda i: f"{i}.0"])
 def test_ids_are_the_numbers_that_they_spell(folder: Path, spell: Callable[[int], Any]) -> None:
-    expected = truth(data(folder))
-    for part in ("train", "val"):
-        file = folder / part / "annotations.json"
-        content = json.loads(file.read_text())
-        for entry in content["annotations"]:
+    def respell(part: str, entries: list[Any]) -> None:
+        for entry in entries:
             entry |= {key: spell(entry[key]) for key in ("image_id", "category_id")}
-        file.write_text(json.dumps(content))
+
+    expected = truth(data(folder))
+    rewrite(folder, respell)
     made = data(folder)
     assert truth(made) == expected
     assert made.category_ids == [3, 7]
@@ -316,7 +293,7 @@ def test_what_has_no_object_to_learn_is_refused(
 
 
 def test_validation_images_without_objects_are_told(folder: Path) -> None:
-    coco(folder / "val" / "annotations.json", [(0, "000.png")], [])
+    write_coco(folder / "val" / "annotations.json", [(0, "000.png")], [])
     with pytest.warns(UserWarning, match="val has no objects that count, so it scores nothing"):
         data(folder)
 
@@ -329,12 +306,12 @@ def test_turned_images_are_read_as_they_were_annotated(folder: Path, orientation
     exif[0x0112] = orientation
     image.save(folder / "val" / "a.jpg", exif=exif, quality=95)
     file = folder / "val" / "annotations.json"
-    coco(file, [(1, "a.jpg")], [(1, 3, [8, 4, 32, 12])], (96, 64))
+    write_coco(file, [(1, "a.jpg")], [(1, 3, [8, 4, 32, 12])], (96, 64))
     sample = data(folder).sets["validation"][0]
     assert sample["original"].tolist() == [64, 96]
     bright = (data(folder, img_size=96).sets["validation"][0]["image"] > 127).all(0).nonzero()
     assert bright.amin(0).tolist() == [4, 8]
-    coco(file, [(1, "a.jpg")], [(1, 3, [4, 8, 12, 32])], (64, 96))
+    write_coco(file, [(1, "a.jpg")], [(1, 3, [4, 8, 12, 32])], (64, 96))
     assert data(folder).sets["validation"][0]["original"].tolist() == [96, 64]
 
 
@@ -343,10 +320,9 @@ def test_turned_images_are_read_as_they_were_annotated(folder: Path, orientation
 
 def with_outlines(folder: Path, compressed: bool = False) -> None:
     """Give each object an outline: a polygon in train/, run lengths in val/."""
-    for part in ("train", "val"):
-        file = folder / part / "annotations.json"
-        content = json.loads(file.read_text())
-        for entry in content["annotations"]:
+
+    def outline(part: str, entries: list[Any]) -> None:
+        for entry in entries:
             x, y, w, h = entry["bbox"]
             entry["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
             if part == "val":
@@ -358,7 +334,8 @@ def with_outlines(folder: Path, compressed: bool = False) -> None:
                 if compressed:
                     packed = coco_mask.encode(mask)
                     entry["segmentation"] = {"size": [40, 40], "counts": packed["counts"].decode()}
-        file.write_text(json.dumps(content))
+
+    rewrite(folder, outline)
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -448,7 +425,7 @@ def test_an_object_with_a_bad_outline_is_named(folder: Path, outline: Any, reaso
 def test_a_few_objects_without_an_outline_do_not_turn_masks_off(folder: Path) -> None:
     for part, n in (("train", 4), ("val", 2)):
         names = [(i, f"{i:03d}.png") for i in range(n)]
-        coco(folder / part / "annotations.json", names, [(0, 3, [1, 2, 10, 20])] * 20)
+        write_coco(folder / part / "annotations.json", names, [(0, 3, [1, 2, 10, 20])] * 20)
     with_outlines(folder)
     change(folder, 1, segmentation=[])
     made = data(folder)
@@ -630,7 +607,7 @@ def test_predict_reads_any_folder_and_knows_ids(folder: Path, tmp_path: Path) ->
     batch = next(iter(made.predict_dataloader()))
     assert [Path(path).name for path in batch["path"]] == ["000.png", "001.png"]
     assert [made.image_id(i) for i in (0, 1)] == [0, 10]  # of the annotations.json beside them
-    file = coco(tmp_path / "one.json", [("2", "001.png")], [])
+    file = write_coco(tmp_path / "one.json", [("2", "001.png")], [])
     named = data(folder / "val", "predict", annotations=str(file))
     assert named.image_id(1) == "2"
     both = data(folder, "predict")  # whose ids are each two images'
@@ -645,7 +622,7 @@ def test_deep_and_gray_images_are_taken(tmp_path: Path) -> None:
     deep = (np.arange(1600).reshape(40, 40) * 40).astype(np.uint16)
     Image.fromarray(deep).save(tmp_path / "train" / "b.png")
     names = [(1, "a.png"), (2, "b.png")]
-    coco(tmp_path / "train" / "annotations.json", names, [(1, 3, [1, 2, 10, 20])])
+    write_coco(tmp_path / "train" / "annotations.json", names, [(1, 3, [1, 2, 10, 20])])
     made = data(tmp_path, val_fraction=0, in_chans=1, statistics="measured")
     batch = next(iter(made.train_dataloader()))
     assert batch["image"].dtype == torch.float32
@@ -685,7 +662,7 @@ def kept(tmp_path: Path, make_images: Make, monkeypatch: pytest.MonkeyPatch) -> 
         make_images(tmp_path / "kept" / part, n, size=40)
         images = [(i, f"{i:03d}.png") for i in range(n)]
         objects = [(i, 3 + 4 * (i % 2), [2.0, 3.0, 20.0, 10.0]) for i in range(n)]
-        path = coco(tmp_path / "kept" / part / "annotations.json", images, objects)
+        path = write_coco(tmp_path / "kept" / part / "annotations.json", images, objects)
         content = json.loads(path.read_text())
         for entry in content["annotations"]:
             entry["segmentation"] = [[2, 3, 22, 3, 22, 13.5]]
@@ -775,7 +752,7 @@ def test_damaged_arrays_of_boxes_are_made_anew(kept: Path, name: str) -> None:
 
 def test_one_file_for_all_folders_is_kept_too(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = [(i, f"train/{i:03d}.png") for i in range(4)] + [(9, "val/000.png")]
-    path = coco(kept / "all.json", images, [(i, 7, [1.0, 1.0, 9.0, 9.0]) for i in (0, 9)])
+    path = write_coco(kept / "all.json", images, [(i, 7, [1.0, 1.0, 9.0, 9.0]) for i in (0, 9)])
     settle(kept)
     first = all_of(kept, annotations=str(path))
     assert len(first) == 4 + 4 + 1

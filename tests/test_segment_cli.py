@@ -117,6 +117,7 @@ def test_what_users_get_wrong_is_one_sentence(
     assert "have no mask, such as" in fit("--data.root=d")
 
 
+@pytest.mark.slow
 def test_names_of_masks_of_0_and_255_are_learned(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
