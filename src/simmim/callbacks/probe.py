@@ -69,7 +69,9 @@ class OnlineProbe(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a layer that the encoder does not have, before anything runs."""
         encoder: Any = getattr(pl_module, "encoder", None)
-        if self.every_n_epochs and self.layer is not None and hasattr(encoder, "check_layer"):
+        if stage == "predict" or not self.every_n_epochs or self.layer is None:
+            return  # nothing is probed
+        if hasattr(encoder, "check_layer"):
             try:
                 encoder.check_layer(self.layer)
             except ValueError as error:
