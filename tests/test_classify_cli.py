@@ -141,7 +141,7 @@ def test_a_folder_that_lacks_a_class_is_scored_by_name(
             for i in range(10):
                 save(Path(root, name, f"{i}.png"), np.full((32, 32), gray.get(name, 0) + i))
     options = ["--data.batch_size=6", "--data.val_fraction=0.5", "--model.base_lr=0.05"]
-    options += ["--model.warmup_epochs=0", "--trainer.max_epochs=12", "--data.root=all"]
+    options += ["--model.warmup_epochs=0", "--trainer.max_epochs=40", "--data.root=all"]
     quiet("classify fit --name=three", *SMALL, *options)
     Path("two/cat").mkdir()
     shares = []

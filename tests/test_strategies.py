@@ -36,9 +36,10 @@ from support import exhaustive
 from support.commands import assert_same_tensors, simmim, write_tiny
 from support.folders import make_classes, make_images, save
 from support.processes import end, in_processes, kill, program, said, start
+from support.small import ByIndex
 from support.training import fsdp_on_cpu, trainer_of
 from test_exact import OPTIONS
-from test_pretrain import TINY, ByIndex, tiny
+from test_pretrain import TINY, tiny
 
 # What is trained --------------------------------------------------------------------------------
 
