@@ -66,7 +66,7 @@ class Lines:
     def write(self, text: str) -> None:
         """Write a line, unless there was one of its kind just now."""
         line = CONTROLS.sub("", text).strip()
-        if " 0/?" in line:  # a bar of Lightning's that does not know its length yet
+        if " 0/?" in line or line.startswith("Training  "):  # Lightning's, before an epoch begins
             return
         kind = re.split(r"[\d|]", line)[0].strip()  # "Epoch 3/95   0%|" -> "Epoch"
         before, ends, _ = line.partition(" 100%")

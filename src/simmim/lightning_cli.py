@@ -13,7 +13,7 @@ import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -256,6 +256,9 @@ class TaskCLI(LightningCLI):
         callbacks = options.callbacks or []
         callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
         callbacks += [writer() for writer in self.task.writers]
+        summarised = any(isinstance(callback, ModelSummary) for callback in callbacks)
+        if options.enable_model_summary is not False and not summarised:
+            callbacks.append(ModelSummary())  # in plain text, also where rich is installed
         for name, enabled in {
             "progress_bar": options.enable_progress_bar,
             "checkpoint": options.enable_checkpointing,

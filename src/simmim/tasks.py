@@ -271,7 +271,8 @@ def _quieten_lightning() -> None:
 
 
 def _no_tip(record: logging.LogRecord) -> bool:
-    return "Tip:" not in record.getMessage()
+    said = record.getMessage()
+    return "Tip:" not in said and "Skipping setting a default `ModelSummary`" not in said
 
 
 def _no_flops(record: logging.LogRecord) -> bool:
