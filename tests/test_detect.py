@@ -319,12 +319,14 @@ def test_masks_are_trained_where_the_data_have_them(masked_root: Path, tmp_path:
 
 def test_images_without_any_object_are_no_accident(tmp_path: Path) -> None:
     make_boxes(tmp_path, train=4, val=2)
-    for part in ("train", "val"):
-        names = [(i, f"{i:03d}.png") for i in range(2)]
-        write_coco(tmp_path / part / "annotations.json", names, [], (64, 48))  # type: ignore[arg-type]
+    for part, n in (("train", 4), ("val", 2)):
+        names = [(i, f"{i:03d}.png") for i in range(n)]
+        objects = [(0, 1, [8.0, 8.0, 20.0, 20.0])] if part == "train" else []
+        write_coco(tmp_path / part / "annotations.json", names, objects, (64, 48))  # type: ignore[arg-type]
     model = Detector(**VIT)
     run = quiet_trainer(tmp_path)
-    run.fit(model, datamodule=data(tmp_path, batch_size=2))
+    with pytest.warns(UserWarning, match="val has no objects that count"):
+        run.fit(model, datamodule=data(tmp_path, batch_size=2))
     assert run.callback_metrics["train/loss"].isfinite()
     assert run.callback_metrics["val/map"].isnan()  # there is nothing to be found
 

@@ -151,7 +151,7 @@ def keep(
     key: Sequence[object],
     make: Callable[[], Kept],
     fits: Callable[[dict[str, Tensor], dict[str, str]], bool],
-    worth: int = WORTH,
+    worth: int | None = None,
 ) -> Kept:
     """Make tensors of an index, or open those that were made of the same before.
 
@@ -161,10 +161,10 @@ def keep(
         key: All that they depend on.
         make: Gives them by name, and notes.
         fits: Whether what was kept is whole: what is read there must not go astray.
-        worth: Of fewer files nothing is kept.
+        worth: Of fewer files nothing is kept; None: WORTH.
     """
     cache = cache_folder()
-    if cache is None or files < worth:
+    if cache is None or files < (WORTH if worth is None else worth):
         return make()
     file = cache / f"{kind}-{_hash(*key)}.safetensors"
 

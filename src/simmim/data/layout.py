@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from simmim.data.index import SPLIT_OF, FileIndex, check_folder, find_parts, split_of
+from simmim.data.index import SPLIT_OF, SPLIT_WORDS, FileIndex, check_folder, find_parts, split_of
 from simmim.data.index_cache import keep_split, read_index
 from simmim.data.scans import check_pydicom
 from simmim.data.shards import is_packed, join_packed, read_packed
@@ -118,7 +118,7 @@ def read_parts(
         parts["train"] = Part(whole, trains)
         if len(validates):
             parts["val"] = Part(whole, validates)
-    return parts
+    return {split: parts[split] for split in SPLIT_WORDS if split in parts}
 
 
 def read_unsplit(root: str, masks_apart: bool = True) -> FileIndex:

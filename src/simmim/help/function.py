@@ -52,7 +52,7 @@ GROUPS = {  # in the order of the page
     },
     "convert": {
         "needed": "weights out",
-        "where the file does not say it": "img_size patch_size num_heads window_size "
+        "where the file does not say it": "encoder img_size patch_size num_heads window_size "
         "mask_patch_size target resize",
     },
     "doctor": {
