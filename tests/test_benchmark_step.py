@@ -108,7 +108,6 @@ def test_lines_are_compared_that_differ_in_hidden_tokens_alone() -> None:
     assert [(named["batch"], gain) for named, gain in _skipping(rows)] == [("8", 3.0)]
 
 
-@pytest.mark.filterwarnings("ignore:precision .* is slow on this processor")
 def test_a_precision_and_other_cells(config: list[str]) -> None:
     report = measure(
         config, precision=["bf16-mixed"], mask_patch_size=[4, 16], batch_size=[2], steps=1

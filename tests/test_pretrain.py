@@ -141,7 +141,6 @@ def test_uint8_is_normalised_with_the_pixel_statistics() -> None:
     )
 
 
-@pytest.mark.filterwarnings("ignore:precision .* is slow on this processor")
 def test_bfloat16_throughout() -> None:
     run = quiet_trainer(precision="bf16-true")
     run.fit(tiny(), noise_loader())

@@ -213,7 +213,6 @@ class Kernels(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.filterwarnings("ignore:precision .* is slow on this processor")
 @pytest.mark.parametrize(
     ("kind", "head", "precision"),
     [
@@ -309,7 +308,6 @@ def test_the_optimiser_is_fused_unless_the_user_decides() -> None:
     assert isinstance(momentum.optimizers[0], SGD)
 
 
-@pytest.mark.filterwarnings("ignore:precision .* is slow on this processor")
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
 def test_a_fused_optimiser_clips_in_mixed_precision(precision: Any) -> None:
     """And does what the other does. Lightning knows no fp16 on CPUs: torch does."""
