@@ -300,7 +300,7 @@ def test_what_is_no_budget(amount: float, words: str) -> None:
         ("{run} --mode=finetune -c linear_probe", "is to probe"),
         ("{run} --budgets=[200]", "more than the 9 training images"),
         ("{run} --budgets 200", "more than the 9 training images"),
-        ("{run} --budgets many", "--budgets does not take '[many]'"),
+        ("{run} --budgets many", "it takes a whole number or a number"),
         ("{run} --seeds=0", "seeds 0"),
         ("{run} --epochs=-1", "epochs -1"),
         ("{run} --labels=several.csv", "one class an image"),
