@@ -321,7 +321,7 @@ def test_images_without_any_object_are_no_accident(tmp_path: Path) -> None:
     make_boxes(tmp_path, train=4, val=2)
     for part, n in (("train", 4), ("val", 2)):
         names = [(i, f"{i:03d}.png") for i in range(n)]
-        objects = [(0, 1, [8.0, 8.0, 20.0, 20.0])] if part == "train" else []
+        objects = [(0, c, [8.0, 8.0, 20.0, 20.0]) for c in (3, 7) if part == "train"]
         write_coco(tmp_path / part / "annotations.json", names, objects, (64, 48))  # type: ignore[arg-type]
     model = Detector(**VIT)
     run = quiet_trainer(tmp_path)
