@@ -221,6 +221,14 @@ def test_an_image_of_another_size_than_was_annotated_is_a_bad_file(folder: Path)
     assert made.sets["training"].unreadable.tolist() == [0, 1, 0, 0]
 
 
+def test_classes_are_numbered_as_a_model_that_knows_more(folder: Path) -> None:
+    made = data(folder)
+    before = truth(made)
+    made.number_classes_as(["emu", "dog", "cat"])  # the data's are cat and dog
+    for name, (boxes, labels) in truth(made).items():
+        assert (boxes, labels) == (before[name][0], [2 - label for label in before[name][1]])
+
+
 def test_crowds_are_ignored(folder: Path) -> None:
     change(folder, 1, iscrowd=1)
     sample = data(folder).sets["validation"][0]

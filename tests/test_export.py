@@ -248,10 +248,12 @@ def test_another_tasks_checkpoint_gives_its_encoder(tmp_path: Path) -> None:
     state = {f"encoder.model.{name}": t for name, t in original.state_dict().items()}
     state |= {"decoder.weight": torch.ones(4, 24), "head.bias": torch.ones(4)}
     state |= {"mean": torch.full((1, 3, 1, 1), 0.5), "std": torch.full((1, 3, 1, 1), 0.25)}
-    hparams = {**VIT, "in_chans": 3, "num_classes": 4, "frozen": True}
+    hparams = {**VIT, "in_chans": 3, "num_classes": 4, "frozen": True, "decoder_channels": 8}
     content = {"state_dict": state, "hyper_parameters": hparams, "classes": list("abcd")}
     torch.save(content, tmp_path / "segmenter.ckpt")
     done = export(str(tmp_path / "segmenter.ckpt"), str(tmp_path / "out"))
+    for text in (str(done), (Path(done.folder) / "README.md").read_text()):
+        assert "the segmentation head on it is not exported" in text
     assert config_of(done.folder)["num_classes"] == 0
     assert "label_names" not in config_of(done.folder)
     model: Any = timm.create_model(f"local-dir:{done.folder}", pretrained=True).eval()

@@ -333,6 +333,17 @@ def test_value_of_val_alone_is_ignored_and_told(folder: Path) -> None:
     assert made.sets["validation"][1]["mask"].unique().tolist() == [VOID]
 
 
+def test_classes_are_numbered_as_a_model_that_knows_more(folder: Path) -> None:
+    made = data(folder)
+    assert made.classes == ["0", "1", "2"]
+    before = made.sets["validation"][0]["mask"]
+    made.number_classes_as(["9", "2", "1", "0"])
+    assert made.classes == ["9", "2", "1", "0"]
+    assert torch.equal(
+        made.sets["validation"][0]["mask"], torch.where(before < 0, before, 3 - before)
+    )
+
+
 def test_masks_are_read_once_and_again_when_they_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ from simmim.data.joint import PairCrop, Whole
 from simmim.data.layout import read_folder
 from simmim.data.legend import (
     FILE,
+    MOST,
     VOID,
     Color,
     Legend,
@@ -228,6 +229,23 @@ class SegmentationData(LoaderModule):
             left_out.append(LeftOut("masks", "cannot be read", len(unreadable), first))
         counts = [totals.get(value, (0, 0))[0] for value in self.legend.values]
         return SplitSummary(len(data), {}, counts, left_out)
+
+    def number_classes_as(self, classes: list[str]) -> None:
+        """Number the classes as a model does that was trained with these and perhaps with more."""
+        legend = self.legend
+        assert legend is not None
+        place = {name: number for number, name in enumerate(legend.classes)}
+        unused = iter(value for value in range(MOST - 1, -1, -1) if value not in legend.known)
+        # Those of the model alone get a value and a colour that no mask has.
+        values = [legend.values[place[n]] if n in place else next(unused) for n in classes]
+        colors = legend.colors and [
+            legend.colors[place[name]] if name in place else (-1, -1, -1 - number)
+            for number, name in enumerate(classes)
+        ]
+        self.legend = replace(legend, classes=list(classes), values=values, colors=colors)
+        for data in self.sets.values():
+            if isinstance(data, MaskedImages):
+                data.legend = self.legend
 
     def _setup_parts(self) -> None:
         parts = read_pairs(self.root, self.val_fraction, self.split_seed, self.group_pattern)
