@@ -41,7 +41,7 @@ def test_tables() -> None:
         row = [float(word) for word in lines[-1].split() if word != "MB"]
         workers, main, resident, shared_out, total = row[:5]
         assert workers == 2
-        assert main > resident > shared_out > 1  # of what a worker sees, a part is shared
+        assert resident > shared_out > 1  # of what a worker sees, a part is shared
         assert total < main + 2 * resident
     assert os.environ[PLACE] == place
     assert not os.listdir(place)  # it has a cache of its own

@@ -84,9 +84,10 @@ def test_from_pretraining_to_masks(folder: Path, capsys: pytest.CaptureFixture[s
         save(Path("new", name), np.zeros((height, width) if "gray" in name else (height, width, 3)))
     quiet("segment predict --ckpt_path=runs/seg/version_0 --data.root=new")
     written = {p.relative_to(done / "predictions") for p in (done / "predictions").rglob("*.png")}
-    assert written == {Path(f"{name}.png") for name in sizes}
-    for name, size in sizes.items():
-        with Image.open(done / "predictions" / f"{name}.png") as mask:
+    named = {Path(name).with_suffix(".png"): size for name, size in sizes.items()}
+    assert written == set(named)  # the stems of the images
+    for name, size in named.items():
+        with Image.open(done / "predictions" / name) as mask:
             assert (mask.mode, mask.size) == ("P", size)
             assert set(np.unique(np.asarray(mask))) <= {3, 4}
             assert mask.getpalette()[9:15] == [10, 20, 30, 250, 0, 0]  # type: ignore[index]
