@@ -24,6 +24,7 @@ from simmim.encoder import Encoder
 from simmim.loggers import board, finish_board, run_loggers
 from simmim.pretrain import SimMIM
 
+SECONDS_A_PRODUCT = 2.0  # of matrices, on a CPU
 WARM_UP = 3  # steps that are not counted: memory is taken, kernels are chosen or compiled
 
 
@@ -219,7 +220,17 @@ class Matmul:
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        side = 2048 if device.type == "cpu" else 8192
+        side, largest = (256, 2048) if device.type == "cpu" else (8192, 8192)
+        self._set_side(side, device, dtype)
+        while side < largest:  # a processor without bf16 multiplies it a thousand times as slowly
+            self.run()
+            if 8 * self.seconds[-1] > SECONDS_A_PRODUCT:
+                break
+            side *= 2
+            self._set_side(side, device, dtype)
+        self.seconds.clear()
+
+    def _set_side(self, side: int, device: torch.device, dtype: torch.dtype) -> None:
         self.factors = torch.rand(2, side, side, device=device).to(dtype)
         self.flop, self.seconds = 2 * side**3, list[float]()
 
