@@ -29,10 +29,10 @@ notebooks: $(BASE) ## Open the notebooks in JupyterLab, which it installs
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[notebooks]"
 	$(BIN)/jupyter lab notebooks
 
-test: $(STAMP) ## Run the tests: 10 minutes on two cores
+test: $(STAMP) ## Run the tests, every behaviour at least once
 	$(PYTEST) -m "not exhaustive"
 
-test-fast: $(STAMP) ## Run those that take seconds: 2 minutes
+test-fast: $(STAMP) ## Run those that take seconds
 	$(PYTEST) -m "not slow and not exhaustive"
 
 test-all: $(STAMP) ## Run what `make test` leaves out: every family, kill, layout and notebook
