@@ -32,10 +32,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 @pytest.fixture(autouse=True)
 def _no_process_is_left() -> Iterator[None]:
-    """End what a test that failed has started."""
+    """End what a test has started, and forget the processes that it was one of."""
     yield
     if "support.processes" in sys.modules:
         sys.modules["support.processes"].kill_all()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "RANK"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture

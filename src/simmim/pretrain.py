@@ -157,7 +157,7 @@ class SimMIM(Recipe):
         self.log(f"{part}/loss", self.val_loss, prog_bar=True)
         if batch_idx == 0:
             distance = average_distance(mask, self.encoder.mask_patch_size).nanmean()
-            self.log(f"{part}/avg_dist", distance, sync_dist=self.trainer.world_size > 1)
+            self.log(f"{part}/avg_dist", distance, sync_dist=True)
         return {"index": index, "mask": mask, "error": error}
 
     def inputs(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor, Tensor]:

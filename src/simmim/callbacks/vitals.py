@@ -82,7 +82,7 @@ class Vitals(L.Callback):
             better = min if less_is_better(name) else max
             key = name.replace("val/", "best/", 1)
             self.best[key] = better(self.best.get(key, value), value)
-        pl_module.log_dict(self.best, sync_dist=trainer.world_size > 1)  # equal on all
+        pl_module.log_dict(self.best, sync_dist=True)  # equal on all
 
 
 def held_memory(device: torch.device) -> int | None:

@@ -120,6 +120,8 @@ def decode_tiff(data: bytes) -> tuple[Pixels, int]:
     values = without_no_data(values, marker)
     if values.dtype.kind not in "buif":
         raise ValueError(f"a TIFF of {values.dtype} is no image")
+    if not values.size:
+        raise ValueError("its header claims an image without pixels")
     return values, int(orientation.value) if orientation else 1
 
 
