@@ -178,9 +178,7 @@ class ProgressBar(TQDMProgressBar):
         """Redraw if it is time."""
         if self._epoch != trainer.current_epoch:  # resumed within an epoch
             self._begin_epoch(trainer)
-        # Lightning divides it, so that the gradients of an accumulated step are their mean.
-        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
-        self._loss = None if loss is None else loss * trainer.accumulate_grad_batches
+        self._loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
         self._images += images_in(batch) * trainer.world_size
         self._speed = self._images / max(time.monotonic() - self._epoch_began, 1e-9)
         last = batch_idx + 1 == trainer.num_training_batches
@@ -200,7 +198,9 @@ class ProgressBar(TQDMProgressBar):
         metrics.pop("v_num", None)
         metrics.pop("train/loss", None)
         if self._loss is not None:
-            metrics = {"loss": float(self._loss), **metrics}
+            # Lightning divides it, so that the gradients of an accumulated step are their mean.
+            loss = float(self._loss) * trainer.accumulate_grad_batches
+            metrics = {"loss": loss, **metrics}
         if self._speed:
             metrics["images/s"] = round(self._speed)
         if (left := self._seconds_left(trainer)) is not None:
