@@ -1,5 +1,6 @@
 """More than one process: the same training as one process with the same global batch."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -187,7 +188,8 @@ class Runs:
                 out = self.folder / f"{len(self.made) + len(new)}.pt"
                 new[key] = (out, {**each, "save": out.with_suffix(".ckpt")})
         if new:
-            in_processes(processes, train_each, processes, list(new.values()))
+            with contextlib.chdir(self.folder):  # where the logs of the processes go
+                in_processes(processes, train_each, processes, list(new.values()))
         for key, (out, each) in new.items():
             self.made[key] = {**torch.load(out, weights_only=True), "file": each["save"]}
         return [self.made[key] for key in keys]
