@@ -497,8 +497,9 @@ def test_blood_cells_are_the_same_in_both_formats(part: str) -> None:
     )
     rows = {name: row for row, name in enumerate(as_voc.names)}
     for name, objects in zip(as_coco.names, as_coco.objects, strict=True):
-        mine = {(as_coco.classes[o.label], o.box) for o in objects}
-        assert mine == {(as_voc.classes[o.label], o.box) for o in as_voc.objects[rows[name]]}
+        mine = {(as_coco.classes[o.label], o.box) for o in objects if not o.reason}
+        others = [o for o in as_voc.objects[rows[name]] if not o.reason]  # one point is left out
+        assert mine == {(as_voc.classes[o.label], o.box) for o in others}
 
 
 # Transforms --------------------------------------------------------------------------------------
