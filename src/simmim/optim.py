@@ -100,6 +100,10 @@ def _named_by_models(model: nn.Module) -> Iterator[str]:
         if callable(no_weight_decay):
             for name in cast(set[str], no_weight_decay()):
                 yield f"{prefix}.{name}" if prefix else name
+        if isinstance(module, SwinTransformerV2):  # before timm 1.0.31 it names modules instead
+            for name, _ in module.named_parameters(prefix):
+                if "cpb_mlp" in name or "logit_scale" in name:
+                    yield name
 
 
 def _decays_officially(model: nn.Module, name: str, pretraining: bool) -> bool:

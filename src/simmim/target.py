@@ -420,7 +420,11 @@ def _frozen_teacher(
     if weights:
         if not Path(weights).exists():
             raise ValueError(f"weights {weights!r} of teacher {name!r} do not exist")
-        overlay = {"file": weights, "source": "local-dir" if Path(weights).is_dir() else ""}
+        overlay: dict[str, Any] = {
+            "file": weights,
+            "source": "local-dir" if Path(weights).is_dir() else "",
+            "custom_load": weights.endswith(".npz"),  # older timm takes any file for JAX's
+        }
         options |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
     try:
         model = _build(name, size, **options)
