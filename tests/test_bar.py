@@ -18,6 +18,7 @@ from simmim.cli import main
 from simmim.data import ImageFolderData, named
 from simmim.data.index import scan
 from simmim.data.value_counts import count_values
+from support import beyond
 from support.commands import TINY, column, simmim
 from support.folders import make_classes
 
@@ -93,7 +94,7 @@ COMMANDS = {
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("here")
-@pytest.mark.parametrize("line", COMMANDS, ids=lambda line: " ".join(line.split()[:2]))
+@pytest.mark.parametrize("line", beyond(1, COMMANDS), ids=lambda line: " ".join(line.split()[:2]))
 def test_every_command_shows_its_progress(line: str) -> None:
     with terminal() as screen:
         status = main(line.split())
@@ -178,6 +179,7 @@ def test_lines_of_several_bars_do_not_hide_each_other(clock: Callable[[float], N
     assert log.getvalue().endswith("Epoch 4/9   0%|\nEpoch 4/9 100%| | 2/2\n")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_a_run_whose_output_goes_to_a_file_leaves_whole_lines(
     capfd: pytest.CaptureFixture[str],

@@ -300,6 +300,7 @@ def pretrain(*args: str) -> Path:
     return Path("runs/pre/version_0")
 
 
+@pytest.mark.exhaustive
 def test_a_resumed_run_is_the_same_on_the_board(offline: Path) -> None:
     quick = ["--probe.every_n_epochs=0", "--reconstructions.every_n_epochs=0"]
     run = pretrain("--trainer.max_epochs=1", *quick)

@@ -14,7 +14,7 @@ from support.processes import run_program
 from test_board import LOGGED, TINY
 from wandb_server import KEY, Server, wandb_server
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.exhaustive
 QUICK = [
     "--probe.every_n_epochs=0",
     "--reconstructions.every_n_epochs=0",

@@ -208,6 +208,7 @@ def test_words_that_are_no_text_are_refused(capsys: pytest.CaptureFixture[str]) 
     assert "'caf\\udce9' is no text in UTF-8: rename it, or give a" in sentence
 
 
+@pytest.mark.slow
 def test_a_bug_keeps_its_traceback(place: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         fit("--trainer.callbacks+=test_cli.Stop", "--trainer.callbacks.how=bug")
@@ -244,6 +245,7 @@ def test_a_terminal_that_lacks_a_letter_shows_its_number(
         assert words in stream.buffer.getvalue()  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="there the encoding is not chosen by the environment")
 def test_a_config_is_utf_8_wherever_it_is_read(place: Path) -> None:
     Path("mine.yaml").write_text("data: {root: bücher}  # größer\n", encoding="utf-8")
@@ -293,6 +295,7 @@ def test_a_run_has_what_the_design_says(place: Path, capsys: pytest.CaptureFixtu
     assert "pretrained" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_kept_config_is_whole_and_can_be_given_again(place: Path) -> None:
     assert fit("--trainer.max_epochs=1", "--model.mask_ratio=0.75", "--name=x") == 0
     kept = yaml.safe_load(Path("runs/x/version_0/config.yaml").read_text())
@@ -373,6 +376,7 @@ def test_a_users_callback_joins_ours(place: Path) -> None:
     assert any(name.startswith("lr-AdamW") for name in columns)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [["-c", "debug"], ["--trainer.fast_dev_run=2"]])
 def test_a_try_leaves_nothing(place: Path, options: list[str]) -> None:
     assert fit(*options) == 0
@@ -431,6 +435,7 @@ def test_a_logger_of_the_users_own_is_respected(place: Path) -> None:
 # Going on ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_going_on_is_bitwise_what_was_not_interrupted(place: Path) -> None:
     assert fit("--name=whole") == 0
     interrupt = ["--trainer.callbacks+=test_cli.Stop", "--trainer.callbacks.epoch=2"]
@@ -599,6 +604,7 @@ def test_the_board_keeps_its_run(place: Path, monkeypatch: pytest.MonkeyPatch) -
 # Scoring and showing -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_is_scored_and_shown(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_images(place / "others", 3)
     assert fit("--trainer.max_epochs=2") == 0
@@ -626,6 +632,7 @@ def test_scoring_takes_another_mask_ratio(place: Path) -> None:
     assert scores[0] != scores[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subcommand", ["validate", "predict"])
 def test_an_untrained_model_is_said_to_be_one(
     place: Path, caplog: pytest.LogCaptureFixture, subcommand: str
@@ -638,7 +645,7 @@ def test_an_untrained_model_is_said_to_be_one(
 # Processes ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_share_one_run(place: Path) -> None:
     two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=1"]
     command = [sys.executable, "-m", "simmim", "pretrain", "fit", "-c", "tiny.yaml", *two]

@@ -204,7 +204,7 @@ def test_each_kind_is_named_by_its_import_path_and_opens_with_trust_alone(
     assert fit("own.yaml", "--ckpt_path=last", "--trainer.max_epochs=3") == 0  # named once more
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_compare_takes_an_own_encoder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = ["--model.img_size=32", "--model.mask_patch_size=8", "--model.drop_path_rate=0"]
     own = ["--model.encoder=my_parts.Patches", "--data.root=images", "--data.batch_size=4"]
@@ -218,7 +218,7 @@ def test_compare_takes_an_own_encoder(place: Path, capsys: pytest.CaptureFixture
         assert main([*command, "--trust"]) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_script_finds_modules_of_the_working_folder_behind_those_that_are_installed(
     place: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -232,7 +232,7 @@ def test_the_script_finds_modules_of_the_working_folder_behind_those_that_are_in
     assert "callback: ahoy" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_folder_where_nothing_is_named_is_not_searched(place: Path) -> None:
     before = [*sys.path]
     (place / "missing.py").write_text("raise SystemExit('caught')\n")
@@ -281,7 +281,7 @@ def test_an_own_data_module_trains_a_classifier(
     assert "val/top1" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_slurm_goes_on_with_what_the_same_command_names(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -170,6 +170,7 @@ def stages(head: InverseHead) -> list[tuple[int, int]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "upsample", "expected"),
     [
@@ -236,6 +237,7 @@ def test_what_cannot_be_built_is_refused_with_a_remedy(
         HEADS[head](24, 3, 32, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["transformer", "inverse"])
 def test_deep_heads_learn(name: str) -> None:
     """Thirty steps towards noise take a quarter off the loss at least."""

@@ -295,6 +295,7 @@ def assert_same_state(ours: SimMIM, theirs: SimMIM) -> None:
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.slow
 def test_a_new_head_trains_alone_after_an_interruption_too(
     tmp_path: Path, pretrained: tuple[SimMIM, Path]
 ) -> None:
@@ -351,6 +352,7 @@ def test_weights_bring_their_pixel_statistics(pretrained: tuple[SimMIM, Path]) -
     assert found["val/loss"] == pytest.approx(expected["val/loss"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_going_on_at_an_epochs_end_is_bitwise_the_same(tmp_path: Path) -> None:
     options = {"drop_rate": 0.1, "drop_path_rate": 0.1, "warmup_epochs": 1}
     whole = interrupted(tmp_path, "whole", 4, 4, **options)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from support import beyond
 from support.commands import simmim, write_tiny
 from support.folders import make_classes, make_images
 
@@ -51,7 +52,7 @@ def run(workdir: Path) -> Path:
     return Path("theirs/tiny/version_0")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform == "win32", reason="rights are others there")
 def test_what_scores_or_shows_a_run_needs_no_right_to_write_into_it(run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
@@ -80,7 +81,7 @@ def test_results_go_where_one_says(run: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("inside", [".", "..", "checkpoints"])
+@pytest.mark.parametrize("inside", beyond(1, [".", "..", "checkpoints"]))
 def test_a_run_is_known_from_within(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
 ) -> None:

@@ -117,6 +117,7 @@ def hold(folder: Path) -> None:
     let_go(lock)
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_train_in_one_folder(
     workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,7 @@ def _values(parameter: dict[str, Any]) -> list[Any]:
     return parameter.get("values") or [parameter["min"], parameter["max"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
 def test_each_value_makes_a_model(path: Path) -> None:
     sweep = yaml.safe_load(path.read_text())
@@ -70,7 +71,7 @@ OPTIONS = [*SMALL_SIMMIM, *QUIET, "--model.drop_path_rate=0", "--model.compile=f
 OPTIONS += ["--data.batch_size=8", "--trainer.precision=32-true", "--trainer.max_epochs=1"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "metric"), [("mask_ratio", "val/probe_top1"), exhaustive("lr", "val/loss")]
 )

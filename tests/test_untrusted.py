@@ -21,6 +21,7 @@ from simmim.cli import main
 from simmim.detect import Detector
 from simmim.segment import Segmenter
 from simmim.weights.files import read_checkpoint
+from support import beyond
 from support.commands import refused
 from support.folders import make_classes
 
@@ -113,7 +114,7 @@ def refusals(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trap", KINDS, indirect=True)
+@pytest.mark.parametrize("trap", beyond(1, KINDS), indirect=True)
 def test_no_command_runs_code(
     trap: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,7 +122,8 @@ def test_no_command_runs_code(
         assert trap.name in said, (name, said)
 
 
-@pytest.mark.parametrize("trap", KINDS, indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("trap", beyond(1, KINDS), indirect=True)
 def test_no_function_runs_code(trap: Path) -> None:
     opened: list[Callable[[Path], Any]] = [m.load_from_checkpoint for m in MODELS]
     for open_it in (*opened, load_encoder, load_official, lambda p: SimMIM(weights=str(p))):
@@ -146,7 +148,7 @@ def served(tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trap", ["zip", "legacy", "pickle"], indirect=True)
+@pytest.mark.parametrize("trap", beyond(1, ["zip", "legacy", "pickle"]), indirect=True)
 def test_code_at_a_url_is_not_run(
     trap: Path, served: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -229,7 +231,8 @@ def pickled(value: Any) -> bytes:
     return stream.getvalue()
 
 
-@pytest.mark.parametrize("name", damaged())
+@pytest.mark.slow
+@pytest.mark.parametrize("name", beyond(3, damaged()))
 def test_files_that_are_no_checkpoints_are_named(
     name: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -273,6 +276,7 @@ def test_configs_of_foreign_folders(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_timm_runs_no_code(tmp_path: Path, marker: Path) -> None:
     folder = tmp_path / "timm"
     folder.mkdir()

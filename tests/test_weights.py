@@ -18,6 +18,7 @@ from simmim.classify import Classifier
 from simmim.pretrain import SimMIM
 from simmim.weights import convert, load_encoder, load_weights
 from simmim.weights.resize import resize_positions, resize_table
+from support import beyond
 
 KWARGS: dict[str, Any] = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
 SHARED = {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True, "global_pool": ""}
@@ -145,6 +146,7 @@ def test_swins_window_grows_with_the_image(tmp_path: Path) -> None:
     assert encoder(torch.randn(1, 3, 48, 48)).shape == (1, 24)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("encoder", "kwargs", "words"),
     [
@@ -240,7 +242,7 @@ STATE_DICTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(
-    "kind", ["bare", *(pytest.param(k, marks=pytest.mark.slow) for k in STATE_DICTS if k != "bare")]
+    "kind", beyond(2, ["bare", "lightning", *sorted(STATE_DICTS.keys() - {"bare", "lightning"})])
 )
 def test_the_state_dict_of_a_vit(kind: str, tmp_path: Path) -> None:
     model: Any = timm.create_model(
@@ -289,6 +291,7 @@ def test_what_a_state_dict_is_of_is_said(
     load_encoder(tmp_path / "x.pth", encoder=name, **{**KWARGS, **options, **remedy})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("encoder", "options"),
     [

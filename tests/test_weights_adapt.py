@@ -71,6 +71,7 @@ def test_timms_own_padding_takes_any_size() -> None:
 # Channels ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stem", STEMS)
 def test_other_channels_take_the_weights_that_see_the_same(stem: str, tmp_path: Path) -> None:
     encoder, kwargs, size = STEMS[stem]
@@ -127,6 +128,7 @@ def test_a_larger_image_needs_no_other_weights_of_swin_and_convnext(tmp_path: Pa
     assert torch.equal(second(images), first(images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("encoder", "kwargs", "name"),
     [
@@ -150,6 +152,7 @@ def test_sizes_without_a_rule_are_refused(
 # Classes -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("encoder", "kwargs"),
     [

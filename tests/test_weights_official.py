@@ -240,6 +240,7 @@ def test_sizes_that_nothing_tells_are_asked_for() -> None:
 # Checkpoints and encoders ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [ViT(), Swin(v2=True)], ids=["vit", "swinv2"])
 def test_a_converted_file_is_a_checkpoint_of_ours(spec: Spec, tmp_path: Path) -> None:
     tensors = reference.make_tensors(spec)
@@ -286,6 +287,7 @@ def fine_tuned(spec: Spec, classes: int = 5) -> Tensors:
     return tensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spec",
     [ViT(positions="per_block"), Swin(), Swin(v2=True)],
@@ -345,6 +347,7 @@ def test_fine_tuning_the_vit_shares_its_table_out(tmp_path: Path) -> None:
 # Optimisation ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spec", [ViT(), ViT(positions="absolute"), Swin(), Swin(v2=True)], ids=lambda s: s.kind
 )
