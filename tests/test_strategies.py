@@ -7,6 +7,7 @@ import pickle
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.fabric.accelerators.xla import XLAAccelerator
+from lightning.pytorch.strategies import FSDPStrategy
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
@@ -29,18 +31,15 @@ from simmim.data.classification import ClassificationData
 from simmim.durable import UNFINISHED
 from simmim.pretrain import SimMIM
 from simmim.run import clean_up
-from simmim.strategies import FullyShard, gradient_norm
+from simmim.strategies import FullyShard, gradient_norm, refuse_fsdp
 from simmim.weights.files import read_checkpoint
 from simmim.weights.shards import META
 from simmim.xla import wake_xla
-from support import exhaustive
-from support.commands import assert_same_tensors, simmim, write_tiny
+from support.commands import EXACT, assert_same_tensors, refused, simmim, write_tiny
 from support.folders import make_classes, make_images, save
 from support.processes import end, in_processes, kill, program, said, start
-from support.small import ByIndex
-from support.training import fsdp_on_cpu, trainer_of
-from test_exact import OPTIONS
-from test_pretrain import TINY, tiny
+from support.small import TINY_VIT, ByIndex
+from support.training import trainer_of
 
 # What is trained --------------------------------------------------------------------------------
 
@@ -51,11 +50,7 @@ SWIN = {
     "mask_patch_size": 16,
     "encoder_kwargs": {"embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4},
 }
-MODELS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "skip": SKIP,
-    "swin_skip": {**SWIN, **SKIP},
-}
+MODELS: dict[str, dict[str, Any]] = {"plain": {}, "skip": SKIP, "swin_skip": {**SWIN, **SKIP}}
 CLASSIFIERS: dict[str, dict[str, Any]] = {
     "finetune": {"layer_decay": 0.5},  # and its first block is frozen
     "probe": {"frozen": True},
@@ -82,26 +77,18 @@ class Data(L.LightningDataModule):
 
 
 class Keep(L.Callback):
-    """What each batch gave: its loss over all processes, its gradient's norm, the lr after it."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.norms: list[float] = []
-        self.rates: list[float] = []
-
-    def on_before_optimizer_step(self, run: L.Trainer, model: Any, optimizer: Any) -> None:
-        self.norms.append(float(gradient_norm(run, model)))
-
-    def on_train_batch_end(self, run: L.Trainer, *args: Any) -> None:
-        self.losses.append(float(run.callback_metrics["train/loss"]))
-        self.rates.append(run.optimizers[0].param_groups[0]["lr"])
-
-
-class Stop(L.Callback):
-    """End after some of the epochs, as a run does that is stopped."""
+    """Keep each batch's loss over all processes, gradient's norm, and the lr; end when asked to."""
 
     def __init__(self, epochs: int) -> None:
         self.epochs = epochs
+        self.curves: dict[str, list[float]] = {"losses": [], "norms": [], "rates": []}
+
+    def on_before_optimizer_step(self, run: L.Trainer, model: Any, optimizer: Any) -> None:
+        self.curves["norms"].append(float(gradient_norm(model)))
+
+    def on_train_batch_end(self, run: L.Trainer, *args: Any) -> None:
+        self.curves["losses"].append(float(run.callback_metrics["train/loss"]))
+        self.curves["rates"].append(run.optimizers[0].param_groups[0]["lr"])
 
     def on_train_epoch_end(self, run: L.Trainer, *args: Any) -> None:
         run.should_stop = run.current_epoch + 1 >= self.epochs
@@ -112,22 +99,10 @@ def build(name: str) -> L.LightningModule:
     options: dict[str, Any] = {"warmup_epochs": 1, "base_lr": 0.1}
     if name not in CLASSIFIERS:
         options |= {"masking": "foreground", "masking_kwargs": {"nodata": 0}}
-        return tiny(**{**options, **MODELS[name]})
-    shape = {k: v for k, v in TINY.items() if k != "mask_patch_size"}
-    model = Classifier(**shape, **options, **CLASSIFIERS[name], num_classes=3)
+        return SimMIM(**{**TINY_VIT, "mask_patch_size": 8, **options, **MODELS[name]})
+    model = Classifier(**TINY_VIT, **options, **CLASSIFIERS[name], num_classes=3)
     model.model.blocks[0].requires_grad_(False)
     return model
-
-
-def train_each(processes: int, runs: list[tuple[Path, dict[str, Any]]]) -> None:
-    """Train in one of some processes, once for each file and its options.
-
-    Options: strategy, batches (to accumulate), clip, clip_by (norm or value), epochs, save (a
-    checkpoint), load (one to go on from), model (one of MODELS or CLASSIFIERS).
-    """
-    fsdp_on_cpu()
-    for out, options in runs:
-        train(processes, out, **options)
 
 
 def train(
@@ -138,34 +113,38 @@ def train(
     clip: float | None = None,
     clip_by: str | None = None,
     epochs: int = 4,
-    save: Path | None = None,
     load: Path | None = None,
     model: str = "plain",
 ) -> None:
+    """Train in one of some processes, keep the curves in `out`, and a checkpoint beside it.
+
+    Args:
+        processes: How many there are.
+        out: The file.
+        strategy: A name in support.training.STRATEGIES.
+        batches: To accumulate.
+        clip: The gradient's largest norm or value.
+        clip_by: norm or value.
+        epochs: To train, of four.
+        load: A checkpoint to go on from.
+        model: One of MODELS or CLASSIFIERS.
+    """
     torch.manual_seed(0)
-    module, keep = build(model), Keep()
-    assert not [m for m in module.modules() if isinstance(m, nn.Dropout) and m.p]
-    trainer = trainer_of(
-        processes,
-        out.parent,
-        keep,
-        Stop(epochs),
-        strategy=strategy,
-        max_epochs=4,
-        gradient_clip_val=clip,
-        gradient_clip_algorithm=clip_by,
-        accumulate_grad_batches=batches,
-        log_every_n_steps=1,
-    )
+    module, keep = build(model), Keep(epochs)
+    options = {"gradient_clip_val": clip, "gradient_clip_algorithm": clip_by, "max_epochs": 4}
+    options |= {"accumulate_grad_batches": batches, "log_every_n_steps": 1}
+    trainer = trainer_of(processes, out.parent, keep, strategy=strategy, **options)
     trainer.strategy.checkpoint_io = DurableCheckpointIO()
     trainer.fit(module, Data(8 // processes // batches), ckpt_path=load)
-    if save:
-        trainer.save_checkpoint(save)
+    trainer.save_checkpoint(out.with_suffix(".ckpt"))
     if trainer.is_global_zero:
-        torch.save({"losses": keep.losses, "norms": keep.norms, "rates": keep.rates}, out)
+        torch.save(keep.curves, out)
 
 
-# What training comes to -------------------------------------------------------------------------
+def call_each(calls: list[tuple[Callable[..., None], tuple[Any, ...], dict[str, Any]]]) -> None:
+    """Call functions one after the other in the same processes."""
+    for function, args, options in calls:
+        function(*args, **options)
 
 
 class Runs:
@@ -173,26 +152,21 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.made: dict[Any, dict[str, Any]] = {}
+        self.made: dict[Any, Path] = {}
 
-    def __call__(self, processes: int, **options: Any) -> dict[str, Any]:
-        """What a run gave, and the `file` of its last checkpoint."""
-        return self.together(processes, options)[0]
-
-    def together(self, processes: int, *options: dict[str, Any]) -> list[dict[str, Any]]:
-        """What several runs gave, one after the other in the same processes."""
-        keys = [(processes, str(sorted(each.items()))) for each in options]
-        new = {}
-        for key, each in zip(keys, options, strict=True):
-            if key not in self.made and key not in new:
-                out = self.folder / f"{len(self.made) + len(new)}.pt"
-                new[key] = (out, {**each, "save": out.with_suffix(".ckpt")})
-        if new:
+    def __call__(self, processes: int, *each: dict[str, Any]) -> list[dict[str, Any]]:
+        """What several runs gave in the same processes: curves, and the `file` that was saved."""
+        keys = [(processes, str(sorted(options.items()))) for options in each]
+        calls: list[Any] = []
+        for key, options in zip(keys, each, strict=True):
+            if key not in self.made:
+                self.made[key] = self.folder / f"{len(self.made)}.pt"
+                calls.append((train, (processes, self.made[key]), options))
+        if calls:
             with contextlib.chdir(self.folder):  # where the logs of the processes go
-                in_processes(processes, train_each, processes, list(new.values()))
-        for key, (out, each) in new.items():
-            self.made[key] = {**torch.load(out, weights_only=True), "file": each["save"]}
-        return [self.made[key] for key in keys]
+                in_processes(processes, call_each, calls)
+        files = [self.made[key] for key in keys]
+        return [{**torch.load(f), "file": f.with_suffix(".ckpt")} for f in files]
 
 
 @pytest.fixture(scope="module")
@@ -200,15 +174,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("runs"))
 
 
+# What training comes to -------------------------------------------------------------------------
+
+
 def close(a: Any, b: Any, atol: float = 1e-6) -> None:
     torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=1e-5, atol=atol)
 
 
-def assert_same_training(one: dict[str, Any], many: dict[str, Any], optimizer: bool = True) -> None:
-    """Losses, learning rates, weights, and the optimiser's state of each parameter."""
-    for key in ("losses", "norms"):
-        close(many[key], one[key])
+def assert_same_curves(one: dict[str, Any], many: dict[str, Any]) -> None:
+    close(many["losses"], one["losses"])
+    close(many["norms"], one["norms"])
     assert many["rates"] == one["rates"]
+
+
+def assert_same_training(one: dict[str, Any], many: dict[str, Any]) -> None:
+    """Losses, learning rates, weights, and the optimiser's state of each parameter."""
+    assert_same_curves(one, many)
     a, b = (read_checkpoint(run["file"]) for run in (one, many))
     assert a["state_dict"].keys() == b["state_dict"].keys()
     for name in a["state_dict"]:
@@ -216,124 +197,64 @@ def assert_same_training(one: dict[str, Any], many: dict[str, Any], optimizer: b
     (a,), (b,) = a["optimizer_states"], b["optimizer_states"]
     kept = [json.dumps([{**g, "fused": None} for g in s["param_groups"]]) for s in (a, b)]
     assert json.loads(kept[0]) == json.loads(kept[1])  # a tuple may have become a list
-    for i in a["state"] if optimizer else ():
+    for i in a["state"]:
         for name in a["state"][i]:
             close(b["state"][i][name], a["state"][i][name], atol=1e-8)
 
 
-SHARDED = ("fully_shard", "fully_shard_sharded", "fsdp", "fsdp_sharded")
-# Where there is no GPU to copy from, torch's FSDP gives the moments of all names one buffer.
-WHOLE = {"fsdp": False, "fsdp_no_shard": False}
-
-
-@pytest.mark.slow
-def test_two_processes_learn_what_one_learns(runs: Runs) -> None:
-    assert_same_training(runs(1), runs(2))
-
-
-@pytest.mark.exhaustive
-def test_four_processes_learn_what_one_learns(runs: Runs) -> None:
-    assert_same_training(runs(1), runs(4))
-
-
-@pytest.mark.exhaustive
-def test_clipping_and_accumulation_mean_the_same(runs: Runs) -> None:
-    """What is clipped is the norm of the whole gradient: otherwise the weights would differ."""
-    options = {"clip": 0.05, "batches": 2}
-    one, free = runs.together(1, options, {"batches": 2})
-    assert max(abs(a - b) for a, b in zip(one["losses"], free["losses"], strict=True)) > 1e-4
-    ways = ("ddp", *SHARDED, "fsdp_no_shard")  # the last has the whole norm in every process
-    of_two = runs.together(2, *({"strategy": way, **options} for way in ways))
-    for way, many in zip(ways, of_two, strict=True):
-        assert_same_training(one, many, WHOLE.get(way, True))
-
-
-@pytest.mark.exhaustive
-def test_clipping_by_value_means_the_same(runs: Runs) -> None:
-    """Gradients are averaged over processes before each value is cut off, in shards too."""
-    options: dict[str, Any] = {"clip": 1e-3, "clip_by": "value", "batches": 2}
-    one, free = runs.together(1, options, {"batches": 2})
-    assert max(abs(a - b) for a, b in zip(one["losses"], free["losses"], strict=True)) > 1e-4
-    ways = ("ddp", "fully_shard", "fsdp")
-    of_two = runs.together(2, *({**options, "strategy": way} for way in ways))
-    for way, many in zip(ways, of_two, strict=True):
-        assert_same_training(one, many, WHOLE.get(way, True))
-    assert_same_training(one, runs(4, **options, strategy="fully_shard"))
-
-
-@pytest.mark.exhaustive
-def test_layer_decay_and_frozen_parameters_mean_the_same(runs: Runs) -> None:
-    models = ("finetune", "probe")
-    ways = ("ddp", "fully_shard", "fsdp")
-    singles = runs.together(1, *({"model": model, "clip": 0.05} for model in models))
-    cases = [(model, way) for model in models for way in ways]
-    of_two = runs.together(2, *({"model": m, "clip": 0.05, "strategy": w} for m, w in cases))
-    for (model, way), many in zip(cases, of_two, strict=True):
-        one = singles[models.index(model)]
-        assert_same_training(one, many, WHOLE.get(way, True))
-    groups = read_checkpoint(singles[0]["file"])["optimizer_states"][0]["param_groups"]
-    assert {group["lr_scale"] for group in groups} == {0.125, 0.5, 1.0}  # 0.25: the frozen block
-
-
-@pytest.mark.slow
-def test_shards_learn_what_one_process_learns(runs: Runs) -> None:
-    assert_same_training(runs(1), runs(2, strategy="fully_shard"))
-
-
-@pytest.mark.exhaustive
-def test_four_shards_learn_what_one_process_learns(runs: Runs) -> None:
-    assert_same_training(runs(1), runs(4, strategy="fully_shard"))
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("strategy", ["fully_shard", "fsdp"])
-@pytest.mark.parametrize("model", ["skip", "swin_skip"])
-def test_hidden_tokens_are_skipped_in_shards(runs: Runs, model: str, strategy: str) -> None:
-    """Blocks and stages are called as timm does: their weights are gathered for the call only."""
-    one, many = runs(1, model=model), runs(2, model=model, strategy=strategy)
-    for key in ("losses", "norms"):
-        close(many[key], one[key])
-    assert many["rates"] == one["rates"]
+CLIPPED = {"clip": 0.05, "batches": 2}
+BY_VALUE = {"clip": 1e-3, "clip_by": "value", "batches": 2}
+WAYS: list[dict[str, Any]] = [
+    {},
+    CLIPPED,
+    BY_VALUE,
+    {"model": "finetune", "clip": 0.05},
+    {"model": "probe", "clip": 0.05},
+]
+SKIPPING = [{"model": "skip"}, {"model": "swin_skip"}]
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
-    "ways", [("fully_shard", 2), ("fully_shard_sharded", 4), ("fsdp_sharded", 2)]
+    ("processes", "strategy"), [(2, "ddp"), (2, "fully_shard"), (4, "ddp"), (4, "fully_shard")]
 )
-def test_a_sharded_run_goes_on_in_any_way(
-    runs: Runs, ways: tuple[str, int], tmp_path: Path
-) -> None:
-    """With the same strategy on two processes, with one process, and from a file of `convert`."""
-    strategy, processes = ways
-    whole = runs(1, clip=0.05)
-    half = runs(processes, strategy=strategy, clip=0.05, epochs=2)["file"]
-    assert half.is_dir() == strategy.endswith("sharded")
-    assert {path.name for path in half.parent.glob(".*")} == set()
-    converted = half
-    if half.is_dir():
-        converted = tmp_path / "one.ckpt"
-        simmim("convert --weights", str(half), "--out", str(converted))
-    for strategies, processes, file in (
-        (strategy, 2, half),
-        ("auto", 1, half),
-        (strategy, 2, converted),
-    ):
-        rest = runs(processes, strategy=strategies, clip=0.05, load=file)
-        rest = {**rest, **{key: whole[key][:4] + rest[key] for key in ("losses", "norms", "rates")}}
-        assert_same_training(whole, rest)
-    model = SimMIM.load_from_checkpoint(converted)
-    assert load_encoder(half).state_dict().keys() == model.encoder.model.state_dict().keys()
-    for name, tensor in load_encoder(half).state_dict().items():
-        assert torch.equal(tensor, model.encoder.model.state_dict()[name])
+def test_processes_learn_what_one_learns(runs: Runs, processes: int, strategy: str) -> None:
+    """Clipped by the whole gradient's norm, or by value; with layer decay, frozen, skipping."""
+    several = runs(processes, *({**way, "strategy": strategy} for way in WAYS + SKIPPING))
+    single = runs(1, *WAYS, *SKIPPING)
+    for i, (one, many) in enumerate(zip(single, several, strict=True)):
+        (assert_same_training if i < len(WAYS) else assert_same_curves)(one, many)
+    (free,) = runs(1, {"batches": 2})
+    for clipped in single[1:3]:  # otherwise they would prove nothing
+        differences = torch.tensor(clipped["losses"]) - torch.tensor(free["losses"])
+        assert differences.abs().max() > 1e-4
+    groups = read_checkpoint(single[3]["file"])["optimizer_states"][0]["param_groups"]
+    assert {group["lr_scale"] for group in groups} == {0.125, 0.5, 1.0}  # 0.25: the frozen block
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("strategy", SHARDED[::2])
-def test_a_run_of_one_process_goes_on_in_shards(runs: Runs, strategy: str) -> None:
-    whole, half = runs(1, clip=0.05), runs(1, clip=0.05, epochs=2)
-    rest = runs(2, strategy=strategy, clip=0.05, load=half["file"])
-    rest = {**rest, **{key: whole[key][:4] + rest[key] for key in ("losses", "norms", "rates")}}
-    assert_same_training(whole, rest, WHOLE.get(strategy, True))
+@pytest.mark.parametrize(
+    ("strategy", "processes"), [("auto", 1), ("fully_shard", 2), ("fully_shard_sharded", 4)]
+)
+def test_a_run_goes_on_in_any_way(
+    runs: Runs, strategy: str, processes: int, tmp_path: Path
+) -> None:
+    """In shards on two processes, with one process, and from a file of `convert`."""
+    (whole,) = runs(1, {"clip": 0.05})
+    (half,) = runs(processes, {"strategy": strategy, "clip": 0.05, "epochs": 2})
+    file = converted = half["file"]
+    assert file.is_dir() == strategy.endswith("sharded")
+    assert {path.name for path in file.parent.glob(".*")} == set()
+    if file.is_dir():
+        converted = tmp_path / "one.ckpt"
+        simmim("convert --weights", str(file), "--out", str(converted))
+    shards = strategy if processes > 1 else "fully_shard"
+    for way, n, source in ((shards, 2, file), ("auto", 1, file), (shards, 2, converted)):
+        (rest,) = runs(n, {"strategy": way, "clip": 0.05, "load": source})
+        curves = {key: whole[key][:4] + rest[key] for key in ("losses", "norms", "rates")}
+        assert_same_training(whole, {**rest, **curves})
+    model = SimMIM.load_from_checkpoint(converted)
+    assert_same_tensors(load_encoder(file).state_dict(), model.encoder.model.state_dict())
 
 
 # Checkpoints that are folders -------------------------------------------------------------------
@@ -366,18 +287,16 @@ def test_a_folder_of_shards_is_replaced_and_put_back(tmp_path: Path) -> None:
 def test_a_run_in_shards_that_is_killed_goes_on(workdir: Path) -> None:
     """With kill -9, at any moment, and with every step written."""
     make_classes(Path("images"), 24)
-    strategy = {"save_distributed_checkpoint": True}
-    strategy = {"class_path": "simmim.strategies.FullyShard", "init_args": strategy}
-    two = {"devices": 2, "max_epochs": 5, "strategy": strategy}
-    write_tiny(workdir, **{**OPTIONS, "trainer": two})
+    shards = {"save_distributed_checkpoint": True}
+    strategy = {"class_path": "simmim.strategies.FullyShard", "init_args": shards}
+    write_tiny(workdir, **EXACT, trainer={"devices": 2, "max_epochs": 5, "strategy": strategy})
     fit = [sys.executable, "-m", "simmim", "pretrain", "fit", "-c", "tiny.yaml"]
     often = [*fit, "--checkpoint.every_n_minutes=0"]
     end(start(program, *often, "--name=whole"))
     whole, last = (Path(f"runs/{name}/version_0/checkpoints/last.ckpt") for name in ("whole", "b"))
     steps = [0]
     for i in range(3):
-        more = ["--name=b", *(["--ckpt_path=last"] if i else [])]
-        run = start(program, *often, *more)
+        run = start(program, *often, "--name=b", *(["--ckpt_path=last"] if i else []))
         began, before = time.time(), last.stat().st_ino if last.exists() else None
         while run.is_alive() and (not last.exists() or last.stat().st_ino == before):
             assert time.time() - began < 120
@@ -386,8 +305,8 @@ def test_a_run_in_shards_that_is_killed_goes_on(workdir: Path) -> None:
         assert kill(run) == -signal.SIGKILL, said()[-3000:]
         assert there_is(last)
         steps.append(read_checkpoint(last)["global_step"])
-    assert steps == sorted(steps)
     one = read_checkpoint(whole)
+    assert steps == sorted(steps)
     assert steps[-1] < one["global_step"]
     end(start(program, *often, "--name=b", "--ckpt_path=last"))
     other = read_checkpoint(last)
@@ -404,18 +323,22 @@ class Evil:
         return os.system, ("touch evil",)
 
 
-def test_an_index_of_shards_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.save({}, tmp_path / META)
+def test_an_index_of_shards_runs_no_code(workdir: Path) -> None:
+    torch.save({}, workdir / META)
     with pytest.raises(ValueError, match=r"is no whole checkpoint in shards: \.metadata"):
-        read_checkpoint(tmp_path)
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil()))
+        read_checkpoint(workdir)
+    (workdir / ".metadata").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(ValueError, match=r"it asks to run (posix|nt)\.system"):
-        read_checkpoint(tmp_path)
+        read_checkpoint(workdir)
     assert not Path("evil").exists()
 
 
-def test_tensor_parallel_is_refused() -> None:
+def test_other_strategies_are_refused(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_images(Path("images"), 4)
+    line = "pretrain fit -c cpu --data.root=images --trainer.strategy=fsdp"
+    assert "use its successor, --trainer.strategy fully_shard" in refused(capsys, line, status=1)
+    with pytest.raises(ValueError, match="fully_shard"):
+        refuse_fsdp(FSDPStrategy())
     with pytest.raises(ValueError, match="tensor_parallel_size 2 is not supported"):
         FullyShard(tensor_parallel_size=2)
 
@@ -423,95 +346,96 @@ def test_tensor_parallel_is_refused() -> None:
 # What is scored ---------------------------------------------------------------------------------
 
 
-def score_labels(processes: int, out: Path) -> None:
+def score_labels(processes: int) -> None:
     torch.manual_seed(0)
-    kwargs = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    model = Classifier(
-        encoder="vit_tiny_patch16_224", img_size=32, encoder_kwargs=kwargs, ema_decay=0.5
-    )
+    model = Classifier(**TINY_VIT, ema_decay=0.5)
     options: dict[str, Any] = {"img_size": 32, "num_workers": 0, "val_fraction": 0.35}
     data = ClassificationData(root="images", batch_size=8 // processes, **options)
     watchers = ConfusionMatrix(), PredictionTable()
-    trainer = trainer_of(processes, out, *watchers, max_epochs=2)
+    trainer = trainer_of(processes, Path(str(processes)), *watchers, max_epochs=2)
     trainer.fit(model, data)
-    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
     trainer.predict(model, data, return_predictions=False)
     if trainer.is_global_zero:
-        torch.save({"metrics": found, "confusion": model.confusion_matrix}, out / "found.pt")
+        torch.save({**scores, "confusion": model.confusion_matrix}, f"{processes}/labels.pt")
 
 
-def in_one_and_two(function: Any, *args: Any) -> list[Any]:
-    """What one process and two have found, in the folders 1 and 2."""
-    for processes in (1, 2):
-        Path(str(processes)).mkdir()
-        in_processes(processes, function, processes, Path(str(processes)), *args)
-    return [torch.load(f"{processes}/found.pt", weights_only=True) for processes in (1, 2)]
-
-
-@pytest.mark.slow
-def test_two_processes_score_what_one_scores(workdir: Path) -> None:
-    """Each validation image counts once, though 13 cannot be dealt out evenly."""
-    for name, n in (("a", 11), ("b", 9), ("c", 17)):
-        make_images(Path("images", name), n)
-    one, two = in_one_and_two(score_labels)
-    assert torch.equal(one["confusion"], two["confusion"])
-    assert int(one["confusion"].sum()) == 13
-    for name in ("loss", "top1", "top1_balanced", "calibration_error", "top1_class/a"):
-        shares = [run["metrics"][f"val/{name}"] for run in (one, two)]
-        assert shares[1] == pytest.approx(shares[0], rel=1e-4), name
-    tables = [Path(n, "predictions.csv").read_text().splitlines() for n in "12"]
-    rows = [[line.split(",") for line in table[1:]] for table in tables]
-    assert len(rows[0]) == 37
-    assert [row[:2] for row in rows[0]] == [row[:2] for row in rows[1]]
-    shares = [torch.tensor([[float(x) for x in row[2:]] for row in table]) for table in rows]
-    torch.testing.assert_close(shares[1], shares[0], rtol=1e-3, atol=1e-4)
-
-
-def score_masks(processes: int, out: Path, strategy: str) -> None:
+def score_masks(processes: int, strategy: str) -> None:
     torch.manual_seed(0)
-    model = Segmenter(
-        encoder="vit_tiny_patch16_224",
-        img_size=32,
-        encoder_kwargs={"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2},
-        decoder_channels=16,
-        base_lr=0.0,  # a BatchNorm sees other batches in two processes: nothing is to be learned
-        warmup_lr=0.0,
-    )
+    deep = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
+    still = {"base_lr": 0.0, "warmup_lr": 0.0}  # a BatchNorm sees other batches in two processes
+    encoder = {"encoder": "vit_tiny_patch16_224", "img_size": 32, "encoder_kwargs": deep}
+    model = Segmenter(**encoder, **still, decoder_channels=16)
     data = SegmentationData("d", img_size=32, batch_size=4 // processes, num_workers=0)
+    out = Path(str(processes))
     trainer = trainer_of(processes, out, Segmentations(), MaskWriter(), strategy=strategy)
     trainer.fit(model, data)  # every trained parameter is reached, or DDP stops here
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()
     trainer.validate(model, data, verbose=False)
-    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
     trainer.predict(model, data, return_predictions=False)
     if trainer.is_global_zero:
-        torch.save(found, out / "found.pt")
+        torch.save(scores, out / "masks.pt")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", exhaustive("fully_shard")])
-def test_two_processes_segment_what_one_segments(workdir: Path, strategy: str) -> None:
-    """Each validation image counts once, though five of two sizes cannot be dealt out evenly.
+@pytest.mark.parametrize("strategy", ["ddp", "fully_shard"])
+def test_two_processes_learn_and_score_what_one_does(
+    runs: Runs, workdir: Path, strategy: str
+) -> None:
+    """Gradients are clipped by the whole norm; each validation image counts once.
 
-    Nor can their windows: with weights in shards no process waits for another for ever.
+    13 images of classes, and five of two sizes with masks, cannot be dealt out evenly, nor can
+    the windows of those: with weights in shards no process waits for another for ever.
     """
+    for name, n in (("a", 11), ("b", 9), ("c", 17)):
+        make_images(Path("images", name), n)
     rng = np.random.default_rng(0)
     for part, n in (("train", 8), ("val", 5)):
         for i in range(n):
             size = (40, 50) if i % 2 else (20, 64)
             save(Path(f"d/{part}/images/{i}.png"), rng.integers(0, 256, (*size, 3)))
             save(Path(f"d/{part}/masks/{i}.png"), rng.integers(0, 3, size))
-    found = in_one_and_two(score_masks, strategy)
-    for name in ("loss", "miou", "pixel_accuracy", "iou/0", "iou/2"):
-        shares = [scores[f"val/{name}"] for scores in found]
-        assert shares[1] == pytest.approx(shares[0], rel=1e-4), name
+    for n in (1, 2):
+        Path(str(n)).mkdir()
+        calls: list[Any] = [(train, (n, workdir / f"{n}.pt", strategy), CLIPPED)]
+        calls += [(score_masks, (n, strategy), {})]
+        if strategy == "ddp":  # an average of the weights needs them whole
+            calls += [(score_labels, (n,), {})]
+        in_processes(n, call_each, calls)
+    one, two = ({**torch.load(f"{n}.pt"), "file": Path(f"{n}.ckpt")} for n in (1, 2))
+    assert_same_training(one, two)
+    assert_same_scores("masks", ["loss", "miou", "pixel_accuracy", "iou/0", "iou/2"])
     masks = [sorted(Path(n, "predictions").rglob("*.png")) for n in "12"]
     assert [len(paths) for paths in masks] == [13, 13]
-    for one, two in zip(*masks, strict=True):
-        assert one.relative_to("1") == two.relative_to("2")
-        assert np.array_equal(np.asarray(Image.open(one)), np.asarray(Image.open(two)))
+    for first, second in zip(*masks, strict=True):
+        assert first.relative_to("1") == second.relative_to("2")
+        assert np.array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(second)))
+    if strategy == "ddp":
+        names = ["loss", "top1", "top1_balanced", "calibration_error", "top1_class/a"]
+        one, two = assert_same_scores("labels", names)
+        assert torch.equal(one["confusion"], two["confusion"])
+        assert int(one["confusion"].sum()) == 13
+        assert_same_tables()
+
+
+def assert_same_scores(name: str, metrics: list[str]) -> list[dict[str, Any]]:
+    scores = [torch.load(f"{n}/{name}.pt") for n in (1, 2)]
+    for metric in metrics:
+        one, two = (score[f"val/{metric}"] for score in scores)
+        assert two == pytest.approx(one, rel=1e-4), metric
+    return scores
+
+
+def assert_same_tables() -> None:
+    tables = [Path(n, "predictions.csv").read_text().splitlines() for n in "12"]
+    rows = [[line.split(",") for line in table[1:]] for table in tables]
+    assert len(rows[0]) == 37
+    assert [row[:2] for row in rows[0]] == [row[:2] for row in rows[1]]
+    shares = [torch.tensor([[float(x) for x in row[2:]] for row in table]) for table in rows]
+    torch.testing.assert_close(shares[1], shares[0], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
