@@ -15,10 +15,9 @@ import pytest
 import torch
 
 from simmim.configuration import config_folder
-from support.commands import assert_same_tensors, state, write_tiny
+from support.commands import EXACT, assert_same_tensors, state, write_tiny
 from support.folders import make_classes
 from support.processes import command, end, in_processes, kill, program, said, start
-from test_exact import OPTIONS
 
 pytestmark = [
     pytest.mark.exhaustive,
@@ -77,7 +76,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder with images/, tiny.yaml, and a complete run of one host in runs/whole."""
     folder = tmp_path_factory.mktemp("hosts")
     make_classes(folder / "images", 20, size=40)
-    options = {**OPTIONS, "data": {**OPTIONS["data"], "batch_size": 2}}
+    options = {**EXACT, "data": {**EXACT["data"], "batch_size": 2}}
     write_tiny(folder, **options, trainer={"strategy": "ddp", "max_epochs": 30})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

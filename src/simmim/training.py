@@ -67,7 +67,8 @@ class Trainable(L.LightningModule):
 
     def configure_model(self) -> None:
         """Share the weights out, where the strategy does."""
-        refuse_fsdp(self.trainer.strategy)
+        if self._trainer is not None:
+            refuse_fsdp(self.trainer.strategy)
         shard(self)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
