@@ -12,7 +12,6 @@ from PIL import Image
 
 from support.commands import QUIET, VIT, column, quiet, refused, state, table
 from support.folders import make_boxes, save
-from support.processes import command, in_processes
 
 SWIN = "{embed_dim: 16, depths: [1, 1, 1, 1], num_heads: [1, 1, 2, 2], window_size: 2}"
 FEW = [
@@ -122,38 +121,12 @@ def test_a_run_without_validation_objects_names_no_best_score(
     assert "best/map" not in table(Path("runs/det/version_0/metrics.csv"))[0]
 
 
-@pytest.mark.exhaustive
-def test_two_processes_score_what_one_scores(workdir: Path) -> None:
-    # 3 validation images: one process has one more than the other
-    make_boxes(Path("boxes"), outlines=True, train=8, val=3)
-    options = [*SMALL_VIT, "--model.img_size=[48, 64]", *FEW, *QUIET, "--data.batch_size=2"]
-    two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
-    in_processes(2, command, "detect", "fit", "--name=det", *options, *two)
-    for processes, more in ((1, []), (2, two)):
-        options = ["--ckpt_path=runs/det/version_0", "--data.root=boxes", *QUIET, *more]
-        words = ["detect", "validate", "--data.batch_size=1", *options]
-        in_processes(processes, command, *words)
-    one, other = table(Path("runs/det/version_0/validate.csv"))
-    for name in [name for name in one if "map" in name or "mar" in name]:
-        assert one[name] == other[name], name
-    assert float(one["val/mar_100"]) > 0
-    # The part that is about masks is a mean over the boxes of a batch, which has other images.
-    assert float(one["val/loss"]) == pytest.approx(float(other["val/loss"]), rel=0.1)
-
-
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        ("--data.root=no", "no' does not exist"),
-        ("--data.root=boxes/train --data.annotations=no.json", "no.json cannot be read"),
-        ("--data.root=boxes --model.maks=true", "did you mean --model.masks"),
-        ("--data.root=boxes --model.masks=true", "no segmentation"),
-        ("--data.root=boxes --model.weights=no/such", "no/such"),
-        ("", "give data.root"),
-    ],
-)
-def test_mistakes_are_one_sentence(
-    folder: Path, capsys: pytest.CaptureFixture[str], args: str, words: str
-) -> None:
-    said = refused(capsys, f"detect fit {args} --model.img_size=48", *SMALL_VIT, *QUIET)
-    assert words in said
+def test_mistakes_are_one_sentence(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for args, words in {
+        "--data.root=boxes/train --data.annotations=no.json": "no.json cannot be read",
+        "--data.root=boxes --model.maks=true": "did you mean --model.masks",
+        "--data.root=boxes --model.masks=true": "no segmentation",
+        "": "give data.root",
+    }.items():
+        line = f"detect fit {args} --model.img_size=48"
+        assert words in refused(capsys, line, *SMALL_VIT, *QUIET)
