@@ -1,7 +1,6 @@
 """The classifier: its learning rates by hand, frozen means frozen, mixing, metrics, checkpoints."""
 
 import csv
-import math
 import random
 from pathlib import Path
 from typing import Any
@@ -123,89 +122,6 @@ def test_the_layer_decay_of_a_two_block_vit_by_hand(caplog: pytest.LogCaptureFix
         assert sum(p.numel() for p in groups[name]["params"]) == count
     assert "layer_2_decay          0.04          0.05       12,288" in caplog.text
     assert "from scratch" in caplog.text
-
-
-DEEP = {"depths": [1, 2, 1, 1], "window_size": 2, "embed_dim": 8, "num_heads": [1, 1, 1, 1]}
-LEVELS: dict[str, tuple[dict[str, Any], int, dict[str, tuple[int, bool]]]] = {
-    # options, level of the head, {parameter: (its level, whether it decays)}
-    "beit": (
-        {**BEIT, "encoder_kwargs": {**BEIT["encoder_kwargs"], **OWN}},
-        3,
-        {
-            "cls_token": (0, False),
-            "patch_embed.proj.weight": (0, True),
-            "blocks.0.attn.relative_position_bias_table": (1, False),
-            "blocks.0.attn.qkv.weight": (1, True),
-            "blocks.0.gamma_1": (1, False),
-            "blocks.1.attn.q_bias": (2, False),
-            "fc_norm.weight": (3, False),
-            "head.weight": (3, True),
-        },
-    ),
-    "swinv2": (
-        {"encoder": "swinv2_tiny_window8_256", "img_size": 64, "encoder_kwargs": DEEP},
-        6,
-        {
-            "patch_embed.norm.weight": (0, False),
-            "layers.0.blocks.0.attn.qkv.weight": (1, True),
-            "layers.1.downsample.reduction.weight": (1, True),  # with the last block before it
-            "layers.1.blocks.0.attn.logit_scale": (2, False),
-            "layers.1.blocks.1.attn.cpb_mlp.0.weight": (3, False),
-            "layers.2.downsample.norm.weight": (3, False),
-            "layers.3.blocks.0.mlp.fc1.weight": (5, True),
-            "norm.weight": (6, False),
-            "head.fc.weight": (6, True),
-        },
-    ),
-    "convnext": (
-        {
-            "encoder": "convnext_atto",
-            "img_size": 64,
-            "encoder_kwargs": {"depths": [1, 2, 1, 1], "dims": [8, 8, 8, 8]},
-        },
-        6,
-        {
-            "stem.0.weight": (0, True),
-            "stages.0.blocks.0.conv_dw.weight": (1, True),
-            "stages.1.downsample.1.weight": (2, True),  # timm: with the first block behind it
-            "stages.1.blocks.1.mlp.fc2.weight": (3, True),
-            "stages.3.blocks.0.mlp.fc1.weight": (5, True),
-            "head.norm.weight": (6, False),
-            "head.fc.weight": (6, True),
-        },
-    ),
-}
-
-
-@pytest.mark.parametrize("family", LEVELS)
-def test_the_layer_decay_of_a_family_at_several_steps(family: str) -> None:
-    """Warm-up over 2 of 6 steps, then a cosine; each block at its share of it, at every step."""
-    options, top, expected = LEVELS[family]
-    curve = {"base_lr": 64, "warmup_epochs": 1, "warmup_lr": 0, "min_lr": 0}
-    model = Classifier(**options, **curve, layer_decay=0.5, num_classes=3)
-    seen: list[dict[str, tuple[float, float]]] = []
-
-    class Keep(L.Callback):
-        def on_train_batch_start(self, run: L.Trainer, module: Any, *args: Any) -> None:
-            names = {p: name for name, p in module.model.named_parameters()}
-            groups = run.optimizers[0].param_groups
-            seen.append(
-                {names[p]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
-            )
-
-        def on_before_optimizer_step(self, run: L.Trainer, module: Any, *args: Any) -> None:
-            module.zero_grad()  # such a rate would end in not-a-number
-
-    data = Data(16, batch_size=8)
-    data.images.images = F.interpolate(data.images.images.float(), options["img_size"]).byte()
-    run = quiet_trainer(None, Keep(), max_epochs=3, limit_val_batches=0)
-    run.fit(model, datamodule=data)
-    cosine = [0.5 * (1 + math.cos(math.pi * t / 6)) for t in range(6)]
-    assert len(seen) == 6
-    for step, peak in zip(seen, [0, 0.5, *cosine[2:]], strict=True):  # 64 x 8 / 512 = 1
-        for name, (level, decays) in expected.items():
-            scale = 0.5 ** (top - level)
-            assert step[name] == pytest.approx((peak * scale, 0.05 * decays)), name
 
 
 # Probes --------------------------------------------------------------------------------------

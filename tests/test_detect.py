@@ -209,24 +209,6 @@ def test_regions_are_read_where_they_are_whatever_the_first_batch_holds() -> Non
 # Learning rates ------------------------------------------------------------------------------
 
 
-def test_the_layer_decay_of_a_two_block_vit_by_hand(root: Path, tmp_path: Path) -> None:
-    model = Detector(**VIT, layer_decay=0.5, base_lr=10.24, warmup_epochs=0, weight_decay=0.1)
-    run = quiet_trainer(tmp_path, max_steps=1)
-    run.fit(model, datamodule=data(root))
-    # Embedding, two blocks, the rest: levels 0 to 3. lr 10.24 x 4 images / 512 = 0.08 at the top.
-    lr = {0: 0.01, 1: 0.02, 2: 0.04, 3: 0.08}
-    groups = {group["name"]: group for group in run.optimizers[0].param_groups}
-    for level, rate in lr.items():
-        assert groups[f"layer_{level}_decay"]["initial_lr"] == pytest.approx(rate)
-        assert groups[f"layer_{level}_decay"]["weight_decay"] == 0.1
-        assert groups[f"layer_{level}_no_decay"]["weight_decay"] == 0
-    assert sum(p.numel() for p in groups["layer_1_decay"]["params"]) == 12 * 32**2
-    top = {id(p) for kind in ("decay", "no_decay") for p in groups[f"layer_3_{kind}"]["params"]}
-    for part in (model.neck, model.rpn, model.roi_heads):
-        assert all(id(p) in top for p in part.parameters())
-    assert all(id(p) not in top for p in model.model.blocks.parameters())
-
-
 # Training ------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import torch
 
 from simmim import Classifier, Detector, Segmenter, load_encoder
 from simmim.data import ClassificationData, DetectionData, SegmentationData
+from simmim.optim import param_groups
 from simmim.pretrain import SimMIM
 from support.commands import assert_same_tensors
 from support.runs import DATA
@@ -227,6 +228,19 @@ def test_a_frozen_encoder_stays_bitwise_as_it_was(task: str, place: Path) -> Non
     assert_same_tensors(model.model.state_dict(), encoder)
     optimised = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}
     assert optimised == {id(p) for p in model.parameters() if p.requires_grad} != set()
+
+
+@each_task
+def test_layers_of_the_encoder_decay_and_what_is_on_it_does_not(task: str) -> None:
+    model = build(task, num_classes=2)
+    groups = param_groups(model, 0.05, layer_decay=0.5)
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    named = {n: scale[id(p)] for n, p in model.named_parameters() if p.requires_grad}
+    levels = {f"encoder.model.blocks.{i}.": 0.5 ** (4 - i) for i in range(4)}  # the head is 5
+    levels |= {f"encoder.model.{n}": 0.5**5 for n in ("patch_embed", "cls_token", "pos_embed")}
+    for name, rate in named.items():
+        assert rate == next((v for k, v in levels.items() if name.startswith(k)), 1.0), name
+    assert set(levels.values()) | {1.0} == set(named.values())
 
 
 @pytest.mark.slow

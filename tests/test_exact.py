@@ -17,8 +17,9 @@ import pytest
 import torch
 import yaml
 
+from simmim.checkpoints import there_is
 from support import exhaustive
-from support.commands import EXACT, state, table, write_tiny
+from support.commands import EXACT, state, table, words_of, write_tiny
 from support.folders import make_classes
 from support.processes import end, kill, program, run_command, said, start, start_command
 
@@ -78,9 +79,10 @@ def assert_same_run(*tables: str) -> None:
     assert files(WHOLE, ".png") == files(PARTS, ".png")
     for name in tables:
         assert (WHOLE / name).read_bytes() == (PARTS / name).read_bytes()
-    left = {path.name for path in PARTS.rglob("*") if path.is_file() and path.suffix != ".png"}
-    kept = {"config.yaml", "metrics.csv", "report.html", "last.ckpt", "best.ckpt"}
-    assert left == {*kept, *tables}
+    left = {path.name for path in PARTS.iterdir() if path.is_file() and path.suffix != ".png"}
+    assert left == {"config.yaml", "metrics.csv", "report.html", *tables}
+    kept = {path.name for path in (PARTS / "checkpoints").iterdir()}
+    assert kept == {"last.ckpt", "best.ckpt"}
     assert [path.name for path in PARTS.parent.iterdir()] == [PARTS.name]
 
 
@@ -102,20 +104,18 @@ def kill_and_go_on(
     began, ended = (WHOLE / name for name in ("config.yaml", "checkpoints/last.ckpt"))
     seconds = ended.stat().st_mtime - began.stat().st_mtime
     draw, steps = random.Random(0), [0]
-    for i in range(kills):
+    for i in range(kills + 1):
         process = begin("--name=parts", *(["--ckpt_path=last"] if i else []))
         wait_for_a_step(process)
         if i % 4 == 3:
             while process.is_alive() and not list(PARTS.glob("checkpoints/.*.unfinished")):
                 pass
-        elif sleep:
+        elif sleep and i < kills:
             time.sleep(draw.uniform(0, seconds / kills / 3))  # the machine may be quicker by now
-        assert kill(process) == -signal.SIGKILL
+        number = signal.SIGKILL if i < kills else signal.SIGTERM
+        assert kill(process, number) == (-signal.SIGKILL if i < kills else 143), said()[-3000:]
+        assert there_is(PARTS / "checkpoints/last.ckpt")
         steps.append(state(PARTS)["global_step"])  # it is whole, whenever it was killed
-    process = begin("--name=parts", "--ckpt_path=last")
-    wait_for_a_step(process)
-    assert kill(process, signal.SIGTERM) == 143
-    steps.append(state(PARTS)["global_step"])
     assert steps == sorted(steps)
     assert steps[-1] < state(WHOLE)["global_step"]  # each kill met a run
     assert len(set(steps)) > kills // 2
@@ -127,8 +127,7 @@ def kill_and_go_on(
 @pytest.mark.parametrize(
     ("kills", "options"),
     [
-        exhaustive(20, ["--trainer.val_check_interval=3", LONGER]),
-        exhaustive(4, ["--data.num_workers=2", LONGER]),
+        exhaustive(8, ["--data.num_workers=2", "--trainer.val_check_interval=3", LONGER]),
         (3, ["--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=5"]),
     ],
 )
@@ -173,24 +172,31 @@ def test_a_classifier_that_is_killed_ends_as_if_it_was_not(place: Path) -> None:
     kill_and_go_on(begin, 3, "classes.csv", "val_predictions.csv")
 
 
+DDP = "--trainer.strategy=ddp --trainer.accumulate_grad_batches="
+SHARDED = "{save_distributed_checkpoint: true}"
+SHARDS = f"{{class_path: simmim.strategies.FullyShard, init_args: {SHARDED}}}"
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "options",
     [
-        ["--trainer.accumulate_grad_batches=2", "--data.num_workers=1"],
-        ["--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=4"],  # among three
+        f"{DDP}2 --data.num_workers=1",
+        f"{DDP}3 --trainer.val_check_interval=4",  # among three
+        f"--trainer.strategy='{SHARDS}'",
     ],
 )
-def test_two_processes_that_are_killed_end_as_if_they_were_not(
-    place: Path, options: list[str]
-) -> None:
+def test_two_processes_that_are_killed_end_as_if_they_were_not(place: Path, options: str) -> None:
     """Lightning starts the second one, by the command line of the first."""
-    two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=2", *options]
+    two = ["--trainer.devices=2", "--data.batch_size=2", *words_of(options)]
 
     def begin(*words: str) -> BaseProcess:
         return start(program, sys.executable, "-m", "simmim", *OFTEN, *two, *words)
 
-    kill_and_go_on(begin, 1, sleep=False)
+    kill_and_go_on(begin, 2, sleep=False)
+    if SHARDS in options:
+        run_command("export", f"--weights={PARTS}", "--out=encoder")
+        run_command("pretrain", "validate", f"--ckpt_path={PARTS}", "-c", "cpu")
 
 
 @pytest.mark.exhaustive

@@ -77,7 +77,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hosts")
     make_classes(folder / "images", 20, size=40)
     options = {**EXACT, "data": {**EXACT["data"], "batch_size": 2}}
-    write_tiny(folder, **options, trainer={"strategy": "ddp", "max_epochs": 30})
+    write_tiny(folder, **options, trainer={"strategy": "ddp", "max_epochs": 15})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         in_processes(2, command, *command_line("whole"), "--trainer.devices=2")

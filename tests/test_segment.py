@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from simmim.optim import param_groups
 from simmim.segment import VOID, Segmenter, class_iou
 from simmim.sliding import slide, starts
 from support.commands import assert_same_tensors
@@ -219,17 +218,6 @@ def test_a_linear_head_reads_the_block_that_is_asked_for() -> None:
     (features,) = last.decoder.read(last.model, images)
     tokens = last.model.forward_features(images)[:, 1:]
     assert torch.allclose(features.flatten(2).transpose(1, 2), tokens, atol=1e-6)
-
-
-def test_decoder_and_pyramid_have_the_learning_rate_of_the_head() -> None:
-    model = Segmenter(**VIT, num_classes=3)
-    groups = param_groups(model, 0.05, layer_decay=0.5)
-    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
-    named = {n: scale[id(p)] for n, p in model.named_parameters() if p.requires_grad}
-    assert {v for n, v in named.items() if not n.startswith("encoder.")} == {1.0}
-    assert named["encoder.model.patch_embed.proj.weight"] == 0.5**5
-    for i in range(4):  # blocks are levels 1 to 4, the head is 5
-        assert named[f"encoder.model.blocks.{i}.attn.qkv.weight"] == 0.5 ** (4 - i)
 
 
 # Learning, checkpoints ---------------------------------------------------------------------------

@@ -4,30 +4,21 @@ import contextlib
 import json
 import os
 import pickle
-import signal
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
-import numpy as np
 import pytest
 import torch
 from lightning.fabric.accelerators.xla import XLAAccelerator
 from lightning.pytorch.strategies import FSDPStrategy
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from simmim import Classifier, Segmenter, load_encoder
-from simmim.callbacks.classification import ConfusionMatrix, PredictionTable
-from simmim.callbacks.segmentation import MaskWriter, Segmentations
+from simmim import Classifier, load_encoder
 from simmim.checkpoints import BEFORE, DurableCheckpointIO, put_in_place, there_is
-from simmim.data import SegmentationData
-from simmim.data.classification import ClassificationData
 from simmim.durable import UNFINISHED
 from simmim.pretrain import SimMIM
 from simmim.run import clean_up
@@ -35,9 +26,10 @@ from simmim.strategies import FullyShard, gradient_norm, refuse_fsdp
 from simmim.weights.files import read_checkpoint
 from simmim.weights.shards import META
 from simmim.xla import wake_xla
-from support.commands import EXACT, assert_same_tensors, refused, simmim, write_tiny
-from support.folders import make_classes, make_images, save
-from support.processes import end, in_processes, kill, program, said, start
+from support import exhaustive
+from support.commands import assert_same_tensors, refused, simmim
+from support.folders import make_images
+from support.processes import in_processes
 from support.small import TINY_VIT, ByIndex
 from support.training import trainer_of
 
@@ -141,10 +133,10 @@ def train(
         torch.save(keep.curves, out)
 
 
-def call_each(calls: list[tuple[Callable[..., None], tuple[Any, ...], dict[str, Any]]]) -> None:
-    """Call functions one after the other in the same processes."""
-    for function, args, options in calls:
-        function(*args, **options)
+def train_each(processes: int, runs: dict[Path, dict[str, Any]]) -> None:
+    """Train several times in the same processes."""
+    for out, options in runs.items():
+        train(processes, out, **options)
 
 
 class Runs:
@@ -152,19 +144,18 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.made: dict[Any, Path] = {}
+        self.made: dict[str, Path] = {}
 
     def __call__(self, processes: int, *each: dict[str, Any]) -> list[dict[str, Any]]:
-        """What several runs gave in the same processes: curves, and the `file` that was saved."""
-        keys = [(processes, str(sorted(options.items()))) for options in each]
-        calls: list[Any] = []
+        """What several runs gave: their curves, and the `file` that was saved."""
+        keys, calls = [str((processes, options)) for options in each], {}
         for key, options in zip(keys, each, strict=True):
             if key not in self.made:
                 self.made[key] = self.folder / f"{len(self.made)}.pt"
-                calls.append((train, (processes, self.made[key]), options))
+                calls[self.made[key]] = options
         if calls:
             with contextlib.chdir(self.folder):  # where the logs of the processes go
-                in_processes(processes, call_each, calls)
+                in_processes(processes, train_each, processes, calls)
         files = [self.made[key] for key in keys]
         return [{**torch.load(f), "file": f.with_suffix(".ckpt")} for f in files]
 
@@ -195,41 +186,51 @@ def assert_same_training(one: dict[str, Any], many: dict[str, Any]) -> None:
     for name in a["state_dict"]:
         close(b["state_dict"][name], a["state_dict"][name], atol=1e-5)
     (a,), (b,) = a["optimizer_states"], b["optimizer_states"]
-    kept = [json.dumps([{**g, "fused": None} for g in s["param_groups"]]) for s in (a, b)]
-    assert json.loads(kept[0]) == json.loads(kept[1])  # a tuple may have become a list
+    groups = [json.dumps([{**g, "fused": None} for g in s["param_groups"]]) for s in (a, b)]
+    assert groups[0] == groups[1]
     for i in a["state"]:
         for name in a["state"][i]:
             close(b["state"][i][name], a["state"][i][name], atol=1e-8)
 
 
 CLIPPED = {"clip": 0.05, "batches": 2}
-BY_VALUE = {"clip": 1e-3, "clip_by": "value", "batches": 2}
-WAYS: list[dict[str, Any]] = [
-    {},
-    CLIPPED,
-    BY_VALUE,
-    {"model": "finetune", "clip": 0.05},
-    {"model": "probe", "clip": 0.05},
-]
-SKIPPING = [{"model": "skip"}, {"model": "swin_skip"}]
+
+WAYS = {
+    "plain": {},
+    "clipped": CLIPPED,
+    "clipped_by_value": {"clip": 1e-3, "clip_by": "value", "batches": 2},
+    "finetune": {"model": "finetune", "clip": 0.05},
+    "probe": {"model": "probe", "clip": 0.05},
+    "skip": {"model": "skip"},
+    "swin_skip": {"model": "swin_skip"},
+}
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("processes", "strategy"), [(2, "ddp"), (2, "fully_shard"), (4, "ddp"), (4, "fully_shard")]
+    ("processes", "strategy", "names"),
+    [
+        (2, "ddp", ["clipped"]),
+        (2, "fully_shard", ["clipped"]),
+        *(exhaustive(n, strategy, [*WAYS]) for n in (2, 4) for strategy in ("ddp", "fully_shard")),
+    ],
 )
-def test_processes_learn_what_one_learns(runs: Runs, processes: int, strategy: str) -> None:
+def test_processes_learn_what_one_learns(
+    runs: Runs, processes: int, strategy: str, names: list[str]
+) -> None:
     """Clipped by the whole gradient's norm, or by value; with layer decay, frozen, skipping."""
-    several = runs(processes, *({**way, "strategy": strategy} for way in WAYS + SKIPPING))
-    single = runs(1, *WAYS, *SKIPPING)
-    for i, (one, many) in enumerate(zip(single, several, strict=True)):
-        (assert_same_training if i < len(WAYS) else assert_same_curves)(one, many)
-    (free,) = runs(1, {"batches": 2})
-    for clipped in single[1:3]:  # otherwise they would prove nothing
-        differences = torch.tensor(clipped["losses"]) - torch.tensor(free["losses"])
-        assert differences.abs().max() > 1e-4
-    groups = read_checkpoint(single[3]["file"])["optimizer_states"][0]["param_groups"]
-    assert {group["lr_scale"] for group in groups} == {0.125, 0.5, 1.0}  # 0.25: the frozen block
+    ways = [WAYS[name] for name in names]
+    several = runs(processes, *({**way, "strategy": strategy} for way in ways))
+    free, *single = runs(1, {"batches": 2}, *ways)
+    for name, one, many in zip(names, single, several, strict=True):
+        (assert_same_curves if "skip" in name else assert_same_training)(one, many)
+        if "clipped" in name:  # otherwise they would prove nothing
+            differences = torch.tensor(one["losses"]) - torch.tensor(free["losses"])
+            assert differences.abs().max() > 1e-4
+        if name == "finetune":
+            groups = read_checkpoint(one["file"])["optimizer_states"][0]["param_groups"]
+            scales = {group["lr_scale"] for group in groups}
+            assert scales == {0.125, 0.5, 1.0}  # 0.25: the frozen block
 
 
 @pytest.mark.exhaustive
@@ -282,42 +283,6 @@ def test_a_folder_of_shards_is_replaced_and_put_back(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
 
 
-@pytest.mark.exhaustive
-@pytest.mark.skipif(os.name == "nt", reason="kills a session of processes")
-def test_a_run_in_shards_that_is_killed_goes_on(workdir: Path) -> None:
-    """With kill -9, at any moment, and with every step written."""
-    make_classes(Path("images"), 24)
-    shards = {"save_distributed_checkpoint": True}
-    strategy = {"class_path": "simmim.strategies.FullyShard", "init_args": shards}
-    write_tiny(workdir, **EXACT, trainer={"devices": 2, "max_epochs": 5, "strategy": strategy})
-    fit = [sys.executable, "-m", "simmim", "pretrain", "fit", "-c", "tiny.yaml"]
-    often = [*fit, "--checkpoint.every_n_minutes=0"]
-    end(start(program, *often, "--name=whole"))
-    whole, last = (Path(f"runs/{name}/version_0/checkpoints/last.ckpt") for name in ("whole", "b"))
-    steps = [0]
-    for i in range(3):
-        run = start(program, *often, "--name=b", *(["--ckpt_path=last"] if i else []))
-        began, before = time.time(), last.stat().st_ino if last.exists() else None
-        while run.is_alive() and (not last.exists() or last.stat().st_ino == before):
-            assert time.time() - began < 120
-            time.sleep(0.001)
-        time.sleep(0.03 * i)
-        assert kill(run) == -signal.SIGKILL, said()[-3000:]
-        assert there_is(last)
-        steps.append(read_checkpoint(last)["global_step"])
-    one = read_checkpoint(whole)
-    assert steps == sorted(steps)
-    assert steps[-1] < one["global_step"]
-    end(start(program, *often, "--name=b", "--ckpt_path=last"))
-    other = read_checkpoint(last)
-    assert other["global_step"] == one["global_step"]
-    assert_same_tensors(one["state_dict"], other["state_dict"])
-    assert {path.name for path in last.parent.iterdir()} == {"last.ckpt", "best.ckpt"}
-    simmim("embed --weights runs/b/version_0 --root images --out f.npz")
-    simmim("export --weights runs/b/version_0 --out encoder")
-    simmim("pretrain validate --ckpt_path runs/b/version_0 -c cpu")
-
-
 class Evil:
     def __reduce__(self) -> Any:
         return os.system, ("touch evil",)
@@ -343,119 +308,20 @@ def test_other_strategies_are_refused(workdir: Path, capsys: pytest.CaptureFixtu
         FullyShard(tensor_parallel_size=2)
 
 
-# What is scored ---------------------------------------------------------------------------------
-
-
-def score_labels(processes: int) -> None:
-    torch.manual_seed(0)
-    model = Classifier(**TINY_VIT, ema_decay=0.5)
-    options: dict[str, Any] = {"img_size": 32, "num_workers": 0, "val_fraction": 0.35}
-    data = ClassificationData(root="images", batch_size=8 // processes, **options)
-    watchers = ConfusionMatrix(), PredictionTable()
-    trainer = trainer_of(processes, Path(str(processes)), *watchers, max_epochs=2)
-    trainer.fit(model, data)
-    scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    trainer.predict(model, data, return_predictions=False)
-    if trainer.is_global_zero:
-        torch.save({**scores, "confusion": model.confusion_matrix}, f"{processes}/labels.pt")
-
-
-def score_masks(processes: int, strategy: str) -> None:
-    torch.manual_seed(0)
-    deep = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
-    still = {"base_lr": 0.0, "warmup_lr": 0.0}  # a BatchNorm sees other batches in two processes
-    encoder = {"encoder": "vit_tiny_patch16_224", "img_size": 32, "encoder_kwargs": deep}
-    model = Segmenter(**encoder, **still, decoder_channels=16)
-    data = SegmentationData("d", img_size=32, batch_size=4 // processes, num_workers=0)
-    out = Path(str(processes))
-    trainer = trainer_of(processes, out, Segmentations(), MaskWriter(), strategy=strategy)
-    trainer.fit(model, data)  # every trained parameter is reached, or DDP stops here
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-    trainer.validate(model, data, verbose=False)
-    scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    trainer.predict(model, data, return_predictions=False)
-    if trainer.is_global_zero:
-        torch.save(scores, out / "masks.pt")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fully_shard"])
-def test_two_processes_learn_and_score_what_one_does(
-    runs: Runs, workdir: Path, strategy: str
-) -> None:
-    """Gradients are clipped by the whole norm; each validation image counts once.
-
-    13 images of classes, and five of two sizes with masks, cannot be dealt out evenly, nor can
-    the windows of those: with weights in shards no process waits for another for ever.
-    """
-    for name, n in (("a", 11), ("b", 9), ("c", 17)):
-        make_images(Path("images", name), n)
-    rng = np.random.default_rng(0)
-    for part, n in (("train", 8), ("val", 5)):
-        for i in range(n):
-            size = (40, 50) if i % 2 else (20, 64)
-            save(Path(f"d/{part}/images/{i}.png"), rng.integers(0, 256, (*size, 3)))
-            save(Path(f"d/{part}/masks/{i}.png"), rng.integers(0, 3, size))
-    for n in (1, 2):
-        Path(str(n)).mkdir()
-        calls: list[Any] = [(train, (n, workdir / f"{n}.pt", strategy), CLIPPED)]
-        calls += [(score_masks, (n, strategy), {})]
-        if strategy == "ddp":  # an average of the weights needs them whole
-            calls += [(score_labels, (n,), {})]
-        in_processes(n, call_each, calls)
-    one, two = ({**torch.load(f"{n}.pt"), "file": Path(f"{n}.ckpt")} for n in (1, 2))
-    assert_same_training(one, two)
-    assert_same_scores("masks", ["loss", "miou", "pixel_accuracy", "iou/0", "iou/2"])
-    masks = [sorted(Path(n, "predictions").rglob("*.png")) for n in "12"]
-    assert [len(paths) for paths in masks] == [13, 13]
-    for first, second in zip(*masks, strict=True):
-        assert first.relative_to("1") == second.relative_to("2")
-        assert np.array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(second)))
-    if strategy == "ddp":
-        names = ["loss", "top1", "top1_balanced", "calibration_error", "top1_class/a"]
-        one, two = assert_same_scores("labels", names)
-        assert torch.equal(one["confusion"], two["confusion"])
-        assert int(one["confusion"].sum()) == 13
-        assert_same_tables()
-
-
-def assert_same_scores(name: str, metrics: list[str]) -> list[dict[str, Any]]:
-    scores = [torch.load(f"{n}/{name}.pt") for n in (1, 2)]
-    for metric in metrics:
-        one, two = (score[f"val/{metric}"] for score in scores)
-        assert two == pytest.approx(one, rel=1e-4), metric
-    return scores
-
-
-def assert_same_tables() -> None:
-    tables = [Path(n, "predictions.csv").read_text().splitlines() for n in "12"]
-    rows = [[line.split(",") for line in table[1:]] for table in tables]
-    assert len(rows[0]) == 37
-    assert [row[:2] for row in rows[0]] == [row[:2] for row in rows[1]]
-    shares = [torch.tensor([[float(x) for x in row[2:]] for row in table]) for table in rows]
-    torch.testing.assert_close(shares[1], shares[0], rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("accelerator", "devices", "there", "woken"),
-    [
+def test_a_single_xla_device_is_there_before_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+    fake = SimpleNamespace(device=lambda: calls.append(True))
+    monkeypatch.setitem(sys.modules, "torch_xla", fake)
+    for accelerator, devices, there, woken in (
         ("tpu", "auto", 1, True),
         ("auto", 1, 8, True),
         ("tpu", [3], 8, True),
         ("tpu", "auto", 8, False),  # eight processes, each of which makes its own
         ("cpu", 1, 8, False),
         ("auto", "auto", 0, False),
-    ],
-)
-def test_a_single_xla_device_is_there_before_the_model(
-    accelerator: str, devices: Any, there: int, woken: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[bool] = []
-    fake = SimpleNamespace(device=lambda: calls.append(True))
-    monkeypatch.setitem(sys.modules, "torch_xla", fake)
-    monkeypatch.setattr(XLAAccelerator, "auto_device_count", lambda: there)
-    monkeypatch.setattr(XLAAccelerator, "is_available", lambda: there > 0)
-    wake_xla(accelerator, devices)
-    assert calls == [True] * woken
+    ):
+        calls.clear()
+        monkeypatch.setattr(XLAAccelerator, "auto_device_count", lambda there=there: there)
+        monkeypatch.setattr(XLAAccelerator, "is_available", lambda there=there: there > 0)
+        wake_xla(accelerator, devices)
+        assert calls == [True] * woken

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from simmim.cli import main
+from simmim.weights.files import read_checkpoint
 
 VIT = "{patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}"
 SMALL = ["--model.encoder=vit_tiny_patch16_224", f"--model.encoder_kwargs={VIT}"]
@@ -110,7 +111,7 @@ def column(path: Path, name: str) -> list[float]:
 
 def state(run: Path | str, name: str = "last") -> dict[str, Any]:
     """What a checkpoint of a run holds."""
-    return torch.load(Path(run, f"checkpoints/{name}.ckpt"), weights_only=True)  # type: ignore[no-any-return]
+    return read_checkpoint(Path(run, f"checkpoints/{name}.ckpt"))
 
 
 def assert_same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
