@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from simmim import Classifier, Detector, Segmenter, load_encoder
-from simmim.data import ClassificationData, DetectionData, SegmentationData
+from simmim.data.classification import ClassificationData
+from simmim.data.detection import DetectionData
+from simmim.data.segmentation import SegmentationData
 from simmim.optim import param_groups
 from simmim.pretrain import SimMIM
 from support.commands import assert_same_tensors
@@ -179,7 +181,7 @@ def test_other_classes_are_refused_but_in_training(
 @pytest.mark.parametrize(
     ("task", "options", "words"),
     [
-        ("classify", {"layer": 3, "frozen": True}, "use 1 to 2"),
+        ("classify", {"layer": 5, "frozen": True}, "use 1 to 4"),
         ("classify", {"layer": 1}, "frozen"),
         ("classify", {"batch_norm": True}, "frozen"),
         ("classify", {"mixup": -1.0}, "mixup -1.0"),

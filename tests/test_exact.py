@@ -15,11 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from simmim.checkpoints import there_is
 from support import exhaustive
-from support.commands import EXACT, state, table, words_of, write_tiny
+from support.commands import EXACT, QUIET, SMALL, state, table, words_of, write_tiny
 from support.folders import make_classes
 from support.processes import end, kill, program, run_command, said, start, start_command
 
@@ -144,30 +143,19 @@ def test_a_run_that_is_killed_at_random_ends_as_if_it_was_not(
 
 
 CLASSIFY = """
-model:
-  encoder: vit_tiny_patch16_224
-  img_size: 32
-  encoder_kwargs: {patch_size: 8, embed_dim: 16, depth: 2, num_heads: 1}
-  drop_path_rate: 0.1
-  base_lr: 0.1
-  mixup: 0.8
-  cutmix: 1.0
-  random_erasing: 0.25
-  ema_decay: 0.9
-data: {randaugment: rand-m9-mstd0.5-inc1}
+classify fit --data.root=images --data.batch_size=4 --data.val_fraction=0.2 --model.mixup=0.8
+--data.randaugment=rand-m9-mstd0.5-inc1 --model.cutmix=1.0 --model.random_erasing=0.25
+--model.ema_decay=0.9 --model.drop_path_rate=0.1 --model.base_lr=0.1 --model.warmup_epochs=1
+--trainer.max_epochs=8 --trainer.log_every_n_steps=1 --checkpoint.every_n_minutes=0
 """
 
 
 @pytest.mark.exhaustive
 def test_a_classifier_that_is_killed_ends_as_if_it_was_not(place: Path) -> None:
     """With all that is random about fine-tuning, and an average of the weights."""
-    config, mine = yaml.safe_load(Path("tiny.yaml").read_text()), yaml.safe_load(CLASSIFY)
-    config = {**mine, "data": config["data"] | mine["data"], "trainer": config["trainer"]}
-    Path("classify.yaml").write_text(yaml.safe_dump(config))
-    line = ["classify", "fit", "-c", "classify.yaml", "--checkpoint.every_n_minutes=0", LONGER]
 
     def begin(*words: str) -> BaseProcess:
-        return start_command(*line, *words)
+        return start_command(*words_of(CLASSIFY, *SMALL, *QUIET, *words))
 
     kill_and_go_on(begin, 3, "classes.csv", "val_predictions.csv")
 

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -122,16 +122,11 @@ def started(*words: str, **environment: str) -> Iterator[BaseProcess]:
 
 def kill_tree(root: int) -> None:
     """Kill a process and all that came from it, as when a host fails."""
-    parents = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it has ended
-            parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
-    tree = [root]
-    for process in tree:  # it grows
-        tree += [child for child, parent in parents.items() if parent == process]
-    for process in tree:
-        with suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
+    with suppress(psutil.NoSuchProcess):  # it has ended
+        process = psutil.Process(root)
+        for each in [process, *process.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
 
 
 def kill_a_host(process: BaseProcess, name: str) -> None:

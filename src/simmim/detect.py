@@ -142,6 +142,9 @@ class Detector(Downstream):
         if detector is not None:
             self._inherit(detector)
         if num_classes:
+            if num_classes != self.hparams["num_classes"]:  # of the detector that came along
+                self.classes, self.category_ids = [], []
+                self.head_is_trained = self.head_is_inherited = False
             self.set_num_classes(num_classes, masks)
             self.hparams["masks"] = masks  # None: the data are still to be asked
 
@@ -421,11 +424,12 @@ class Detector(Downstream):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the heads that the file has, and go on with its optimiser."""
+        of_data, self.classes = self.classes, []  # Lightning sets the data up first
         hp = checkpoint["hyper_parameters"]
         self.set_num_classes(hp["num_classes"], bool(hp["masks"]))
         if names := checkpoint.get("classes"):
             self.set_classes(names, masks=self.has_masks)
-        if names := self.unmatched_classes([]):
+        if names := self.unmatched_classes(of_data):
             self.set_classes(names, masks=self.has_masks)
         if self.scores is not None:  # set up before the classes were known
             self.scores = AveragePrecision(self.class_names, masks=self.scores.masks)

@@ -11,7 +11,6 @@ STRATEGIES: dict[str, Any] = {
     "auto": lambda: "auto",
     "ddp": lambda: "ddp",
     "fully_shard": lambda: FullyShard(),
-    "fully_shard_sharded": lambda: FullyShard(save_distributed_checkpoint=True),
 }
 
 
