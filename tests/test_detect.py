@@ -69,6 +69,7 @@ def losses(model: Detector, given: dict[str, Any]) -> dict[str, Tensor]:
 # The model -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [VIT, SWIN])
 @pytest.mark.parametrize(
     ("head", "masks"), [("mlp", True), ("conv", False), exhaustive("mlp", False)]
@@ -95,6 +96,7 @@ def test_every_trained_parameter_gets_a_gradient(
         assert set(one["labels"].tolist()) <= {0, 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize("boxes", [0, 2])
 def test_losses_are_finite_without_any_box_and_in_bf16(masks: bool, boxes: int) -> None:
@@ -102,7 +104,10 @@ def test_losses_are_finite_without_any_box_and_in_bf16(masks: bool, boxes: int) 
     with torch.autocast("cpu", torch.bfloat16, enabled=boxes > 0):
         parts, found = losses(model, given), model(model.inputs(given))
     assert all(part.dtype == torch.float32 for part in [*parts.values(), found[0]["boxes"]])
+    assert all(part.isfinite() for part in parts.values())
     assert bool(parts["loss_box_reg"]) == bool(boxes)
+    if boxes:  # backward in bf16 takes a processor minutes
+        return
     torch.stack(list(parts.values())).sum().backward()
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -305,6 +310,7 @@ def test_other_classes_renew_what_names_them_alone(root: Path, tmp_path: Path) -
     assert not torch.equal(*naming)
 
 
+@pytest.mark.slow
 def test_masks_are_trained_where_the_data_have_them(masked_root: Path) -> None:
     for options in ({}, {"masks": False}):
         model, run = Detector(**VIT, **options), quiet_trainer()

@@ -132,6 +132,7 @@ def test_pretrained_weights_come_in_whole(task: str, pretrained: Path) -> None:
     assert not model.head_is_trained
 
 
+@pytest.mark.slow
 @each_task
 def test_a_checkpoint_opens_alone_and_is_a_source_of_weights(
     task: str, trained: dict[str, tuple[Path, Any]]
@@ -155,6 +156,7 @@ def test_a_checkpoint_opens_alone_and_is_a_source_of_weights(
     assert torch.equal(other.model.get_parameter(name), model.model.get_parameter(name))
 
 
+@pytest.mark.slow
 @each_task
 def test_other_classes_are_refused_but_in_training(
     task: str, trained: dict[str, tuple[Path, Any]], place: Path, tmp_path: Path

@@ -234,6 +234,7 @@ def test_it_learns(head: Any) -> None:
     assert model.values == [0, 7, 9]
 
 
+@pytest.mark.slow
 def test_weights_of_a_segmenter_bring_what_fits(tmp_path: Path) -> None:
     model, fit = Segmenter(**VIT), quiet_trainer(max_steps=1, limit_val_batches=0)
     fit.fit(model, Data())
