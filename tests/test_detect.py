@@ -17,7 +17,7 @@ from simmim.detect import Detector, _to_original
 from simmim.pyramid import Pyramid
 from simmim.rcnn import Anchors, Neck, build_heads, default_anchor_sizes
 from support import exhaustive
-from support.folders import make_boxes, write_coco
+from support.folders import make_boxes
 from support.small import TINY_VIT
 from support.training import quiet_trainer
 
@@ -241,20 +241,6 @@ def test_the_validation_loss_depends_on_the_images_alone(root: Path, tmp_path: P
         run.validate(model, datamodule=data(root, batch_size=batch_size), verbose=False)
         losses.append(float(run.callback_metrics["val/loss"]))
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
-
-
-def test_images_without_any_object_are_no_accident(tmp_path: Path) -> None:
-    make_boxes(tmp_path, train=4, val=2)
-    for part, n in (("train", 4), ("val", 2)):
-        names = [(i, f"{i:03d}.png") for i in range(n)]
-        objects = [(0, c, [8.0, 8.0, 20.0, 20.0]) for c in (3, 7) if part == "train"]
-        write_coco(tmp_path / part / "annotations.json", names, objects, (64, 48))  # type: ignore[arg-type]
-    model = Detector(**VIT)
-    run = quiet_trainer(tmp_path)
-    with pytest.warns(UserWarning, match="val has no objects that count"):
-        run.fit(model, datamodule=data(tmp_path, batch_size=2))
-    assert run.callback_metrics["train/loss"].isfinite()
-    assert run.callback_metrics["val/map"].isnan()  # there is nothing to be found
 
 
 # Scores --------------------------------------------------------------------------------------

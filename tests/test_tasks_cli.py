@@ -9,16 +9,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image, ImageFont
+from PIL import Image
 
 from simmim import load_encoder
-from simmim.callbacks.classification import (
-    _brief,
-    _row_names,
-    draw_confusion,
-    label_of,
-    merge_parts,
-)
+from simmim.callbacks.classification import draw_confusion
 from simmim.callbacks.segmentation import (
     Segmented,
     distinct_colors,
@@ -308,36 +302,11 @@ def test_what_users_get_wrong_is_one_sentence(
 
 def test_the_confusion_matrix_is_drawn() -> None:
     counts = torch.tensor([[9, 1], [0, 0]])
-    picture = draw_confusion(counts, ["cat", "dog"])
+    picture = draw_confusion(counts, ["cat", "日本語 that the font does not have"])
     x, y = picture.width - 8 - 2 * 120 + 3, picture.height - 8 - 2 * 120 + 3
     shades = [picture.getpixel((x + i % 2 * 120, y + i // 2 * 120)) for i in range(4)]
     assert shades[0] < shades[1] < shades[2] == shades[3]  # dark = 9 of 10, ..., 0 of 0
     assert draw_confusion(torch.eye(1000).long(), [str(i) for i in range(1000)]).width > 2000
-
-
-def test_names_that_cannot_be_drawn_are_numbers_and_long_ones_keep_both_ends() -> None:
-    font = ImageFont.load_default(size=12)
-    long = "a very long class name"
-    names = ["cat", "10", "日本語", f"{long} of cats", f"{long} of dogs"]
-    shown = _row_names(names, font)
-    assert shown[:3] == ["cat", "10", "class 2"]
-    assert len(set(shown)) == 5
-    assert max(map(len, shown)) == 18
-    many = _row_names([f"name {i}" for i in range(100)], font)
-    assert [name for name in many if name] == [str(i) for i in range(0, 100, 10)]
-    assert [_brief(n) for n in (7, 9999, 11_367, 123_456)] == ["7", "9999", "11k", "123k"]
-
-
-def test_tables_of_several_processes_are_merged_in_order(tmp_path: Path) -> None:
-    parts = [tmp_path / "0", tmp_path / "1"]
-    parts[0].write_text("0,a.png,cat\n2,c.png,cat\n")
-    parts[1].write_text("1,b.png,dog\n")
-    merge_parts(parts, tmp_path / "all.csv", ["path", "label"])
-    merged = (tmp_path / "all.csv").read_text().split()
-    assert merged == ["path,label", "a.png,cat", "b.png,dog", "c.png,cat"]
-    assert not parts[0].exists()
-    assert label_of([0.2, 0.5, 0.3], ["a", "b", "c"], several=False) == "b"
-    assert label_of([0.7, 0.2, 0.6], ["a", "b", "c"], several=True) == "a;c"
 
 
 def test_pictures_of_any_sizes_go_into_one_panel_and_leave_void() -> None:
