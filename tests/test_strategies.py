@@ -54,7 +54,7 @@ WAYS: dict[str, tuple[int, str]] = {  # images in a global batch, options
         4,
         f"pretrain fit -c tiny.yaml --trainer.accumulate_grad_batches=2 {BY_VALUE}",
     ),
-    "finetune": (8, "classify fit -c classes.yaml --model.layer_decay=0.5"),
+    "finetune": (8, "classify fit -c classes.yaml --model.layer_decay=0.5 --model.num_classes=2"),
     "probe": (8, "classify fit -c classes.yaml --model.frozen=true"),
     "skip": (8, f"pretrain fit -c tiny.yaml {SKIP}"),
     "swin_skip": (8, f"pretrain fit -c tiny.yaml {SKIP} {SWIN}"),
