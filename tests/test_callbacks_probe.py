@@ -29,7 +29,7 @@ from simmim.probe import fit_linear_probe, knn_scores, top1
 from simmim.strategies import shard
 from support import exhaustive
 from support.processes import in_processes
-from support.training import fsdp_on_cpu, trainer_of
+from support.training import trainer_of
 
 
 def embeddings(model: MiniSimMIM, data: DigitsData) -> list[tuple[Tensor, Tensor]]:
@@ -188,7 +188,7 @@ def test_features_are_read_in_the_runs_precision(tmp_path: Path, precision: Any)
 
 
 def test_sharded_models_are_called_through_their_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Wrapper(torch.nn.Module):  # FSDP, say: only inside its forward are the weights whole
+    class Wrapper(torch.nn.Module):  # only inside its forward are the weights whole
         whole = False
 
         def __init__(self, module: MiniSimMIM) -> None:
@@ -201,7 +201,7 @@ def test_sharded_models_are_called_through_their_wrapper(monkeypatch: pytest.Mon
             self.whole = False
             return result
 
-    monkeypatch.setattr(look_module, "FullyShardedDataParallel", Wrapper)
+    monkeypatch.setattr(look_module, "FSDPModule", Wrapper)
     module = MiniSimMIM().eval()
     wrapper = Wrapper(module)
     plugin = Precision()
@@ -262,7 +262,6 @@ class RuinOne(L.Callback):
 def watch(processes: int, folder: Path, strategy: str) -> None:
     """Train with callbacks in one of some processes, then meet what is bad in one of them."""
     torch.manual_seed(0)
-    fsdp_on_cpu()
     probe = OnlineProbe()
     watchers = [probe, Reconstructions(num_images=2), CollapseAlarm(), StopOnNonFinite()]
 
@@ -296,7 +295,7 @@ def stopped(fit: L.Trainer, model: L.LightningModule, data: L.LightningDataModul
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "strategy"),
-    [(2, "ddp"), exhaustive(4, "ddp"), exhaustive(2, "fully_shard"), exhaustive(2, "fsdp")],
+    [(2, "ddp"), exhaustive(4, "ddp"), exhaustive(2, "fully_shard")],
 )
 def test_processes_read_what_one_reads(workdir: Path, processes: int, strategy: str) -> None:
     """Of 95 images, which no number of processes shares evenly: to the digit, for equal weights.

@@ -7,39 +7,25 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.image_list import ImageList
 
-import simmim
 from simmim.average_precision import AveragePrecision
 from simmim.data.boxes import Fit
-from simmim.data.detection import DetectionData, collate_boxes
+from simmim.data.detection import DetectionData
 from simmim.detect import Detector, _to_original
-from simmim.pretrain import SimMIM
 from simmim.pyramid import Pyramid
 from simmim.rcnn import Anchors, Neck, build_heads, default_anchor_sizes
-from support.folders import make_boxes, write_coco
+from support import exhaustive
+from support.folders import make_boxes
+from support.small import TINY_VIT
 from support.training import quiet_trainer
 
 SMALL: dict[str, Any] = {"fpn_channels": 16, "proposals": 50, "rois_per_image": 16}
-VIT: dict[str, Any] = {
-    **SMALL,
-    "encoder": "vit_tiny_patch16_224",
-    "img_size": [48, 64],
-    "encoder_kwargs": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
-}
-SWIN: dict[str, Any] = {
-    **SMALL,
-    "encoder": "swin_tiny_patch4_window7_224",
-    "img_size": 64,
-    "encoder_kwargs": {
-        "embed_dim": 16,
-        "depths": [2, 1, 1, 1],
-        "num_heads": [1, 1, 2, 2],
-        "window_size": 2,
-    },
-}
+VIT: dict[str, Any] = {**SMALL, **TINY_VIT, "img_size": [48, 64]}
+SWIN: dict[str, Any] = {**SMALL, "encoder": "swin_tiny_patch4_window7_224", "img_size": 64}
+SWIN["encoder_kwargs"] = {"embed_dim": 16, "depths": [2, 1, 1, 1], "num_heads": [1, 1, 2, 2]}
+SWIN["encoder_kwargs"]["window_size"] = 2
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +69,11 @@ def losses(model: Detector, given: dict[str, Any]) -> dict[str, Tensor]:
 # The model -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [VIT, SWIN])
-@pytest.mark.parametrize("head", ["mlp", "conv"])
-@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize(
+    ("head", "masks"), [("mlp", True), ("conv", False), exhaustive("mlp", False)]
+)
 def test_every_trained_parameter_gets_a_gradient(
     options: dict[str, Any], head: str, masks: bool
 ) -> None:
@@ -97,7 +85,6 @@ def test_every_trained_parameter_gets_a_gradient(
     parts = losses(model, given)
     names = {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
     assert set(parts) == names | ({"loss_mask"} if masks else set())
-    assert all(part.dtype == torch.float32 for part in parts.values())
     torch.stack(list(parts.values())).sum().backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
@@ -109,19 +96,24 @@ def test_every_trained_parameter_gets_a_gradient(
         assert set(one["labels"].tolist()) <= {0, 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masks", [False, True])
-def test_a_batch_without_any_box_trains(masks: bool) -> None:
-    model = Detector(**VIT, num_classes=2, masks=masks)
-    parts = losses(model, batch(boxes=0, masks=masks))
-    total = torch.stack(list(parts.values())).sum()
-    assert total.isfinite()
-    assert parts["loss_box_reg"] == 0
-    total.backward()
-    assert all(
-        p.grad is not None and bool(p.grad.isfinite().all())
-        for p in model.parameters()
-        if p.requires_grad
-    )
+@pytest.mark.parametrize("boxes", [0, 2])
+def test_losses_are_finite_without_any_box_and_in_bf16(masks: bool, boxes: int) -> None:
+    few = {"masks": masks, "score_threshold": 0.9}  # masks of all that is found take minutes
+    model, given = Detector(**VIT, num_classes=2, **few), batch(boxes=boxes, masks=masks)
+    with torch.autocast("cpu", torch.bfloat16, enabled=boxes > 0):
+        parts, found = losses(model, given), model(model.inputs(given))
+    assert all(part.dtype == torch.float32 for part in [*parts.values(), found[0]["boxes"]])
+    assert all(part.isfinite() for part in parts.values())
+    assert bool(parts["loss_box_reg"]) == bool(boxes)
+    if boxes:  # backward in bf16 takes a processor minutes
+        return
+    torch.stack(list(parts.values())).sum().backward()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None
+            assert parameter.grad.isfinite().all()
 
 
 def test_it_is_torchvisions_faster_rcnn() -> None:
@@ -220,71 +212,17 @@ def test_regions_are_read_where_they_are_whatever_the_first_batch_holds() -> Non
     torch.testing.assert_close(means, torch.arange(7) + 5.5)
 
 
-def test_options_are_checked() -> None:
-    for options, words in (
-        ({"anchor_sizes": [8.0, 16.0]}, "2, not 5"),
-        ({"anchor_ratios": (0.0, 1.0)}, "above 0"),
-        ({"layer_decay": 0.5, "frozen": True}, "frozen"),
-        ({"layer_decay": 1.5}, "layer_decay"),
-        ({"proposals": 0}, "proposals 0"),
-        ({"score_threshold": 2.0}, "score_threshold"),
-        ({"drop_path_rate": 1.0}, "drop_path_rate"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            Detector(**{**VIT, **options}, num_classes=2)  # type: ignore[dict-item]
-    with pytest.raises(ValueError, match="num_classes is not known"):
-        Detector(**VIT)(torch.randn(1, 3, 48, 64))
-
-
-def test_a_frozen_encoder_stays(root: Path, tmp_path: Path) -> None:
-    model = Detector(**VIT, frozen=True, warmup_epochs=0)
-    before = {name: tensor.clone() for name, tensor in model.encoder.state_dict().items()}
-    neck = {name: tensor.clone() for name, tensor in model.neck.state_dict().items()}
-    quiet_trainer(tmp_path, max_steps=1).fit(model, datamodule=data(root))
-    assert all(torch.equal(before[k], v) for k, v in model.encoder.state_dict().items())
-    assert not all(torch.equal(neck[k], v) for k, v in model.neck.state_dict().items())
-    assert not model.model.training
-
-
-@pytest.mark.parametrize("masks", [False, True])
-def test_bf16_gives_finite_losses_and_exact_boxes(masks: bool) -> None:
-    model = Detector(**VIT, num_classes=2, masks=masks)
-    given = batch(masks=masks)
-    with torch.autocast("cpu", torch.bfloat16):
-        parts = losses(model, given)
-        found = model(model.inputs(given))
-    assert all(part.dtype == torch.float32 and bool(part.isfinite()) for part in parts.values())
-    assert found[0]["boxes"].dtype == torch.float32
-
-
 # Learning rates ------------------------------------------------------------------------------
-
-
-def test_the_layer_decay_of_a_two_block_vit_by_hand(root: Path, tmp_path: Path) -> None:
-    model = Detector(**VIT, layer_decay=0.5, base_lr=10.24, warmup_epochs=0, weight_decay=0.1)
-    run = quiet_trainer(tmp_path, max_steps=1)
-    run.fit(model, datamodule=data(root))
-    # Embedding, two blocks, the rest: levels 0 to 3. lr 10.24 x 4 images / 512 = 0.08 at the top.
-    lr = {0: 0.01, 1: 0.02, 2: 0.04, 3: 0.08}
-    groups = {group["name"]: group for group in run.optimizers[0].param_groups}
-    for level, rate in lr.items():
-        assert groups[f"layer_{level}_decay"]["initial_lr"] == pytest.approx(rate)
-        assert groups[f"layer_{level}_decay"]["weight_decay"] == 0.1
-        assert groups[f"layer_{level}_no_decay"]["weight_decay"] == 0
-    assert sum(p.numel() for p in groups["layer_1_decay"]["params"]) == 12 * 32**2
-    top = {id(p) for kind in ("decay", "no_decay") for p in groups[f"layer_3_{kind}"]["params"]}
-    for part in (model.neck, model.rpn, model.roi_heads):
-        assert all(id(p) in top for p in part.parameters())
-    assert all(id(p) not in top for p in model.model.blocks.parameters())
 
 
 # Training ------------------------------------------------------------------------------------
 
 
-def test_it_learns_to_find_squares(root: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_it_learns_to_find_squares(root: Path) -> None:
     torch.manual_seed(0)
     model = Detector(**VIT, base_lr=0.25, warmup_epochs=2, weight_decay=0.01)
-    run = quiet_trainer(tmp_path, max_epochs=40, gradient_clip_val=5.0, check_val_every_n_epoch=40)
+    run = quiet_trainer(max_epochs=40, gradient_clip_val=5.0, check_val_every_n_epoch=40)
     run.fit(model, datamodule=data(root, scale_jitter=(1.0, 1.0)))
     scores = {name: float(value) for name, value in run.callback_metrics.items()}
     assert scores["val/map_50"] > 0.5
@@ -304,31 +242,6 @@ def test_the_validation_loss_depends_on_the_images_alone(root: Path, tmp_path: P
         run.validate(model, datamodule=data(root, batch_size=batch_size), verbose=False)
         losses.append(float(run.callback_metrics["val/loss"]))
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
-
-
-def test_masks_are_trained_where_the_data_have_them(masked_root: Path, tmp_path: Path) -> None:
-    model = Detector(**VIT)
-    run = quiet_trainer(tmp_path)
-    run.fit(model, datamodule=data(masked_root))
-    assert model.has_masks
-    assert {"train/loss_mask", "val/mask_map", "val/map"} <= set(run.callback_metrics)
-    boxes_only = Detector(**VIT, masks=False)
-    quiet_trainer(tmp_path).fit(boxes_only, datamodule=data(masked_root, masks=False))
-    assert not boxes_only.has_masks
-
-
-def test_images_without_any_object_are_no_accident(tmp_path: Path) -> None:
-    make_boxes(tmp_path, train=4, val=2)
-    for part, n in (("train", 4), ("val", 2)):
-        names = [(i, f"{i:03d}.png") for i in range(n)]
-        objects = [(0, c, [8.0, 8.0, 20.0, 20.0]) for c in (3, 7) if part == "train"]
-        write_coco(tmp_path / part / "annotations.json", names, objects, (64, 48))  # type: ignore[arg-type]
-    model = Detector(**VIT)
-    run = quiet_trainer(tmp_path)
-    with pytest.warns(UserWarning, match="val has no objects that count"):
-        run.fit(model, datamodule=data(tmp_path, batch_size=2))
-    assert run.callback_metrics["train/loss"].isfinite()
-    assert run.callback_metrics["val/map"].isnan()  # there is nothing to be found
 
 
 # Scores --------------------------------------------------------------------------------------
@@ -367,91 +280,30 @@ def test_average_precision_of_boxes_by_hand() -> None:
 # Checkpoints ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def trained(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    torch.manual_seed(1)
-    run = quiet_trainer(folder, max_steps=1)
-    run.fit(Detector(**VIT), datamodule=data(root))
-    run.save_checkpoint(folder / "detector.ckpt")
-    return folder / "detector.ckpt"
-
-
-def test_a_checkpoint_opens_alone_and_gives_the_same(trained: Path) -> None:
-    model = Detector.load_from_checkpoint(trained, map_location="cpu").eval()
+def test_other_classes_renew_what_names_them_alone(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="num_classes is not known"):
+        Detector(**VIT)(torch.randn(1, 3, 48, 64))
+    model, run = Detector(**VIT), quiet_trainer(max_steps=1, limit_val_batches=0)
+    run.fit(model, datamodule=data(root))
+    run.save_checkpoint(path := tmp_path / "det.ckpt")
     assert (model.classes, model.category_ids) == (["cat", "dog"], [3, 7])
-    again = Detector(weights=str(trained), proposals=50).eval()  # heads included
-    images = torch.randn(1, 3, 48, 64)
-    with torch.no_grad():
-        first, second = model(images)[0], again(images)[0]
-    for name in ("boxes", "scores", "labels"):
-        torch.testing.assert_close(first[name], second[name])
-    assert again.head_is_trained
-    assert again.hparams["img_size"] == [48, 64]
-
-
-def test_load_encoder_reads_a_detector(trained: Path) -> None:
-    encoder = simmim.load_encoder(trained).eval()
-    model = Detector.load_from_checkpoint(trained, map_location="cpu").eval()
-    images = torch.randn(1, 3, 48, 64)
-    with torch.no_grad():
-        expected = model.model.forward_features(images)
-        torch.testing.assert_close(encoder.forward_features(images), expected)
-
-
-def test_a_pretrained_encoder_comes_in_whole(tmp_path: Path) -> None:
-    encoder = {k: VIT[k] for k in ("encoder", "encoder_kwargs")}
-    pretrained = SimMIM(**encoder, img_size=64, mask_patch_size=8)
-    pretrained.set_statistics([0.4, 0.5, 0.6], [0.2, 0.3, 0.25])
-    run = quiet_trainer(tmp_path)
-    run.fit(pretrained, DataLoader(torch.randn(4, 3, 64, 64), 2))
-    run.save_checkpoint(tmp_path / "pre.ckpt")
-    model = Detector(weights=str(tmp_path / "pre.ckpt"), **SMALL, img_size=[48, 64])
-    kept = dict(pretrained.encoder.model.named_parameters())
-    for name, parameter in model.model.named_parameters():
-        assert torch.equal(parameter, kept[name]) or "pos_embed" in name
-    assert model.mean.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
-    assert model.rpn is None  # until the data say which classes there are
-
-
-def test_other_classes_renew_what_names_them_alone(trained: Path, tmp_path: Path) -> None:
-    make_boxes(tmp_path, train=4)
-    file = tmp_path / "train" / "annotations.json"
-    file.write_text(file.read_text().replace('"dog"', '"wolf"'))
-    model = Detector(weights=str(trained))
-    proposing = model.rpn.head.cls_logits.weight.clone()
-    naming = model.roi_heads.box_predictor.cls_score.weight.clone()
-    quiet_trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(
-        model, datamodule=data(tmp_path, val_fraction=0)
+    onward = Detector(weights=str(path), proposals=50)
+    onward.set_classes(["cat", "wolf"], masks=False, may_renew=True)
+    one, other = (
+        [*m.rpn.parameters(), *m.roi_heads.box_head.parameters()] for m in (model, onward)
     )
-    assert model.classes == ["cat", "wolf"]
-    # The one step is the first of the warm-up, with a learning rate of 0.
-    assert torch.equal(proposing, model.rpn.head.cls_logits.weight)
-    assert not torch.equal(naming, model.roi_heads.box_predictor.cls_score.weight)
-    with pytest.raises(ValueError, match="this detector knows cat, dog"):
-        quiet_trainer(tmp_path).validate(
-            Detector(weights=str(trained)), datamodule=data(tmp_path, val_fraction=0.5)
-        )
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    naming = [m.roi_heads.box_predictor.cls_score.weight for m in (model, onward)]
+    assert not torch.equal(*naming)
 
 
-def test_an_untrained_detector_is_not_scored(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not trained yet"):
-        quiet_trainer(tmp_path).validate(Detector(**VIT), datamodule=data(root))
-
-
-def test_going_on_is_the_same_as_not_stopping(root: Path, tmp_path: Path) -> None:
-    def fit(epochs: int, ckpt_path: Path | None = None) -> Detector:
-        torch.manual_seed(0)
-        model = Detector(**VIT, drop_path_rate=0.2, schedule="multistep")
-        run = quiet_trainer(tmp_path, max_epochs=epochs, limit_val_batches=0)
-        run.fit(model, datamodule=data(root), ckpt_path=ckpt_path)
-        run.save_checkpoint(tmp_path / f"{epochs}.ckpt")
-        return model
-
-    fit(1)
-    whole, resumed = fit(2), fit(2, tmp_path / "1.ckpt")
-    for (name, one), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(one, other), name
+@pytest.mark.slow
+def test_masks_are_trained_where_the_data_have_them(masked_root: Path) -> None:
+    for options in ({}, {"masks": False}):
+        model, run = Detector(**VIT, score_threshold=0.9, **options), quiet_trainer(max_steps=1)
+        run.fit(model, datamodule=data(masked_root, **options))
+        assert model.has_masks == (options == {})
+        assert ({"train/loss_mask", "val/mask_map"} <= set(run.callback_metrics)) == model.has_masks
 
 
 def test_the_neck_has_a_map_more_than_the_pyramid() -> None:
@@ -464,13 +316,3 @@ def test_the_neck_has_a_map_more_than_the_pyramid() -> None:
     assert [64 / m.shape[-1] for m in maps.values()] == neck.strides
     heads = build_heads(neck, 2, (64, 64), masks=False)
     assert heads.roi_heads.box_predictor.cls_score.out_features == 3
-
-
-def test_collate_keeps_what_differs_in_a_list() -> None:
-    image = torch.zeros(3, 4, 4, dtype=torch.uint8)
-    samples = [
-        {"image": image, "index": 0, "target": {"boxes": torch.zeros(i, 4)}} for i in range(2)
-    ]
-    made = collate_boxes(samples)
-    assert made["image"].shape == (2, 3, 4, 4)
-    assert [len(t["boxes"]) for t in made["target"]] == [0, 1]

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -11,14 +10,14 @@ from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from simmim.configuration import config_folder
-from support.commands import assert_same_tensors, state, write_tiny
+from support.commands import EXACT, assert_same_tensors, state, write_tiny
 from support.folders import make_classes
 from support.processes import command, end, in_processes, kill, program, said, start
-from test_exact import OPTIONS
 
 pytestmark = [
     pytest.mark.exhaustive,
@@ -77,8 +76,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder with images/, tiny.yaml, and a complete run of one host in runs/whole."""
     folder = tmp_path_factory.mktemp("hosts")
     make_classes(folder / "images", 20, size=40)
-    options = {**OPTIONS, "data": {**OPTIONS["data"], "batch_size": 2}}
-    write_tiny(folder, **options, trainer={"strategy": "ddp", "max_epochs": 30})
+    options = {**EXACT, "data": {**EXACT["data"], "batch_size": 2}}
+    write_tiny(folder, **options, trainer={"strategy": "ddp", "max_epochs": 15})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         in_processes(2, command, *command_line("whole"), "--trainer.devices=2")
@@ -123,16 +122,11 @@ def started(*words: str, **environment: str) -> Iterator[BaseProcess]:
 
 def kill_tree(root: int) -> None:
     """Kill a process and all that came from it, as when a host fails."""
-    parents = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it has ended
-            parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
-    tree = [root]
-    for process in tree:  # it grows
-        tree += [child for child, parent in parents.items() if parent == process]
-    for process in tree:
-        with suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
+    with suppress(psutil.NoSuchProcess):  # it has ended
+        process = psutil.Process(root)
+        for each in [process, *process.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
 
 
 def kill_a_host(process: BaseProcess, name: str) -> None:

@@ -10,14 +10,12 @@ import torch
 from PIL import Image
 
 from simmim import Classifier, Detector, Segmenter, load_encoder
-from simmim.cli import main
 from simmim.pretrain import SimMIM
 from simmim.weights.files import read_checkpoint
+from support import exhaustive
 from support.commands import assert_same_tensors, simmim, table
 from support.folders import make_boxes, save
 from support.processes import commands, in_processes
-
-pytestmark = pytest.mark.exhaustive
 
 VIT = "'{patch_size: 8, embed_dim: 32, depth: 4, num_heads: 2}'"
 QUIET = (
@@ -82,26 +80,26 @@ def over(way: str, processes: int) -> str:
     return f"--trainer.devices={processes // nodes} --trainer.num_nodes={nodes}"
 
 
-def fits(way: str) -> list[str]:
+def fits(way: str, tasks: list[str]) -> list[str]:
     """Each task trains for an epoch in two processes, and goes on for another."""
     lines = []
-    for task, options in TASKS.items():
-        of = f"--name={task} --run_dir={way} {over(way, 2)} {QUIET}"
-        said = f"{options} --trainer.log_every_n_steps=1".replace("WAY", way)
+    for task in tasks:
+        run = f"--name={task} --run_dir={way} {over(way, 2)} {QUIET}"
+        options = f"{TASKS[task]} --trainer.log_every_n_steps=1".replace("WAY", way)
         if (task, way) == ("classify", "ddp"):
-            said += " --model.ema_decay=0.5"
-        lines.append(f"{command(task)} fit {WAYS[way]} {of} {said} --trainer.max_epochs=1")
-        lines.append(f"{command(task)} fit {of} --ckpt_path=last --trainer.max_epochs=2")
+            options += " --model.ema_decay=0.5"
+        lines.append(f"{command(task)} fit {WAYS[way]} {run} {options} --trainer.max_epochs=1")
+        lines.append(f"{command(task)} fit {run} --ckpt_path=last --trainer.max_epochs=2")
     return lines
 
 
-def scores(way: str, options: str) -> list[str]:
+def scores(way: str, tasks: list[str], options: str) -> list[str]:
     """Each task scores 7 images and predicts 7 others, from the same checkpoint."""
     lines = []
-    for task in TASKS:
-        of = f"--ckpt_path={way}/{task}/version_0 {options} {QUIET}"
-        lines.append(f"{command(task)} validate {of} --data.batch_size=1")
-        lines.append(f"{command(task)} predict {of} --data.root=new")
+    for task in tasks:
+        run = f"--ckpt_path={way}/{task}/version_0 {options} {QUIET}"
+        lines.append(f"{command(task)} validate {run} --data.batch_size=1")
+        lines.append(f"{command(task)} predict {run} --data.root=new")
     return lines
 
 
@@ -136,57 +134,68 @@ def assert_same_scores(run: Path) -> None:
 
 
 def assert_same_predictions(run: Path) -> None:
+    names = [sorted(p.name for p in (run / n).rglob("*.*")) for n in ("several", "one")]
+    assert names[0] == names[1] != []
     for path in sorted((run / "one").rglob("*.*")):
         same = run / "several" / path.relative_to(run / "one")
         if path.suffix == ".csv":
-            tables = [[r.split(",") for r in p.read_text().splitlines()] for p in (path, same)]
-            assert len(tables[0]) == 8
-            assert [row[:2] for row in tables[0]] == [row[:2] for row in tables[1]]
-            shares = [np.array([row[2:] for row in t[1:]], float) for t in tables]
+            one, other = (np.array([[*row.values()] for row in table(p)]) for p in (path, same))
+            assert len(one) == 7
+            assert (one[:, :2] == other[:, :2]).all()
+            shares = (rows[:, 2:].astype(float) for rows in (one, other))
             np.testing.assert_allclose(*shares, rtol=1e-3, atol=1e-5)
         elif path.suffix == ".json":
-            one, found = (json.loads(p.read_text()) for p in (path, same))
-            assert [r["file_name"] for r in one] == [r["file_name"] for r in found]
-            np.testing.assert_allclose(
-                *([r["bbox"] for r in results] for results in (one, found)), atol=0.02
-            )
-            assert len({r["file_name"] for r in one}) == 7
+            results = [json.loads(p.read_text()) for p in (path, same)]
+            files, others = ([r["file_name"] for r in found] for found in results)
+            assert files == others
+            assert len(set(files)) == 7
+            boxes = ([r["bbox"] for r in found] for found in results)
+            np.testing.assert_allclose(*boxes, atol=0.02)
         else:
-            one, found = (Image.open(p) for p in (path, same))
-            apart = np.abs(np.asarray(one).astype(int) - np.asarray(found).astype(int))
+            one, other = (Image.open(p) for p in (path, same))
+            apart = np.abs(np.asarray(one).astype(int) - np.asarray(other).astype(int))
             assert (apart > (0 if one.mode == "P" else 2)).mean() < 0.005, path
-    names = [sorted(p.name for p in (run / n).rglob("*.*")) for n in ("several", "one")]
-    assert names[0] == names[1] != []
 
 
-@pytest.mark.parametrize(("way", "processes"), [("ddp", 2), ("fsdp", 4)])
-def test_every_task_is_the_same_over_processes(place: Path, way: str, processes: int) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("way", "processes", "tasks"),
+    [
+        ("ddp", 2, ["pretrain", "classify", "segment"]),
+        exhaustive("ddp", 2, ["pretrain", "probe", "detect"]),
+        exhaustive("fsdp", 4, [*TASKS]),
+    ],
+)
+def test_every_task_is_the_same_over_processes(
+    place: Path, way: str, processes: int, tasks: list[str]
+) -> None:
     """Trained by two and gone on with; then scored and asked by some, and by one."""
     of = over(way, processes)
-    refused = [
+    lines = [
         f"! pretrain predict --ckpt_path={way}/pretrain/version_0 --data.root=few {of} {QUIET}"
     ]
     if way == "fsdp":
         begin = f"! classify fit -c fsdp --data.root=images --run_dir=no {of} {QUIET}"
         begin += f" {ON_WEIGHTS}".replace("WAY", way)
-        refused += [f"{begin} --model.ema_decay=0.5", f"{begin} --trainer.sync_batchnorm=true"]
-    lines = [*refused, *scores(way, of)]
+        lines += [f"{begin} --model.ema_decay=0.5", f"{begin} --trainer.sync_batchnorm=true"]
+    lines += scores(way, tasks, of)
     if processes > 2:
-        in_processes(2, commands, fits(way), nodes=NODES[way])
+        in_processes(2, commands, fits(way, tasks), nodes=NODES[way])
     else:
-        lines = [*fits(way), *lines]
-    said = in_processes(processes, commands, lines, nodes=NODES[way])
-    assert f"1 images to evaluate are fewer than the {processes} processes" in said
-    assert "Traceback" not in said
+        lines = [*fits(way, tasks), *lines]
+    log = in_processes(processes, commands, lines, nodes=NODES[way])
+    assert f"1 images to evaluate are fewer than the {processes} processes" in log
+    assert "Traceback" not in log
     if way == "fsdp":
-        assert "simmim: ema_decay averages whole weights" in said
-        assert "simmim: trainer.sync_batchnorm does nothing with fully_shard" in said
-    assert not Path("no").exists()
+        assert "simmim: ema_decay averages whole weights" in log
+        assert "simmim: trainer.sync_batchnorm does nothing with fully_shard" in log
+        assert not Path("no").exists()
     put_aside(way, "several")
-    for line in scores(way, "--trainer.devices=1 --trainer.num_nodes=1 --trainer.strategy=auto"):
+    alone = "--trainer.devices=1 --trainer.num_nodes=1 --trainer.strategy=auto"
+    for line in scores(way, tasks, alone):
         simmim(line)
     put_aside(way, "one")
-    for task in TASKS:
+    for task in tasks:
         run = Path(way, task, "version_0")
         assert [path.name for path in run.parent.iterdir()] == ["version_0"]
         assert (run / "report.html").exists()
@@ -196,13 +205,13 @@ def test_every_task_is_the_same_over_processes(place: Path, way: str, processes:
         assert_same_scores(run)
         assert_same_predictions(run)
     if way == "fsdp":
-        assert_every_command_reads_shards(place)
+        assert_commands_read_shards()
 
 
 # Shards, one file, and the commands -------------------------------------------------------------
 
 
-def assert_every_command_reads_shards(place: Path) -> None:
+def assert_commands_read_shards() -> None:
     """As they read the one file that `convert` makes of them."""
     kinds: dict[str, Any] = {
         "pretrain": SimMIM,
@@ -218,16 +227,6 @@ def assert_every_command_reads_shards(place: Path) -> None:
         again = kind.load_from_checkpoint(f"{run}/checkpoints/last.ckpt")
         assert_same_tensors(again.state_dict(), model.state_dict())
         assert_same_tensors(load_encoder(run).state_dict(), load_encoder(one).state_dict())
-        for weights, out in ((run, "shards"), (one, "file")):
-            options = "--map=none --neighbours=0 --accelerator=cpu --num_workers=0"
-            simmim(f"embed --weights={weights} --root=images --out={task}_{out}.npz {options}")
-            simmim(f"export --weights={weights} --out={task}_{out}")
-        features = [np.load(f"{task}_{out}.npz")["features"] for out in ("shards", "file")]
-        np.testing.assert_array_equal(*features)
-        assert features[0].std(0).min() > 0
-        exported = [Path(f"{task}_{out}") for out in ("shards", "file")]
-        for name in ("config.json", "model.safetensors"):
-            assert (exported[0] / name).read_bytes() == (exported[1] / name).read_bytes()
         if task == "pretrain":
             measured = model.mean
         torch.testing.assert_close(model.mean, measured)  # not ImageNet's
@@ -236,9 +235,3 @@ def assert_every_command_reads_shards(place: Path) -> None:
             inherited = kind(weights=run, **({widths[task]: 16} if task in widths else {}))
             assert inherited.head_is_inherited
             assert inherited.classes == model.classes != []
-    assert json.loads(Path("classify_shards/config.json").read_text())["label_names"] == [*"abc"]
-    few = "--root=images --epochs=1 --min_steps=2 --seeds=1 --budgets=[1.0] --accelerator=cpu"
-    simmim(f"compare --weights=fsdp/segment/version_0 {few} --num_workers=0 --out=compared")
-    assert "scratch" in Path("compared/summary.md").read_text()
-    line = f"compare --weights=fsdp/classify/version_0 {few}"
-    assert main(line.split()) == 1  # it knows the labels already

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from simmim.augment import Mixer, erase
-from simmim.downstream import Downstream, check_training, shortened
+from simmim.downstream import Downstream, check_training
 from simmim.masking import sample_keys
 from simmim.readout import Probe, choose_layers, init_head_, read_tokens
 from simmim.scores import Scores, balanced_weights, class_accuracy
@@ -89,6 +89,8 @@ class Classifier(Downstream):
     """
 
     UNTRAINED = "this classifier is not trained yet, its answers"
+    NAME, NAMED_BY = "this classifier", "class folders"
+    REMEDY = "give data with the same class folders"
 
     def __init__(
         self,
@@ -356,14 +358,9 @@ class Classifier(Downstream):
         Raises:
             ValueError: If they are not those that it was trained with.
         """
-        names = [str(name) for name in names]
-        if self.classes and names != self.classes and may_renew:
-            rank_zero_info(
-                f"the weights know the classes {shortened(self.classes)}: a new classifier"
-            )
-            self.head_is_trained, self.classes, self.scores = False, [], nn.ModuleDict()
-            self.hparams["num_classes"] = None
-        self.check_classes(names, "this classifier", "give data with the same class folders")
+        names, renew = self.check_classes(names, may_renew=may_renew)
+        if renew:
+            self.head_is_trained, self.scores = False, nn.ModuleDict()
         if not self.head_is_trained:
             self.check_num_classes(names)
         self.set_num_classes(len(names))
@@ -385,17 +382,13 @@ class Classifier(Downstream):
     def setup(self, stage: str) -> None:
         """Take classes, class weights and pixel statistics from the data."""
         data = getattr(self.trainer, "datamodule", None)
-        names = getattr(data, "classes", None)
         if stage != "predict":
-            if names and not self.match_classes(data):
-                self.set_classes(names, may_renew=self.may_renew(stage))
-            elif data is not None and getattr(data, "has_labels", True) is False:
+            if getattr(data, "has_labels", True) is False and not getattr(data, "classes", None):
                 raise ValueError(
                     f"{getattr(data, 'root', 'the data')} has no labels: put each class's images "
                     "into a folder of its own"
                 )
-            if not self.hparams["num_classes"]:
-                raise ValueError("num_classes is not known: give it, or data with class folders")
+            self.take_classes(data, stage)
         if stage != "fit":
             return
         self.take_statistics(data)
@@ -431,12 +424,8 @@ class Classifier(Downstream):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the heads that the file has, and go on with its optimiser."""
-        of_data, self.classes = self.classes, []  # Lightning sets the data up first
         self.set_num_classes(checkpoint["hyper_parameters"]["num_classes"])
-        if names := checkpoint.get("classes"):
-            self.set_classes(names)
-        if names := self.unmatched_classes(of_data):
-            self.set_classes(names)
+        self.load_classes(checkpoint, self.classes)
         super().on_load_checkpoint(checkpoint)
 
 

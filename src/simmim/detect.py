@@ -14,7 +14,7 @@ from torchmetrics import MeanMetric
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from simmim.average_precision import AveragePrecision
-from simmim.downstream import Downstream, check_training, shortened
+from simmim.downstream import Downstream, check_training
 from simmim.pyramid import Pyramid
 from simmim.rcnn import Neck, build_heads, image_list
 from simmim.training import seed_of
@@ -80,6 +80,8 @@ class Detector(Downstream):
     """
 
     UNTRAINED = "this detector is not trained yet, its boxes"
+    NAME, NAMED_BY = "this detector", "annotations"
+    REMEDY = "give data with the same classes"
 
     def __init__(
         self,
@@ -142,6 +144,9 @@ class Detector(Downstream):
         if detector is not None:
             self._inherit(detector)
         if num_classes:
+            if num_classes != self.hparams["num_classes"]:  # of the detector that came along
+                self.classes, self.category_ids = [], []
+                self.head_is_trained = self.head_is_inherited = False
             self.set_num_classes(num_classes, masks)
             self.hparams["masks"] = masks  # None: the data are still to be asked
 
@@ -339,28 +344,32 @@ class Detector(Downstream):
         self.hparams.update(num_classes=num_classes, masks=masks)
         self.to(self.device)
 
-    def set_classes(self, names: Sequence[str], *, masks: bool, may_renew: bool = False) -> None:
+    def set_classes(
+        self,
+        names: Sequence[str],
+        *,
+        masks: bool,
+        category_ids: Sequence[int] | None = None,
+        may_renew: bool = False,
+    ) -> None:
         """Take the names of the classes, in the order of their numbers.
 
         Args:
             names: The names.
             masks: Whether to find masks.
+            category_ids: Their ids in annotations.
             may_renew: Whether heads for other classes, which came with the weights, are given up.
 
         Raises:
             ValueError: If they are not those that it was trained with.
         """
-        names = [str(name) for name in names]
-        renew = bool(self.classes) and names != self.classes and may_renew
-        if renew:
-            rank_zero_info(
-                f"the weights know the classes {shortened(self.classes)}: new ones begin"
-            )
-            self.classes, self.hparams["num_classes"] = [], None
-        self.check_classes(names, "this detector", "give data with the same classes")
+        names, renew = self.check_classes(names, may_renew=may_renew)
         self.check_num_classes(names)
         self.set_num_classes(len(names), masks, renew=renew)
         self.classes = names
+        if category_ids is not None:
+            self.category_ids = list(category_ids)
+        self.hparams["masks"] = masks
 
     def _find_detector(self, weights: str) -> dict[str, Any] | None:
         """Open the weights, if they are a detector of ours, and take the shape of its heads."""
@@ -394,15 +403,10 @@ class Detector(Downstream):
     def setup(self, stage: str) -> None:
         """Take classes, masks and pixel statistics from the data."""
         data = getattr(self.trainer, "datamodule", None)
-        names = getattr(data, "classes", None)
         if stage != "predict":
             masks = self._choose_masks(bool(getattr(data, "has_masks", False)), stage)
-            if names and not self.match_classes(data):
-                self.set_classes(names, masks=masks, may_renew=self.may_renew(stage))
-                self.hparams["masks"] = masks
-                self.category_ids = list(getattr(data, "category_ids", []))
-            if not self.hparams["num_classes"]:
-                raise ValueError("num_classes is not known: give it, or data with annotations")
+            ids = getattr(data, "category_ids", [])
+            self.take_classes(data, stage, masks=masks, category_ids=ids)
             self.scores = AveragePrecision(self.class_names, masks=self.has_masks and masks)
         if stage == "fit":
             self.take_statistics(data)
@@ -423,13 +427,10 @@ class Detector(Downstream):
         """Build the heads that the file has, and go on with its optimiser."""
         hp = checkpoint["hyper_parameters"]
         self.set_num_classes(hp["num_classes"], bool(hp["masks"]))
-        if names := checkpoint.get("classes"):
-            self.set_classes(names, masks=self.has_masks)
-        if names := self.unmatched_classes([]):
-            self.set_classes(names, masks=self.has_masks)
+        looks = {"masks": self.has_masks, "category_ids": checkpoint.get("category_ids")}
+        self.load_classes(checkpoint, self.classes, **looks)
         if self.scores is not None:  # set up before the classes were known
             self.scores = AveragePrecision(self.class_names, masks=self.scores.masks)
-        self.category_ids = list(checkpoint.get("category_ids") or [])
         super().on_load_checkpoint(checkpoint)
 
 

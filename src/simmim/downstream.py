@@ -1,6 +1,6 @@
 """What classification, segmentation and detection share: an encoder from weights, and a head."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import lightning as L
@@ -27,6 +27,9 @@ class Downstream(Trainable):
 
     Attributes:
         UNTRAINED: What is wrong with a model that was never trained, as a sentence begins.
+        NAME: What it is called in a sentence.
+        NAMED_BY: What of the data says the classes.
+        REMEDY: What to do where the data have other classes.
         classes: Names of the classes; [] until they are known.
         origin: Where the encoder's weights are from, for the reader of a log.
         has_statistics: Whether mean and std are those that the weights were made with.
@@ -35,7 +38,11 @@ class Downstream(Trainable):
     """
 
     UNTRAINED: ClassVar[str]
+    NAME: ClassVar[str]
+    NAMED_BY: ClassVar[str]
+    REMEDY: ClassVar[str]
 
+    set_classes: Callable[..., None]  # names, may_renew, and what else a task keeps of its classes
     frozen: bool
 
     # The encoder -------------------------------------------------------------------------------
@@ -84,17 +91,52 @@ class Downstream(Trainable):
         """Names of the classes: the data's, or numbers."""
         return self.classes or [str(i) for i in range(self.hparams["num_classes"] or 0)]
 
-    def may_renew(self, stage: str) -> bool:
-        """Whether a head for other classes, which came with the weights, may be given up."""
-        return stage == "fit" and not self.trainer.ckpt_path and self.head_is_inherited
+    def check_classes(self, names: Sequence[str], *, may_renew: bool) -> tuple[list[str], bool]:
+        """Refuse other classes than those that it was trained with, unless it may forget those.
 
-    def check_classes(self, names: list[str], knows: str, remedy: str) -> None:
-        """Refuse other classes than those that it was trained with."""
+        Returns:
+            The names as text, and whether a head for others is given up.
+        """
+        names = [str(name) for name in names]
+        renew = bool(self.classes) and names != self.classes and may_renew
+        if renew:
+            rank_zero_info(f"the weights know the classes {shortened(self.classes)}: a new head")
+            self.classes, self.hparams["num_classes"] = [], None
         if self.classes and names != self.classes:
             raise ValueError(
-                f"the data has the classes {shortened(names)}, {knows} knows "
-                f"{shortened(self.classes)}: {remedy}"
+                f"the data has the classes {shortened(names)}, {self.NAME} knows "
+                f"{shortened(self.classes)}: {self.REMEDY}"
             )
+        return names, renew
+
+    def take_classes(self, data: Any, stage: str, **looks: Any) -> None:
+        """Take the classes of the data, or let the data number theirs as the model does.
+
+        A head that came with the weights may be given up in training, but not in going on.
+
+        Raises:
+            ValueError: If nobody says how many there are.
+        """
+        names = getattr(data, "classes", None)
+        if names and not self.match_classes(data):
+            renew = stage == "fit" and not self.trainer.ckpt_path and self.head_is_inherited
+            self.set_classes(names, may_renew=renew, **looks)
+        if not self.hparams["num_classes"]:
+            raise ValueError(f"num_classes is not known: give it, or data with {self.NAMED_BY}")
+
+    def load_classes(self, checkpoint: Mapping[str, Any], of_data: list[str], **looks: Any) -> None:
+        """Take the classes of a checkpoint, and compare them with the data's.
+
+        Args:
+            checkpoint: The file's content.
+            of_data: The classes that are known before: Lightning sets the data up first.
+            looks: As `set_classes` takes them.
+        """
+        self.classes = []
+        if names := checkpoint.get("classes"):
+            self.set_classes(names, **looks)
+        if names := self.unmatched_classes(of_data):
+            self.set_classes(names, **looks)
 
     def match_classes(self, data: Any, *, is_loaded: bool = False) -> bool:
         """Let data to evaluate number its classes as the model does, which may know more of them.

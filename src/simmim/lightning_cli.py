@@ -41,6 +41,7 @@ from simmim.run import (
     is_first_process,
     new_run,
 )
+from simmim.strategies import refuse_fsdp
 from simmim.task import Begun, Task
 from simmim.training import check_length
 from simmim.xla import wake_xla
@@ -248,6 +249,7 @@ class TaskCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the run's folder, and the trainer that writes there."""
         options = self.config_init[self.request.subcommand].trainer
+        refuse_fsdp(options.strategy)
         if options.default_root_dir is not None:
             raise ValueError(
                 f"trainer.default_root_dir {options.default_root_dir!r} would be another place "

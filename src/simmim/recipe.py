@@ -22,7 +22,6 @@ from simmim.optim import init_official_, param_groups
 from simmim.own import check_target, try_own_parts
 from simmim.parts import build_part, find_part
 from simmim.speed import suit_device
-from simmim.strategies import WRAPPER
 from simmim.target import TARGETS
 from simmim.training import Trainable, count_steps, imagenet_statistics, optimizer_and_schedule
 from simmim.transfer import statistics_of
@@ -302,7 +301,7 @@ class Recipe(Trainable):
             self._loaded = set()
             return
         for name, parameter in self.named_parameters():
-            if name.replace(WRAPPER, "") in self._loaded:
+            if name in self._loaded:
                 parameter.grad = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

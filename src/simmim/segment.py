@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from simmim.dense import AuxiliaryHead, Plain, UPerNet, enlarge
-from simmim.downstream import Downstream, check_training, shortened
+from simmim.downstream import Downstream, check_training
 from simmim.sliding import count_windows, slide
 from simmim.strategies import is_sharding
 from simmim.transfer import _our_checkpoint, open_backbone
@@ -79,6 +79,8 @@ class Segmenter(Downstream):
     """
 
     UNTRAINED = "this model is not trained to segment yet, its answers"
+    NAME, NAMED_BY = "this model", "class names"
+    REMEDY = "give the same ones, by data.classes"
 
     def __init__(
         self,
@@ -334,14 +336,9 @@ class Segmenter(Downstream):
         Raises:
             ValueError: If they are not those that it was trained with.
         """
-        names = [str(name) for name in names]
-        if self.classes and names != self.classes and may_renew:
-            rank_zero_info(
-                f"the weights know the classes {shortened(self.classes)}: a new classifier"
-            )
-            self.classes, self.classifier, self.colors = [], None, None
-            self.hparams["num_classes"] = None
-        self.check_classes(names, "this model", "give the same ones, by data.classes")
+        names, renew = self.check_classes(names, may_renew=may_renew)
+        if renew:
+            self.classifier, self.colors = None, None
         self.check_num_classes(names)
         self.set_num_classes(len(names))
         self.classes = names
@@ -375,12 +372,8 @@ class Segmenter(Downstream):
         """Take classes, class weights and pixel statistics from the data."""
         data = getattr(self.trainer, "datamodule", None)
         if stage != "predict":
-            names = getattr(data, "classes", None)
-            if names and not self.match_classes(data):
-                values, colors = getattr(data, "values", None), getattr(data, "colors", None)
-                self.set_classes(names, values, colors, may_renew=self.may_renew(stage))
-            if not self.hparams["num_classes"]:
-                raise ValueError("num_classes is not known: give it, or data with class names")
+            looks = {name: getattr(data, name, None) for name in ("values", "colors")}
+            self.take_classes(data, stage, **looks)
         if stage != "fit":
             return
         self.take_statistics(data)
@@ -408,12 +401,9 @@ class Segmenter(Downstream):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the classifier that the file has, and go on with its optimiser."""
-        of_data, self.classes = self.classes, []  # Lightning sets the data up first
         self.set_num_classes(checkpoint["hyper_parameters"]["num_classes"])
-        if names := checkpoint.get("classes"):
-            self.set_classes(names, checkpoint.get("values"), checkpoint.get("colors"))
-        if names := self.unmatched_classes(of_data):
-            self.set_classes(names, self.values)
+        looks = {name: checkpoint.get(name) for name in ("values", "colors")}
+        self.load_classes(checkpoint, self.classes, **looks)
         super().on_load_checkpoint(checkpoint)
 
 

@@ -1,24 +1,22 @@
-"""Weights in shards: Lightning's strategies for models that are too large for one device.
+"""Weights in shards: Lightning's strategy for models that are too large for one device.
 
-Both clip by the norm of all gradients, give each parameter the group that it has on one device,
-have one BatchNorm for all processes, and write one file, or a folder of shards that a kill in the
+It clips by the norm of all gradients, gives each parameter the group that it has on one device,
+has one BatchNorm for all processes, and writes one file, or a folder of shards that a kill in the
 middle of writing leaves whole.
 """
 
 import shutil
-from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.core.optimizer import LightningOptimizer, _init_optimizers_and_lr_schedulers
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import (
     FSDPStrategy,
     ModelParallelStrategy,
-    ParallelStrategy,
     StrategyRegistry,
 )
 from torch import Tensor, nn
@@ -28,17 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import (
-    FSDPModule,
-    FullOptimStateDictConfig,
-    FullStateDictConfig,
-    FullyShardedDataParallel,
-    ShardingStrategy,
-    StateDictType,
-    fully_shard,
-    register_fsdp_forward_method,
-)
-from torch.distributed.fsdp.wrap import CustomPolicy
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
@@ -49,7 +37,6 @@ from simmim.weights.shards import META, by_position, is_sharded, safe_metadata
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 SIZES = ("data_parallel_size", "tensor_parallel_size")  # ours to say
-WRAPPER = "_fsdp_wrapped_module."  # what FSDP puts into the names of what it wraps
 
 
 def shard(module: L.LightningModule) -> None:
@@ -85,11 +72,23 @@ def blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 def is_sharding(trainer: L.Trainer) -> bool:
     """Whether several processes must compute together, as each holds a part of the weights."""
-    sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
-    return sharded and trainer.world_size > 1
+    return isinstance(trainer.strategy, ModelParallelStrategy) and trainer.world_size > 1
 
 
-def gradient_norm(trainer: L.Trainer, module: nn.Module) -> Tensor:
+def refuse_fsdp(strategy: Any) -> None:
+    """Refuse torch's older FSDP, by its name or as Lightning's strategy.
+
+    Raises:
+        ValueError: With the name of its successor.
+    """
+    if isinstance(strategy, FSDPStrategy) or str(strategy).startswith("fsdp"):
+        raise ValueError(
+            "strategy fsdp, torch's older one, is not supported: use its successor, "
+            "--trainer.strategy fully_shard (or -c fsdp, which sets it up)"
+        )
+
+
+def gradient_norm(module: nn.Module) -> Tensor:
     """Norm of a module's whole gradient, on every process: each must call where weights are shared.
 
     Returns:
@@ -98,17 +97,7 @@ def gradient_norm(trainer: L.Trainer, module: nn.Module) -> Tensor:
     norm = torch.nn.utils.get_total_norm(
         [p.grad for p in module.parameters() if p.grad is not None]
     )
-    if isinstance(norm, DTensor):  # of fully_shard
-        return norm.full_tensor()
-    model = trainer.strategy.model
-    if (
-        isinstance(model, FullyShardedDataParallel)
-        and model.sharding_strategy != ShardingStrategy.NO_SHARD
-    ):  # of this process's shards
-        squared = norm.to(trainer.strategy.root_device) ** 2
-        dist.all_reduce(squared, group=model.process_group)  # that share one copy
-        return squared.sqrt()
-    return norm
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def share_running_statistics(module: nn.Module) -> None:
@@ -122,53 +111,10 @@ def share_running_statistics(module: nn.Module) -> None:
                 dist.broadcast(buffer, 0)
 
 
-class _Sharded(ParallelStrategy):
-    """What both do alike, with BatchNorm and checkpoints; it stands before Lightning's class."""
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Begin the step with the same BatchNorm everywhere."""
-        share_running_statistics(cast(nn.Module, self.model))
-
-    def on_validation_start(self) -> None:
-        """Score one model."""
-        share_running_statistics(cast(nn.Module, self.model))
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Keep one model: of what all processes have, any of them writes its own."""
-        share_running_statistics(cast(nn.Module, self.model))
-        return super().lightning_module_state_dict()
-
-    @abstractmethod
-    def in_shards(self) -> bool:
-        """Whether checkpoints are folders of shards."""
-
-    @abstractmethod
-    def load_whole(self, checkpoint: dict[str, Any]) -> None:
-        """Take weights and optimiser state out of a checkpoint that is one file."""
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
-    ) -> None:
-        """Save a checkpoint: one file, or a folder of shards."""
-        _save(self, super().save_checkpoint, checkpoint, filepath, in_shards=self.in_shards())
-
-    def load_checkpoint(
-        self, checkpoint_path: str | Path, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Load a checkpoint of any strategy, from any number of processes."""
-        path = Path(self.broadcast(str(checkpoint_path)))
-        if is_sharded(path):
-            safe_metadata(path)
-            return super().load_checkpoint(path, weights_only=True)
-        checkpoint = _read(path)
-        self.load_whole(checkpoint)
-        return checkpoint
-
-
-class FullyShard(_Sharded, ModelParallelStrategy):
+class FullyShard(ModelParallelStrategy):
     """Lightning's ModelParallelStrategy, with every process on its own share of the images.
 
-    It is torch's newer way (`fully_shard`), and runs on CPUs as well.
+    It is torch's `fully_shard`, and runs on CPUs as well. All processes have one BatchNorm.
 
     Args:
         save_distributed_checkpoint: Write a folder of shards, each process its own, in place of
@@ -197,7 +143,7 @@ class FullyShard(_Sharded, ModelParallelStrategy):
         if self._layer_sync is not None:  # Lightning's strategy would leave it out
             raise ValueError(
                 "trainer.sync_batchnorm does nothing with fully_shard: leave it out, or use "
-                "--trainer.strategy ddp or fsdp"
+                "--trainer.strategy ddp"
             )
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
@@ -210,78 +156,60 @@ class FullyShard(_Sharded, ModelParallelStrategy):
         state = get_optimizer_state_dict(self.model, _plain(optimizer), options=options)
         return by_position(state) if whole and self.global_rank == 0 else state
 
-    def in_shards(self) -> bool:
-        """Whether checkpoints are folders of shards."""
-        return self._save_distributed_checkpoint
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Begin the step with the same BatchNorm everywhere."""
+        share_running_statistics(cast(nn.Module, self.model))
 
-    def load_whole(self, checkpoint: dict[str, Any]) -> None:
-        """Take weights and optimiser state out of a checkpoint that is one file."""
+    def on_validation_start(self) -> None:
+        """Score one model."""
+        share_running_statistics(cast(nn.Module, self.model))
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Keep one model: of what all processes have, any of them writes its own."""
+        share_running_statistics(cast(nn.Module, self.model))
+        return super().lightning_module_state_dict()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+    ) -> None:
+        """Save a checkpoint: one file, or a folder, which is written beside and then renamed."""
+        path = Path(self.broadcast(str(filepath)))
+        if not self._save_distributed_checkpoint or "://" in str(filepath):
+            super().save_checkpoint(checkpoint, path)
+            return
+        beside = path.with_name(f".{path.name}{UNFINISHED}")
+        if self.is_global_zero:
+            shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
+        self.barrier()
+        super().save_checkpoint(checkpoint, beside)
+        self.barrier()
+        if self.is_global_zero:
+            sync(beside / META)  # torch does so with the rest
+            put_in_place(beside, path)
+        self.barrier()
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load a checkpoint of any strategy, from any number of processes."""
+        path = Path(self.broadcast(str(checkpoint_path)))
+        if is_sharded(path):
+            safe_metadata(path)
+            return super().load_checkpoint(path, weights_only=True)
+        checkpoint: dict[str, Any]
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         options = StateDictOptions(full_state_dict=True)
         assert self.model is not None
         set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
-        for optimizer, state in _states(self, checkpoint):
-            named = by_name(state, self.model, optimizer)
-            set_optimizer_state_dict(self.model, optimizer, named, options=options)
-
-
-class FSDP(_Sharded, FSDPStrategy):
-    """Lightning's FSDPStrategy, which clips by the norm and keeps the parameter groups.
-
-    Args:
-        options: Lightning's, such as state_dict_type ("full": one file, or "sharded": a folder),
-            sharding_strategy and cpu_offload.
-    """
-
-    def setup(self, trainer: L.Trainer) -> None:
-        """Group the parameters while they are whole: FSDP flattens and renames them."""
-        assert self.lightning_module is not None
-        if trainer.state.fn == "fit":
-            self._whole = _init_optimizers_and_lr_schedulers(self.lightning_module)
-        super().setup(trainer)
-        plugin: Any = self.precision_plugin
-        plugin.clip_grad_by_norm = self._clip  # Lightning's own has no root module, and refuses
-
-    def setup_optimizers(self, trainer: L.Trainer) -> None:
-        """Take the optimisers that were made from the whole parameters."""
-        self._reset_optimizers_and_schedulers()
-        self.optimizers, self.lr_scheduler_configs = self._whole
-
-    def _setup_model(self, model: nn.Module) -> nn.Module:
-        found = {id(block) for block in blocks(model)}
-        self.kwargs.setdefault("auto_wrap_policy", CustomPolicy(lambda m: id(m) in found))
-        return super()._setup_model(model)
-
-    def _clip(self, optimizer: Optimizer, clip_val: float) -> None:
-        cast(FullyShardedDataParallel, self.model).clip_grad_norm_(clip_val)
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimiser's state: in shards by name, in one file as torch's optimisers keep it."""
-        if self._state_dict_type == "sharded":
-            return super().optimizer_state(optimizer)
-        assert self.model is not None
-        with _full_state(self.model, rank0_only=self.world_size > 1):
-            state = FullyShardedDataParallel.optim_state_dict(self.model, _plain(optimizer))
-        return by_position(state) if self.global_rank == 0 else state
-
-    def in_shards(self) -> bool:
-        """Whether checkpoints are folders of shards."""
-        return self._state_dict_type == "sharded"
-
-    def load_whole(self, checkpoint: dict[str, Any]) -> None:
-        """Take weights and optimiser state out of a checkpoint that is one file."""
-        assert self.model is not None
-        with _full_state(self.model, rank0_only=False):
-            self.model.load_state_dict(checkpoint.pop("state_dict"))
-            for optimizer, state in _states(self, checkpoint):
+        if self.optimizers:  # it is trained
+            pairs = zip(self.optimizers, checkpoint["optimizer_states"], strict=True)
+            for optimizer, state in pairs:
                 named = by_name(state, self.model, optimizer)
-                flat = FullyShardedDataParallel.optim_state_dict_to_load(
-                    self.model, optimizer, named
-                )
-                optimizer.load_state_dict(flat)
+                set_optimizer_state_dict(self.model, optimizer, named, options=options)
+        return checkpoint
 
 
 StrategyRegistry.register("fully_shard", FullyShard, "Weights in shards (fully_shard)")
-StrategyRegistry.register("fsdp", FSDP, "Weights in shards (FSDP)", override=True)
 
 
 # The optimiser's state ---------------------------------------------------------------------------
@@ -289,7 +217,7 @@ StrategyRegistry.register("fsdp", FSDP, "Weights in shards (FSDP)", override=Tru
 
 def by_name(state: Mapping[str, Any], model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """Name the parameters of an optimiser's state, as `by_position` gives it or torch saves it."""
-    names = {id(p): name.replace(WRAPPER, "") for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in model.named_parameters()}
     here = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
     groups: Sequence[Mapping[str, Any]] = state["param_groups"]
     pairs = [*zip(groups, here, strict=True)]
@@ -304,54 +232,3 @@ def by_name(state: Mapping[str, Any], model: nn.Module, optimizer: Optimizer) ->
 
 def _plain(optimizer: Optimizer) -> Optimizer:
     return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-
-
-def _full_state(model: nn.Module, *, rank0_only: bool) -> Any:
-    return FullyShardedDataParallel.state_dict_type(
-        model,
-        StateDictType.FULL_STATE_DICT,
-        FullStateDictConfig(offload_to_cpu=True, rank0_only=rank0_only),
-        FullOptimStateDictConfig(offload_to_cpu=True, rank0_only=rank0_only),
-    )
-
-
-# Checkpoints -------------------------------------------------------------------------------------
-
-
-def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return content
-
-
-def _states(
-    strategy: FSDPStrategy | ModelParallelStrategy, checkpoint: Mapping[str, Any]
-) -> list[tuple[Optimizer, Mapping[str, Tensor]]]:
-    """Each optimiser that is there with its state in the checkpoint."""
-    if not strategy.optimizers:  # it is not trained
-        return []
-    return [*zip(strategy.optimizers, checkpoint["optimizer_states"], strict=True)]
-
-
-def _save(
-    strategy: ParallelStrategy,
-    save: Callable[[dict[str, Any], Path], None],
-    checkpoint: dict[str, Any],
-    filepath: str | Path,
-    *,
-    in_shards: bool,
-) -> None:
-    """Let Lightning write beside the place, and put it there when all processes have written."""
-    path = Path(strategy.broadcast(str(filepath)))
-    if not in_shards or "://" in str(filepath):
-        save(checkpoint, path)
-        return
-    beside = path.with_name(f".{path.name}{UNFINISHED}")
-    if strategy.is_global_zero:
-        shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
-    strategy.barrier()
-    save(checkpoint, beside)
-    strategy.barrier()
-    if strategy.is_global_zero:
-        sync(beside / META)  # torch does so with the rest
-        put_in_place(beside, path)
-    strategy.barrier()

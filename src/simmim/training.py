@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -22,7 +22,7 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from simmim.optim import Compat, Schedule, scaled_lr
 from simmim.parts import find_part
-from simmim.strategies import shard
+from simmim.strategies import refuse_fsdp, shard
 from simmim.weights.files import load_safely
 from simmim.xla import run_xla
 
@@ -67,6 +67,8 @@ class Trainable(L.LightningModule):
 
     def configure_model(self) -> None:
         """Share the weights out, where the strategy does."""
+        if self._trainer is not None:
+            refuse_fsdp(self.trainer.strategy)
         shard(self)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -277,7 +279,7 @@ class MovingAverage(EMAWeightAveraging):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Copy the model, whose classes must be known by then: callbacks are set up first."""
         if stage == "fit":
-            if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            if isinstance(trainer.strategy, ModelParallelStrategy):
                 raise ValueError(
                     "ema_decay averages whole weights, and this strategy has them in shards: leave "
                     "it out, or use --trainer.strategy ddp"

@@ -15,6 +15,12 @@ SWIN: dict[str, Any] = {
     "num_heads": (2, 2),
     "window_size": 4,
 }
+# A ViT of two blocks on 32 px, as the options of any of our modules.
+TINY_VIT: dict[str, Any] = {
+    "encoder": "vit_tiny_patch16_224",
+    "img_size": 32,
+    "encoder_kwargs": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
+}
 
 
 class ByIndex(Dataset[dict[str, Tensor]]):

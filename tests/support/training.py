@@ -4,19 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
-from torch.distributed.fsdp import FullyShardedDataParallel
 
-from simmim.strategies import FSDP, FullyShard
+from simmim.strategies import FullyShard
 
 STRATEGIES: dict[str, Any] = {
     "auto": lambda: "auto",
     "ddp": lambda: "ddp",
-    "fsdp": lambda: FSDP(),
-    "fsdp_sharded": lambda: FSDP(state_dict_type="sharded"),
-    "fsdp_no_shard": lambda: FSDP(sharding_strategy="NO_SHARD"),
     "fully_shard": lambda: FullyShard(),
-    "fully_shard_sharded": lambda: FullyShard(save_distributed_checkpoint=True),
 }
 
 
@@ -48,13 +42,3 @@ def trainer_of(
         use_distributed_sampler=False,
         **options,
     )
-
-
-def fsdp_on_cpu() -> None:
-    """Name FSDP the device: without one it looks for a GPU, though gloo does all that it needs."""
-    init = FullyShardedDataParallel.__init__
-
-    def with_device(*args: Any, **kwargs: Any) -> None:
-        init(*args, **{**kwargs, "device_id": torch.device("cpu")})
-
-    FullyShardedDataParallel.__init__ = with_device  # type: ignore[method-assign]

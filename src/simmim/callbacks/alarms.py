@@ -8,7 +8,6 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 from simmim.callbacks.look import Samples, call, fixed_samples, is_logging_step, undisturbed
@@ -87,8 +86,6 @@ class StopOnNonFinite(L.Callback):
 
 def _here(tensor: Any) -> list[Tensor]:
     """What this process holds of a tensor, in shards or not."""
-    if isinstance(tensor, ShardedTensor):  # of FSDP's sharded checkpoints
-        return [shard.tensor for shard in tensor.local_shards()]
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor]
 
 
@@ -180,7 +177,7 @@ class CollapseAlarm(L.Callback):
         if not self.num_images or not due:
             return
         encoder: Any = pl_module.encoder
-        norm = gradient_norm(trainer, encoder)
+        norm = gradient_norm(encoder)
         pl_module.log("collapse/encoder_grad_norm", norm)
         self._grad = norm
         largest = self._largest_grad.to(norm) if self._largest_grad is not None else norm * 0

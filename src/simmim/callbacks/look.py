@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 
 from simmim.callbacks.pictures import PictureNames
@@ -33,15 +33,15 @@ def undisturbed(pl_module: L.LightningModule) -> Iterator[None]:
 def call(trainer: L.Trainer, function: Callable[..., T], *args: Tensor) -> T:
     """Call a method of the module in the run's precision, through the strategy's wrapper.
 
-    FSDP gathers the weights in its wrapper's forward, so `function` takes that one's place, as in
-    Lightning's own steps: every process must call. A compiled model runs eagerly: a handful of
-    images is not worth another compilation.
+    fully_shard gathers the weights in the module's forward, so `function` takes that one's place,
+    as in Lightning's own steps: every process must call. A compiled model runs eagerly: a handful
+    of images is not worth another compilation.
     """
     module, model = trainer.lightning_module, trainer.strategy.model
     precision = trainer.precision_plugin
     args = precision.convert_input(args)
     with precision.forward_context(), torch.compiler.set_stance("force_eager"):
-        if not isinstance(model, FullyShardedDataParallel | FSDPModule):
+        if not isinstance(model, FSDPModule):
             found = function(*args)  # every process holds all weights
             run_xla(module.device)
             return found
@@ -50,7 +50,7 @@ def call(trainer: L.Trainer, function: Callable[..., T], *args: Tensor) -> T:
             del module.forward
             return function(*args)
 
-        module.forward = redirected  # type: ignore[method-assign]
+        module.forward = redirected
         return model(*args)
 
 

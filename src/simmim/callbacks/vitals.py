@@ -52,7 +52,7 @@ class Vitals(L.Callback):
     ) -> None:
         """Measure the gradients at logging steps, without waiting for the device."""
         if is_logging_step(trainer, ahead=1):
-            pl_module.log("train/grad_norm", gradient_norm(trainer, pl_module))
+            pl_module.log("train/grad_norm", gradient_norm(pl_module))
 
     def on_train_batch_end(
         self,

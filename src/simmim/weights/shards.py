@@ -59,7 +59,7 @@ def read_sharded(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder} is no whole checkpoint in shards: copy it again, with every file in it"
         ) from error
-    weights = content.pop("state_dict" if "state_dict" in content else "model")  # FSDP's word
+    weights = content.pop("state_dict")
     states = [content[f"optimizer_{i}"] for i in range(len(content))]
     return {**meta, "state_dict": weights, "optimizer_states": [by_position(s) for s in states]}
 
