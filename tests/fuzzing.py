@@ -18,8 +18,23 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from simmim.callbacks.vitals import held_memory
+from simmim.data import shards
+from simmim.data.annotations import read_coco, read_voc
+from simmim.data.decode import UnreadableImage, read_image
+from simmim.data.labels import read_labels
+from simmim.data.legend import WrongMask, read_legend, read_values
+from simmim.data.scans import Intensity
+from simmim.mistakes import explain
+from simmim.run import find_start
+from simmim.weights import load_encoder
+from simmim.weights.files import read_checkpoint
 
 SECONDS = 20  # of the processor: a file that takes longer hangs the loader
 WAITING = 300  # seconds by the clock, on a machine that has other work
@@ -102,13 +117,8 @@ def _with_checksums(png: bytes) -> bytes:
 # Readers ------------------------------------------------------------------------------------------
 
 
-def read_as_image(path: Path) -> None:
-    """An image: pixels of the right kind, or UnreadableImage."""
-    import torch
-
-    from simmim.data.decode import UnreadableImage, read_image
-    from simmim.data.scans import Intensity
-
+def read_image_of(path: Path) -> None:
+    """Pixels of the right kind, or UnreadableImage."""
     for in_chans in (3, 1):
         try:
             image = read_image(str(path), in_chans, Intensity())
@@ -124,82 +134,66 @@ def read_as_image(path: Path) -> None:
             assert 0 <= float(image.min()) <= float(image.max()) <= 1, "not in 0..1"
 
 
-def read_as_mask(path: Path) -> None:
-    """A mask of classes: numbers, or an error of ours."""
-    from simmim.data.decode import UnreadableImage
-    from simmim.data.legend import WrongMask, read_values
-
+def read_mask(path: Path) -> None:
+    """Numbers of classes, or an error of ours."""
     with suppress(UnreadableImage, WrongMask):
         assert read_values(str(path)).ndim in (2, 3)
 
 
-def read_as_weights(path: Path) -> None:
-    """Weights: a table, or an encoder, or one sentence."""
-    from simmim.run import find_start
-    from simmim.weights import load_encoder
-    from simmim.weights.files import read_checkpoint
-
+def read_weights(path: Path) -> None:
+    """A table, or an encoder, or where a run goes on."""
     for open_it in (read_checkpoint, load_encoder, lambda p: find_start(str(p), p.parent, "x")):
-        _or_sentence(open_it, path)
+        or_sentence(open_it, path)
 
 
-def read_as_coco(path: Path) -> None:
+def read_boxes(path: Path) -> None:
     """Annotations in COCO's format."""
-    from simmim.data.annotations import read_coco
-
-    for table in _or_sentence(lambda p: read_coco(str(p)), path):
+    for table in or_sentence(read_coco, str(path)):
         assert all(math.isfinite(edge) for row in table.objects for o in row for edge in o.box)
 
 
-def read_as_voc(path: Path) -> None:
-    """Annotations in Pascal VOC's format."""
-    from simmim.data.annotations import read_voc
-
-    _or_sentence(lambda p: read_voc("x", {"a.jpg": str(p)}), path)
-
-
-def read_as_labels(path: Path) -> None:
-    """A table of labels."""
-    from simmim.data.labels import read_labels
-
-    for several in (True, False):
-        _or_sentence(lambda p, several=several: read_labels(str(p), several=several), path)
-
-
-def read_as_classes(path: Path) -> None:
+def read_classes(path: Path) -> None:
     """Names and colours of the classes of masks."""
-    from simmim.data.legend import read_legend
-
-    for legend in _or_sentence(lambda p: read_legend(str(p)), path):
+    for legend in or_sentence(read_legend, str(path)):
         assert len(legend._table) > max(legend.values)
 
 
-def read_as_packed(path: Path) -> None:
-    """A packed folder, which is one file here: each image, or one sentence."""
-    from simmim.data.shards import _open, join_packed, read_packed
-
+def read_packed_file(path: Path) -> None:
+    """A packed folder, which is one file here: each of its images."""
     folder = path.with_suffix(".folder")
     _unpack(path.read_bytes(), folder)
-    _open.cache_clear()
-    for parts in _or_sentence(lambda p: read_packed(str(p)), folder):
-        index = join_packed(str(folder), parts)
+    shards._open.cache_clear()
+    for parts in or_sentence(shards.read_packed, str(folder)):
+        index = shards.join_packed(str(folder), parts)
         assert index.names.numel() >= 0
         for place in range(min(len(index), 50)):
             index.name(place)
-            for data in _or_sentence(index.read, place):
+            for data in or_sentence(index.read, place):
                 bytes(data)
 
 
-def _or_sentence(open_it: Callable[[Any], Any], given: Any) -> list[Any]:
+def or_sentence(open_it: Callable[[Any], Any], given: Any) -> list[Any]:
     """What is read, or nothing where it is refused in one sentence."""
-    from simmim.mistakes import explain
-
     try:
         return [open_it(given)]
     except (ValueError, OSError) as error:
         if explain(error) is None:
             raise RuntimeError(f"a traceback: {type(error).__name__}: {error}") from error
         return []
+
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    "image": read_image_of,
+    "mask": read_mask,
+    "weights": read_weights,
+    "coco": read_boxes,
+    "voc": lambda path: or_sentence(partial(read_voc, "x"), {"a.jpg": str(path)}),
+    "labels": lambda path: [
+        or_sentence(partial(read_labels, several=several), str(path)) for several in (True, False)
+    ],
+    "classes": read_classes,
+    "packed": read_packed_file,
+}
 
 
 PACKED = ("packed.json", "images.feather", "images-00000.arrow")
@@ -222,13 +216,6 @@ def _unpack(data: bytes, folder: Path) -> None:
         for part in table["parts"].values():
             part["shards"][0]["size"] = (folder / PACKED[2]).stat().st_size
         (folder / PACKED[0]).write_text(json.dumps(table))
-
-
-READERS: dict[str, Callable[[Path], None]] = {
-    name.removeprefix("read_as_"): reader
-    for name, reader in list(globals().items())
-    if name.startswith("read_as_")
-}
 
 
 def _fail(path: Path) -> None:
@@ -284,18 +271,12 @@ class Process:
 
 
 def _begin() -> None:
-    import torch
-
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def _read_one(reader: str, suffix: str, data: bytes) -> str:
-    import torch
-
-    from simmim.callbacks.vitals import held_memory
-
     if sys.platform != "win32":
         import resource
 

@@ -3,7 +3,6 @@
 import io
 import struct
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ from PIL import Image, ImageOps
 from simmim.data import DetectionData, ImageFolderData, SegmentationData
 from simmim.data.decode import UnreadableImage, decode_image
 from simmim.data.scans import Intensity
+from support.files import encoded, npy
+from support.folders import make_images
 
 
 def scene(width: int = 96, height: int = 64) -> Image.Image:
@@ -23,12 +24,6 @@ def scene(width: int = 96, height: int = 64) -> Image.Image:
     pixels = np.stack([x * 2, y * 3, 255 - x - y], axis=-1).clip(0, 255).astype(np.uint8)
     pixels[8:20, 60:80] = (250, 20, 20)
     return Image.fromarray(pixels)
-
-
-def encoded(image: Image.Image, format: str, **options: object) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, format, **options)
-    return stream.getvalue()
 
 
 def decoded(data: bytes, in_chans: int = 3) -> np.ndarray:
@@ -140,9 +135,7 @@ def test_others_of_that_size_are_refused_before_they_are_in_memory(least: None, 
         decode_image(data, 3, Intensity(), whole=kind == "whole")
 
 
-def test_boxes_and_masks_are_for_the_files_own_pixels(
-    least: None, tmp_path: Path, make_images: Callable[..., Path]
-) -> None:
+def test_boxes_and_masks_are_for_the_files_own_pixels(least: None, tmp_path: Path) -> None:
     make_images(tmp_path / "images", 4, size=(96, 64), suffix=".jpg")
     make_images(tmp_path / "masks", 4, size=(96, 64))
     segmentation, detection = SegmentationData(str(tmp_path)), DetectionData(str(tmp_path))
@@ -170,12 +163,6 @@ def tiff(values: np.ndarray, **options: Any) -> bytes:
     if values.shape[-1:] == (1,) and "planarconfig" in options:
         values, options = values[..., 0], {**options, "planarconfig": None}
     tifffile.imwrite(stream, values, **{"photometric": "minisblack", **options})
-    return stream.getvalue()
-
-
-def npy(values: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, values)
     return stream.getvalue()
 
 
@@ -219,7 +206,7 @@ def test_nan_is_black_and_the_order_of_bytes_is_the_files() -> None:
     "shape", [(512, 512, 1), (512, 1024, 4), (256, 1032, 5), (2**17, 8, 1), (600, 700, 13)]
 )
 def test_percentiles_are_of_all_channels_and_columns(shape: tuple[int, int, int]) -> None:
-    values = RANDOM.random(shape, np.float32)
+    values = np.random.default_rng(0).random(shape, np.float32)
     values += np.arange(shape[2], dtype=np.float32) ** 2 * 100  # bands of unlike ranges
     values *= 1 + np.arange(shape[1], dtype=np.float32)[:, None] % 8
     low, high = np.percentile(values, (0.5, 99.5))

@@ -1,46 +1,26 @@
 """DICOM files, made here: units, signs, frames, inversion, compression, damage."""
 
-import io
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import imagecodecs
 import numpy as np
-import pydicom
 import pytest
 import torch
-from pydicom import uid
-from pydicom.dataset import FileMetaDataset
+from pydicom import Dataset, uid
 from pydicom.encaps import encapsulate
 
 from simmim.data import ImageFolderData, pack
 from simmim.data.decode import UnreadableImage, decode_image, read_image
 from simmim.data.scans import Intensity
+from support.files import dicom, written
 
 ROW = np.arange(48 * 64).reshape(48, 64)
 
 
-def dicom(values: np.ndarray, compress: str | None = None, **tags: Any) -> pydicom.Dataset:
-    """A scan, (H, W) or (frames, H, W), or a colour one of uint8, (H, W, 3)."""
-    scan, colour = pydicom.Dataset(), values.ndim == 3 and values.shape[2] == 3
-    scan.file_meta = FileMetaDataset()
-    scan.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
-    scan.file_meta.MediaStorageSOPClassUID = scan.SOPClassUID = uid.SecondaryCaptureImageStorage
-    scan.file_meta.MediaStorageSOPInstanceUID = scan.SOPInstanceUID = uid.generate_uid()
-    scan.Rows, scan.Columns = values.shape[:2] if colour else values.shape[-2:]
-    scan.SamplesPerPixel = 3 if colour else 1
-    scan.PhotometricInterpretation = "RGB" if colour else "MONOCHROME2"
-    if colour:
-        scan.PlanarConfiguration = 0
-    elif values.ndim == 3:
-        scan.NumberOfFrames = len(values)
-    scan.BitsAllocated = scan.BitsStored = 8 * values.dtype.itemsize
-    scan.HighBit = scan.BitsStored - 1
-    scan.PixelRepresentation = int(values.dtype.kind == "i")
-    scan.PixelData = values.tobytes()
-    for name, value in tags.items():
-        setattr(scan, name, value)
+def compressed(values: np.ndarray, compress: str | None) -> Dataset:
+    scan = dicom(values)
     if compress == "jpeg-ls":
         scan.PixelData = encapsulate([imagecodecs.jpegls_encode(values)])
         scan["PixelData"].is_undefined_length = True
@@ -50,13 +30,7 @@ def dicom(values: np.ndarray, compress: str | None = None, **tags: Any) -> pydic
     return scan
 
 
-def written(scan: pydicom.Dataset) -> bytes:
-    stream = io.BytesIO()
-    scan.save_as(stream, enforce_file_format=True)
-    return stream.getvalue()
-
-
-def decoded(scan: pydicom.Dataset, in_chans: int = 1, **intensity: Any) -> torch.Tensor:
+def decoded(scan: Dataset, in_chans: int = 1, **intensity: Any) -> torch.Tensor:
     return decode_image(written(scan), in_chans, Intensity(**intensity))
 
 
@@ -105,7 +79,7 @@ def test_what_lies_outside_the_field_does_not_count() -> None:
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16])
 def test_compressed(compress: str, kind: type) -> None:
     values = (ROW // 16).astype(kind)
-    assert torch.equal(decoded(dicom(values, compress)), decoded(dicom(values)))
+    assert torch.equal(decoded(compressed(values, compress)), decoded(dicom(values)))
 
 
 def test_deflated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +102,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
         (written(bare), "without pixels"),
         (written(scan)[:-100], "less than expected"),
         (written(huge), "claims 60000 x 60000 pixels"),
-        (written(dicom(ROW.astype(np.uint16), "jpeg2000"))[:-300], ""),
+        (written(compressed(ROW.astype(np.uint16), "jpeg2000"))[:-300], ""),
     ):
         (tmp_path / "x.dcm").write_bytes(data)
         with pytest.raises(UnreadableImage, match=rf"x\.dcm' cannot be read: .*{reason}"):
@@ -164,7 +138,7 @@ def test_frames_that_claim_another_size_are_refused_before_they_are_unpacked(
 def test_packed_they_are_what_they_were(tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     for i, compress in enumerate((None, "rle", "jpeg2000")):
-        content = written(dicom((ROW + 9 * i).astype(np.uint16), compress))
+        content = written(compressed((ROW + 9 * i).astype(np.uint16), compress))
         (tmp_path / "root" / f"{i}.dcm").write_bytes(content)
     said = pack.pack(str(tmp_path / "root"), str(tmp_path / "packed"), workers=0)
     assert "3 scans are in it as they were" in said

@@ -4,7 +4,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from torch import Tensor
@@ -14,8 +13,6 @@ from simmim.data.classification import ClassificationData
 from simmim.pretrain import SimMIM
 from support.commands import assert_same_tensors
 from support.folders import make_classes
-from support.processes import in_processes
-from support.training import trainer_of
 
 SIZE, EPOCHS = 32, 2
 TINY = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 1}
@@ -88,46 +85,3 @@ def test_masks_do_not_depend_on_the_batch() -> None:
                 mask, key = model.draw_mask(raw[part], index[part], validation=validation)
                 assert torch.equal(mask, masks[part])
                 assert torch.equal(key, keys[part])
-
-
-class Notes(L.Callback):
-    """Note what each step is given, the mask included."""
-
-    def __init__(self) -> None:
-        self.seen: dict[str, Any] = {}
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Keep one sample after the other, by step, epoch and index."""
-        module: Any = pl_module
-        mask, _ = module.draw_mask(batch["image"], batch["index"], validation=False)
-        raw, images, _ = module.inputs(batch, batch_idx)
-        for i, index in enumerate(batch["index"].tolist()):
-            place = f"{trainer.global_step} {trainer.current_epoch} {index}"
-            self.seen[place] = {"raw": raw[i], "images": images[i], "mask": mask[i]}
-
-
-def train(processes: int) -> None:
-    """Keep what each step of one of some processes is given."""
-    torch.manual_seed(0)
-    model = SimMIM("vit_tiny_patch16_224", SIZE, mask_patch_size=8, encoder_kwargs=TINY)
-    data = ImageFolderData("images", img_size=SIZE, batch_size=8 // processes, num_workers=0)
-    notes = Notes()
-    trainer = trainer_of(processes, Path(), notes, max_epochs=EPOCHS)
-    trainer.fit(model, data)
-    torch.save(notes.seen, f"{processes}_{trainer.global_rank}.pt")
-
-
-@pytest.mark.exhaustive
-def test_two_processes_of_four_see_what_one_of_eight_sees(workdir: Path) -> None:
-    make_classes(Path("images"), 20)
-    found = {}
-    for processes in (1, 2):
-        in_processes(processes, train, processes)
-        shares = [torch.load(f"{processes}_{rank}.pt") for rank in range(processes)]
-        assert sum(map(len, shares)) == 32 * EPOCHS
-        found[processes] = {key: value for share in shares for key, value in share.items()}
-    assert found[1].keys() == found[2].keys()  # each step has the same images
-    for place, sample in found[1].items():
-        assert_same_tensors(sample, found[2][place])

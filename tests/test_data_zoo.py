@@ -1,6 +1,5 @@
 """A folder of every kind of awkward file: each is read as a person would, or named."""
 
-import io
 import os
 import struct
 import time
@@ -20,7 +19,8 @@ from simmim.data import ImageFolderData
 from simmim.data.decode import UnreadableImage, read_image
 from simmim.data.scans import Intensity, decode_deep_png
 from support import exhaustive
-from support.commands import QUIET, SMALL_SIMMIM, refused
+from support.commands import QUIET, SMALL_SIMMIM
+from support.files import encoded, npy
 from support.folders import make_images
 from support.processes import said, start_command
 
@@ -34,12 +34,6 @@ def picture(width: int = 64, height: int = SIDE) -> Image.Image:
     pixels = np.stack([x * 255 // width, y * 255 // height, 255 - x * 255 // width], axis=-1)
     pixels[(x - width // 4) ** 2 + (y - height // 4) ** 2 < 60] = (250, 10, 10)
     return Image.fromarray(pixels.astype(np.uint8))
-
-
-def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, format, **options)
-    return stream.getvalue()
 
 
 def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
@@ -75,32 +69,16 @@ def with_size(jpeg: bytes, width: int, height: int) -> bytes:
 @cache
 def odd() -> dict[str, bytes]:
     """Files that are unusual, and right."""
-    scene, gray = picture(), picture().convert("L")
-    faded = scene.convert("RGBA")
-    faded.putalpha(Image.linear_gradient("L").resize(scene.size))
+    scene = picture()
     others = [Image.new("RGB", scene.size, colour) for colour in ("lime", "blue")]
     frames: dict[str, Any] = {"save_all": True, "append_images": others}
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    jpeg, gray16 = encoded(scene, "JPEG", quality=95), deep()[..., 0]
-    floats = Image.fromarray(gray16.astype(np.float32) / 4000)
+    jpeg = encoded(scene, "JPEG", quality=95)
     nonsense = b"Exif\0\0MM\0*\0\0\xff\xff\xff\xff"
     return {
         "cmyk.jpg": encoded(scene.convert("CMYK"), "JPEG", quality=95),
-        "gray.jpg": encoded(gray, "JPEG"),
-        "progressive.jpg": encoded(scene, "JPEG", progressive=True),
-        "turned.jpg": encoded(scene.rotate(90, expand=True), "JPEG", quality=95, exif=turned),
         "bad_exif.jpg": encoded(scene, "JPEG", exif=nonsense),
         "tail.jpg": jpeg + bytes(range(256)) * 9,
         "twice.jpg": jpeg + jpeg,
-        "palette.png": encoded(scene.quantize(64), "PNG"),
-        "palette_clear.png": encoded(scene.quantize(64), "PNG", transparency=bytes([0, 99, 255])),
-        "rgba.png": encoded(faded, "PNG"),
-        "gray_alpha.png": encoded(faded.convert("LA"), "PNG"),
-        "bilevel.png": encoded(scene.convert("1"), "PNG"),
-        "gray16.png": encoded(Image.fromarray(gray16), "PNG"),
-        "gray16.tif": encoded(Image.fromarray(gray16), "TIFF"),
-        "float.tif": encoded(floats, "TIFF"),
         "rgb16.png": png16(deep()),
         "animated.gif": encoded(scene, "GIF", **frames),
         "animated.png": encoded(scene, "PNG", **frames),
@@ -114,7 +92,6 @@ def odd() -> dict[str, bytes]:
         "large.jpg": encoded(picture(400, 300).resize((4000, 3000)), "JPEG", quality=30),
         "png.jpg": encoded(scene, "PNG"),
         "jpeg.png": jpeg,
-        "photo.bmp": encoded(scene, "BMP"),
         "UPPER.JPG": jpeg,
         "array.npy": npy(deep()),
         "  spaces, commas;.jpg": jpeg,
@@ -168,19 +145,12 @@ def bad() -> dict[str, tuple[bytes, str]]:
     }
 
 
-def npy(values: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, values, allow_pickle=True)
-    return stream.getvalue()
-
-
 @pytest.mark.parametrize("name", odd())
 def test_odd_files_look_like_their_picture(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(odd()[name])
     image = read_image(str(tmp_path / name), 3, Intensity((0, 100)))
     unit = image.float() / 255 if image.dtype == torch.uint8 else image
-    gray = any(word in name for word in ("gray", "bilevel", "float"))
-    if "16" in name or name in ("array.npy", "float.tif"):
+    if name in ("rgb16.png", "array.npy"):
         assert image.dtype == torch.float32
     if min(unit.shape[1:]) == 1 or "large" in name:
         assert unit.shape[1:] in {(1, 1), (1, 3000), (3000, 1), (3000, 4000)}
@@ -188,14 +158,7 @@ def test_odd_files_look_like_their_picture(tmp_path: Path, name: str) -> None:
         return
     wanted = torch.from_numpy(np.asarray(picture()).copy()).permute(2, 0, 1).float() / 255
     assert unit.shape == wanted.shape
-    if "alpha" in name or "rgba" in name:
-        alpha = torch.from_numpy(np.array(Image.linear_gradient("L").resize((64, SIDE)))) / 255
-        wanted = wanted * alpha + 1 - alpha
-    if gray:
-        assert torch.equal(unit[0], unit[1])
-        return
-    off = (unit - wanted).abs().mean()
-    assert off < (0.1 if "palette" in name else 0.02), off
+    assert (unit - wanted).abs().mean() < 0.02
 
 
 @pytest.mark.parametrize("name", bad())
@@ -288,11 +251,3 @@ def test_a_run_on_the_mix_goes_on(zoo: tuple[Path, set[str]], workdir: Path, wor
     assert set(below) <= names
     assert len(below) == len(set(below)) >= 0.8 * len(names)  # an epoch leaves a few images out
     assert all(reason and "second time" not in reason for _, reason in lines)
-
-
-@pytest.mark.slow
-def test_too_many_stop_it_in_one_sentence(
-    zoo: tuple[Path, set[str]], workdir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    line = fit(zoo[0], "--data.max_bad_share=0.05", "--data.num_workers=0")
-    assert "more than data.max_bad_share 0.05 allows" in refused(capsys, "", *line)

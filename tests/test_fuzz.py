@@ -22,14 +22,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, features
-from pydicom import Dataset
-from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 from safetensors.torch import save
 
 from fuzzing import READERS, Process, damaged, pack_up
 from simmim import SimMIM
 from simmim.data.pack import pack
 from simmim.data.shards import Packed
+from support.files import dicom, encoded, npy, written
 from support.folders import make_classes
 
 MINUTES = float(os.environ.get("SIMMIM_FUZZ_MINUTES", "0"))
@@ -68,34 +67,15 @@ def images() -> dict[str, bytes]:
         "a.jp2": (smooth, "JPEG2000", {}),
         "a.avif": (smooth, "AVIF", {}),
     }
-    found = {}
-    for name, (image, format, options) in variants.items():
-        if format.lower() in ("avif", "webp") and not features.check(format.lower()):
-            continue
-        stream = io.BytesIO()
-        image.save(stream, format, **options)
-        found[name] = stream.getvalue()
-    for name, values in (("a.npy", np.ones((4, 5, 3), np.uint8)), ("deep.npy", np.eye(9))):
-        stream = io.BytesIO()
-        np.save(stream, values)
-        found[name] = stream.getvalue()
-    return found | {"a.dcm": dicom()}
-
-
-def dicom() -> bytes:
-    """A scan of 12 bits."""
-    scan = Dataset()
-    scan.SOPClassUID, scan.SOPInstanceUID = SecondaryCaptureImageStorage, "1.2.3"
-    scan.Rows, scan.Columns, scan.SamplesPerPixel = 12, 10, 1
-    scan.PhotometricInterpretation, scan.PixelRepresentation = "MONOCHROME1", 0
-    scan.BitsAllocated, scan.BitsStored, scan.HighBit = 16, 12, 11
-    scan.RescaleSlope, scan.RescaleIntercept = "2", "-1024"
-    scan.PixelData = np.arange(120, dtype=np.uint16).tobytes()
-    scan.ensure_file_meta()
-    scan.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    stream = io.BytesIO()
-    scan.save_as(stream, enforce_file_format=True)
-    return stream.getvalue()
+    found = {
+        name: encoded(image, format, **options)
+        for name, (image, format, options) in variants.items()
+        if format not in ("AVIF", "WEBP") or features.check(format.lower())
+    }
+    found |= {"a.npy": npy(np.ones((4, 5, 3), np.uint8)), "deep.npy": npy(np.eye(9))}
+    tags = {"RescaleSlope": "2", "RescaleIntercept": "-1024", "BitsStored": 12, "HighBit": 11}
+    scan = dicom(np.arange(120, dtype=np.uint16).reshape(12, 10), **tags)
+    return found | {"a.dcm": written(scan)}
 
 
 def weights() -> dict[str, bytes]:
