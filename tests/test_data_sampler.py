@@ -6,13 +6,12 @@ import pytest
 from torch.utils.data import DataLoader
 
 from simmim.data.draws import permutation
+from simmim.data.resume import limited, position
 from simmim.data.sampler import (
     EpochSampler,
     EvenSampler,
     choose,
     even_batch_size,
-    limited,
-    position,
 )
 
 
