@@ -1,109 +1,105 @@
-"""Mutations of valid files, and a process that reads them, so that a crash is seen and named."""
+"""Damaged copies of valid files, and a process that reads them, so that a crash is seen."""
 
 import io
 import json
 import math
-import multiprocessing as mp
+import multiprocessing
 import os
+import random
 import re
 import signal
 import struct
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import suppress
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hypothesis import strategies as st
+import torch
+
+from simmim.callbacks.vitals import held_memory
+from simmim.data import shards
+from simmim.data.annotations import read_coco, read_voc
+from simmim.data.decode import UnreadableImage, read_image
+from simmim.data.labels import read_labels
+from simmim.data.legend import WrongMask, read_legend, read_values
+from simmim.data.scans import Intensity
+from simmim.mistakes import explain
+from simmim.run import find_start
+from simmim.weights import load_encoder
+from simmim.weights.files import read_checkpoint
 
 SECONDS = 20  # of the processor: a file that takes longer hangs the loader
 WAITING = 300  # seconds by the clock, on a machine that has other work
 MEMORY = 2_000  # MB, of the whole process
 EDGES = (0, 1, 2, 127, 128, 255, 256, 32767, 65535, 2**20, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1)
+VALUES = (b"-1", b"0", b"1e999", b"9" * 400, b"null", b'"x"', b"[]", b"{}", b"true", b"NaN")
 
 
-# Mutations ---------------------------------------------------------------------------------------
+# Damage -------------------------------------------------------------------------------------------
 
 
-class File:
-    """A file that was damaged, and the name of the valid one."""
+def damaged(seed: int, files: dict[str, bytes]) -> tuple[str, bytes]:
+    """Damage one of some valid files: its bytes, or what its checksums cover.
 
-    def __init__(self, name: str, data: bytes) -> None:
-        self.name, self.data = name, data
-
-    def __repr__(self) -> str:  # not a dataclass, of which hypothesis prints every byte
-        return f"File({self.name!r}, {len(self.data)} bytes)"
-
-
-@st.composite
-def mutated(draw: st.DrawFn, seeds: dict[str, bytes]) -> File:
-    """Draw a valid file and damage it: its bytes, or what its checksums cover."""
-    name = draw(st.sampled_from(sorted(seeds)))
-    data = seeds[name]
-    if data[:2] == b"PK" and draw(st.integers(0, 3)):
-        return File(name, _inside_zip(draw, data))
-    for _ in range(draw(st.integers(1, 4))):
-        data = _damaged(draw, data, seeds)
-    if data[:4] == b"\x89PNG" and draw(st.booleans()):
+    Returns:
+        The name of the valid file, and what has become of it.
+    """
+    draw = random.Random(seed)
+    name = draw.choice(sorted(files))
+    data = files[name]
+    if data[:2] == b"PK" and draw.random() < 0.75:
+        return name, _inside_zip(draw, data)
+    for _ in range(draw.randint(1, 4)):
+        data = _change(draw, data, files)
+    if data[:4] == b"\x89PNG" and draw.random() < 0.5:
         data = _with_checksums(data)
-    return File(name, data)
+    return name, data
 
 
-def _damaged(draw: st.DrawFn, data: bytes, seeds: dict[str, bytes]) -> bytes:
-    start, end = _place(draw, data), _place(draw, data)
-    how = draw(st.integers(0, 7))
-    if how == 0:
-        return data[:start]
-    if how == 1:
-        return data[:start] + data[end:]  # a part is missing, or there twice
-    if how == 2:
-        bit = draw(st.integers(0, 7))
-        return data[:start] + bytes([(data[start] ^ 1 << bit) if data else 0]) + data[start + 1 :]
-    if how == 3:
-        size = draw(st.sampled_from((1, 2, 4, 8)))
-        order: Any = draw(st.sampled_from(("little", "big")))
-        number = (draw(st.sampled_from(EDGES)) % 256**size).to_bytes(size, order)
-        return data[:start] + number + data[start + size :]
-    if how == 4:
-        return data[:start] + draw(st.binary(min_size=1, max_size=16)) + data[start:]
-    if how == 5:  # two parts change places
-        size = draw(st.integers(1, 64))
-        first, second = sorted((start, end))
-        one, other = data[first : first + size], data[second : second + size]
-        return data[:first] + other + data[first + size : second] + one + data[second + size :]
-    if how == 6:
-        other = seeds[draw(st.sampled_from(sorted(seeds)))]
-        return data[:start] + other[_place(draw, other) :]
-    # A number in a text, or a text in place of one.
-    numbers = [*re.finditer(rb"-?\d+(\.\d+)?|\"[^\"]*\"|\[|\{", data[:20_000])]
-    if not numbers:
-        return data
-    match = draw(st.sampled_from(numbers))
-    values = (b"-1", b"0", b"1e999", b"9" * 400, b"null", b'"x"', b"[]", b"{}", b"true", b"NaN")
-    return data[: match.start()] + draw(st.sampled_from(values)) + data[match.end() :]
+def _change(draw: random.Random, data: bytes, files: dict[str, bytes]) -> bytes:
+    start, end = sorted((_place(draw, data), _place(draw, data)))
+    size = draw.choice((1, 2, 4, 8))
+    edge = (draw.choice(EDGES) % 256**size).to_bytes(size, draw.choice(("little", "big")))
+    other = files[draw.choice(sorted(files))]
+    words = [*re.finditer(rb"-?\d+(\.\d+)?|\"[^\"]*\"|\[|\{", data[:20_000])]
+    word = draw.choice(words).span() if words else (start, start)
+    return draw.choice(
+        [
+            data[:start],
+            data[:start] + data[end:],  # a part is missing
+            data[:end] + data[start:],  # or there twice
+            data[:start] + draw.randbytes(1) + data[start + 1 :],
+            data[:start] + edge + data[start + size :],
+            data[:start] + draw.randbytes(size) + data[start:],
+            data[:start] + data[end : end + 64] + data[start : start + 64] + data[end + 64 :],
+            data[:start] + other[_place(draw, other) :],
+            data[: word[0]] + draw.choice(VALUES) + data[word[1] :],
+        ]
+    )
 
 
-def _place(draw: st.DrawFn, data: bytes) -> int:
+def _place(draw: random.Random, data: bytes) -> int:
     """Headers are where the lengths are."""
-    end = max(len(data) - 1, 0)
-    near = st.integers(0, min(end, 128))
-    return draw(st.one_of(near, st.integers(0, end)))
+    return draw.randint(0, min(max(len(data) - 1, 0), draw.choice((128, len(data)))))
 
 
-def _inside_zip(draw: st.DrawFn, data: bytes) -> bytes:
+def _inside_zip(draw: random.Random, data: bytes) -> bytes:
     """Damage a record of a checkpoint, under checksums that are right."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(out, "w") as target:
         records = {name: source.read(name) for name in source.namelist()}
         pickles = [name for name in records if name.endswith("data.pkl")]
-        chosen = draw(st.sampled_from(pickles * 4 + sorted(records)))
+        chosen = draw.choice(pickles * 4 + sorted(records))
         for name, record in records.items():
-            target.writestr(name, _damaged(draw, record, records) if name == chosen else record)
+            target.writestr(name, _change(draw, record, records) if name == chosen else record)
     return out.getvalue()
 
 
@@ -118,16 +114,11 @@ def _with_checksums(png: bytes) -> bytes:
     return bytes(out) + png[at:]
 
 
-# Readers -----------------------------------------------------------------------------------------
+# Readers ------------------------------------------------------------------------------------------
 
 
-def read_as_image(path: Path) -> None:
-    """An image: pixels of the right kind, or UnreadableImage."""
-    import torch
-
-    from simmim.data.decode import UnreadableImage, read_image
-    from simmim.data.scans import Intensity
-
+def read_image_of(path: Path) -> None:
+    """Pixels of the right kind, or UnreadableImage."""
     for in_chans in (3, 1):
         try:
             image = read_image(str(path), in_chans, Intensity())
@@ -143,82 +134,66 @@ def read_as_image(path: Path) -> None:
             assert 0 <= float(image.min()) <= float(image.max()) <= 1, "not in 0..1"
 
 
-def read_as_mask(path: Path) -> None:
-    """A mask of classes: numbers, or an error of ours."""
-    from simmim.data.decode import UnreadableImage
-    from simmim.data.legend import WrongMask, read_values
-
+def read_mask(path: Path) -> None:
+    """Numbers of classes, or an error of ours."""
     with suppress(UnreadableImage, WrongMask):
         assert read_values(str(path)).ndim in (2, 3)
 
 
-def read_as_weights(path: Path) -> None:
-    """Weights: a table, or an encoder, or one sentence."""
-    from simmim.run import find_start
-    from simmim.weights import load_encoder
-    from simmim.weights.files import read_checkpoint
-
+def read_weights(path: Path) -> None:
+    """A table, or an encoder, or where a run goes on."""
     for open_it in (read_checkpoint, load_encoder, lambda p: find_start(str(p), p.parent, "x")):
-        _or_sentence(open_it, path)
+        or_sentence(open_it, path)
 
 
-def read_as_coco(path: Path) -> None:
+def read_boxes(path: Path) -> None:
     """Annotations in COCO's format."""
-    from simmim.data.annotations import read_coco
-
-    for table in _or_sentence(lambda p: read_coco(str(p)), path):
+    for table in or_sentence(read_coco, str(path)):
         assert all(math.isfinite(edge) for row in table.objects for o in row for edge in o.box)
 
 
-def read_as_voc(path: Path) -> None:
-    """Annotations in Pascal VOC's format."""
-    from simmim.data.annotations import read_voc
-
-    _or_sentence(lambda p: read_voc("x", {"a.jpg": str(p)}), path)
-
-
-def read_as_labels(path: Path) -> None:
-    """A table of labels."""
-    from simmim.data.labels import read_labels
-
-    for several in (True, False):
-        _or_sentence(lambda p, several=several: read_labels(str(p), several=several), path)
-
-
-def read_as_classes(path: Path) -> None:
+def read_classes(path: Path) -> None:
     """Names and colours of the classes of masks."""
-    from simmim.data.legend import read_legend
-
-    for legend in _or_sentence(lambda p: read_legend(str(p)), path):
+    for legend in or_sentence(read_legend, str(path)):
         assert len(legend._table) > max(legend.values)
 
 
-def read_as_packed(path: Path) -> None:
-    """A packed folder, which is a zip file here: each image, or one sentence."""
-    from simmim.data.shards import _open, join_packed, read_packed
-
+def read_packed_file(path: Path) -> None:
+    """A packed folder, which is one file here: each of its images."""
     folder = path.with_suffix(".folder")
     _unpack(path.read_bytes(), folder)
-    _open.cache_clear()
-    for parts in _or_sentence(lambda p: read_packed(str(p)), folder):
-        index = join_packed(str(folder), parts)
+    shards._open.cache_clear()
+    for parts in or_sentence(shards.read_packed, str(folder)):
+        index = shards.join_packed(str(folder), parts)
         assert index.names.numel() >= 0
         for place in range(min(len(index), 50)):
             index.name(place)
-            for data in _or_sentence(index.read, place):
+            for data in or_sentence(index.read, place):
                 bytes(data)
 
 
-def _or_sentence(open_it: Callable[[Any], Any], given: Any) -> list[Any]:
+def or_sentence(open_it: Callable[[Any], Any], given: Any) -> list[Any]:
     """What is read, or nothing where it is refused in one sentence."""
     try:
         return [open_it(given)]
     except (ValueError, OSError) as error:
-        from simmim.mistakes import explain
-
         if explain(error) is None:
             raise RuntimeError(f"a traceback: {type(error).__name__}: {error}") from error
         return []
+
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    "image": read_image_of,
+    "mask": read_mask,
+    "weights": read_weights,
+    "coco": read_boxes,
+    "voc": lambda path: or_sentence(partial(read_voc, "x"), {"a.jpg": str(path)}),
+    "labels": lambda path: [
+        or_sentence(partial(read_labels, several=several), str(path)) for several in (True, False)
+    ],
+    "classes": read_classes,
+    "packed": read_packed_file,
+}
 
 
 PACKED = ("packed.json", "images.feather", "images-00000.arrow")
@@ -236,52 +211,35 @@ def _unpack(data: bytes, folder: Path) -> None:
         length = min(int.from_bytes(data[:8], "little"), len(data))
         (folder / name).write_bytes(data[8 : 8 + length])
         data = data[8 + length :]
-    try:  # a size that does not fit is found at once: let it be found by what reads the file
+    with suppress(Exception):  # a size that does not fit would be found before the file is read
         table = json.loads((folder / PACKED[0]).read_bytes())
         for part in table["parts"].values():
             part["shards"][0]["size"] = (folder / PACKED[2]).stat().st_size
         (folder / PACKED[0]).write_text(json.dumps(table))
-    except Exception:
-        return
 
 
-READERS = {
-    name.removeprefix("read_as_"): reader
-    for name, reader in list(globals().items())
-    if name.startswith("read_as_")
-}
-
-
-def _crash(path: Path) -> None:
-    data = path.read_bytes()
+def _fail(path: Path) -> None:
+    """Do what the file says: to see that it is seen."""
+    data, limit = path.read_bytes(), time.process_time() + 3 * SECONDS
     if data == b"raise":
         raise RuntimeError("as asked")
-    if not data:
+    if data == b"crash":
         os._exit(3)
-
-
-def _hang(path: Path) -> None:
-    limit = time.process_time() + 3 * SECONDS
-    while time.process_time() < limit:
+    if data == b"fill":
+        bytes(b"x" * (MEMORY * 2**20))
+    while data == b"hang" and time.process_time() < limit:
         pass
 
 
-def _fill(path: Path) -> None:
-    bytes(b"x" * (MEMORY * 2**20))
-
-
-FAULTS = {"crash": _crash, "hang": _hang, "memory": _fill}  # to see that they are seen
-
-
-# The process that reads --------------------------------------------------------------------------
+# The process that reads ---------------------------------------------------------------------------
 
 
 class Process:
     """Reads files in a process of its own, which may die."""
 
     def __init__(self) -> None:
-        self._context = mp.get_context("spawn")
-        self._process: Any = None
+        self._pool: ProcessPoolExecutor | None = None
+        self._pid = 0
 
     def read(self, reader: str, suffix: str, data: bytes) -> str:
         """Read a file; "" if that went as it should, or what went wrong."""
@@ -291,74 +249,45 @@ class Process:
         return said
 
     def _read(self, reader: str, suffix: str, data: bytes) -> str:
-        if self._process is None:
-            self._pipe, theirs = self._context.Pipe()
-            self._process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
-            self._process.start()
-            theirs.close()
-            assert self._pipe.poll(WAITING), "the process does not begin"
-            self._pipe.recv()
-        self._pipe.send((reader, suffix, data))
-        if not self._pipe.poll(WAITING):
-            self.stop()
-            return f"it took more than {WAITING} s"
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(1, context, initializer=_begin)
+            self._pid = self._pool.submit(os.getpid).result(WAITING)
         try:
-            said = str(self._pipe.recv())
-        except EOFError:
-            self._process.join(10)
-            code, self._process = self._process.exitcode, None
-            if code == -getattr(signal, "SIGXCPU", 0):
-                return f"it took more than {SECONDS} s of the processor"
-            return f"the process ended with {code}"
-        if "MB" in said:
+            said = self._pool.submit(_read_one, reader, suffix, data).result(WAITING)
+        except (BrokenExecutor, TimeoutError):
+            said = f"it ended the process, or took more than {SECONDS} s of the processor"
+        if "took" in said:
             self.stop()
         return said
 
     def stop(self) -> None:
         """End the process."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join(10)
-            self._process = None
+        if self._pool is not None:
+            with suppress(OSError):
+                os.kill(self._pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+            self._pool.shutdown()
+            self._pool = None
 
 
-def _serve(pipe: Connection) -> None:
-    import warnings
-
-    import torch
-
+def _begin() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    with tempfile.TemporaryDirectory() as folder:
-        pipe.send("ready")
-        while True:
-            reader, suffix, data = pipe.recv()
-            path = Path(folder) / f"x{suffix}"
-            path.write_bytes(data)
-            _limit_time()
-            try:
-                (READERS | FAULTS)[reader](path)
-                said = ""
-            except BaseException as error:
-                said = f"{type(error).__name__}: {error}"
-            used = _peak_memory()
-            pipe.send(said if used < MEMORY else f"it took {used} MB")
 
 
-def _limit_time() -> None:
-    """Let this process end where the next file takes too long."""
+def _read_one(reader: str, suffix: str, data: bytes) -> str:
     if sys.platform != "win32":
         import resource
 
         _, most = resource.getrlimit(resource.RLIMIT_CPU)
         resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + SECONDS, most))
-
-
-def _peak_memory() -> int:
-    """The most that this process has had, in MB."""
-    import torch
-
-    from simmim.callbacks.vitals import held_memory
-
-    return (held_memory(torch.device("cpu")) or 0) // 2**20  # not known on Windows
+    with tempfile.TemporaryDirectory() as folder:
+        path, said = Path(folder) / f"x{suffix}", ""
+        path.write_bytes(data)
+        try:
+            READERS.get(reader, _fail)(path)
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
+    used = (held_memory(torch.device("cpu")) or 0) // 2**20  # not known on Windows
+    return said if used < MEMORY else f"it took {used} MB"

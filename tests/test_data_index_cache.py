@@ -1,8 +1,7 @@
-"""The kept index: the same as a fresh one, up to date, shared by workers, and never in the way."""
+"""What is kept of large folders: the same as a fresh look, up to date, shared by workers."""
 
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -10,20 +9,29 @@ from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from simmim.data import ImageFolderData, index_cache
+from simmim.data import ImageFolderData, index_cache, labels, pairs
+from simmim.data.classification import ClassificationData, LabelledImages
 from simmim.data.dataset import ImageData, Loader, collate
 from simmim.data.index import FileIndex, scan
 from simmim.data.index_cache import read_index
+from simmim.data.labels import label_files
 from simmim.data.layout import read_parts
-from simmim.data.mapped import MappedTensor, cache_folder
+from simmim.data.mapped import cache_folder
+from simmim.data.segmentation import SegmentationData
 from simmim.data.transforms import CenterCrop
 from simmim.durable import beside
+from support.commands import assert_same_tensors
+from support.folders import save
+from support.processes import end, start
+
+TEXT = "path,label\na/0.png,x;y\na/1.png,\nb/2.png,y|z\nelsewhere.png,x\n"
 
 
 @pytest.fixture(autouse=True)
@@ -31,29 +39,35 @@ def _any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_cache, "WORTH", 1)
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    for i in range(40):
-        file = tmp_path / "root" / "ab"[i % 2] / "deep" / f"{i}é.png"
+def settle(place: Path) -> Path:
+    """Let files and folders have been changed an hour ago."""
+    hour_ago = time.time() - 3600
+    for path in (place, *place.rglob("*")):
+        if path.exists():
+            os.utime(path, (hour_ago, hour_ago))
+    return place
+
+
+def fill(root: Path, n: int) -> Path:
+    """Empty files of two classes, in folders that were last changed an hour ago."""
+    for i in range(n):
+        file = root / "ab"[i % 2] / "deep" / f"a rather long name {i}é.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
-    return settle(tmp_path / "root")
+    return settle(root)
 
 
-def settle(root: Path) -> Path:
-    """Let the folders have been changed an hour ago."""
-    hour_ago = time.time() - 3600
-    for folder, _, _ in os.walk(root):
-        os.utime(folder, (hour_ago, hour_ago))
-    return root
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return fill(tmp_path / "root", 40)
 
 
 def names(index: FileIndex) -> list[str]:
     return list(index.all_names())
 
 
-def is_kept(index: FileIndex) -> bool:
-    return isinstance(index.names, MappedTensor)
+def fresh(root: Path) -> list[str]:
+    return names(scan(str(root)))
 
 
 def kept() -> list[Path]:
@@ -62,69 +76,78 @@ def kept() -> list[Path]:
     return sorted(folder.glob("*"))
 
 
-def never(_: str) -> None:
-    raise AssertionError("the folder was read once more")
+def never(*_: object, **__: object) -> None:
+    raise AssertionError("it was read once more")
+
+
+def is_kept(root: Path) -> bool:
+    """Whether the index is opened and the folder not read."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_cache, "visit_folders", never)
+        try:
+            read_index(str(root))
+        except AssertionError:
+            return False
+    return True
+
+
+def split(root: Path, *options: Any) -> dict[str, list[int]]:
+    parts = read_parts(str(root), *(options or (0.2,)))
+    return {name: part.places.tolist() for name, part in parts.items()}
 
 
 def test_an_unchanged_folder_is_not_read_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (root / "a" / "1.heic").touch()
     settle(root)
-    fresh, first = scan(str(root)), read_index(str(root))
-    assert [one.count for one in fresh.left_out] == [1]
+    new, first = scan(str(root)), read_index(str(root))
+    assert [one.count for one in new.left_out] == [1]
     monkeypatch.setattr(index_cache, "visit_folders", never)
-    second = read_index(str(root))
-    for index in (first, second):
-        assert is_kept(index)
-        assert names(index) == names(fresh) == [fresh.name(i) for i in range(len(fresh))]
-        assert torch.equal(index.starts, fresh.starts)
+    for index in (first, read_index(str(root))):
+        assert names(index) == names(new) == [new.name(i) for i in range(len(new))]
+        assert torch.equal(index.starts, new.starts)
         assert index.labels is not None
-        assert fresh.labels is not None
-        assert index.labels.tolist() == fresh.labels.tolist()
-        assert (index.classes, index.suffixes) == (fresh.classes, fresh.suffixes)
-        assert (list(index.left_out), index.hint) == (list(fresh.left_out), fresh.hint)
-        assert index.path(3) == fresh.path(3)
+        assert new.labels is not None
+        assert index.labels.tolist() == new.labels.tolist()
+        assert (index.classes, index.suffixes) == (new.classes, new.suffixes)
+        assert (list(index.left_out), index.hint) == (list(new.left_out), new.hint)
+        assert index.path(3) == new.path(3)
+    monkeypatch.chdir(root.parent)  # a relative path is the same folder
+    assert read_index("root").path(0) == os.path.join("root", *new.name(0).split("/"))
 
 
-def add(root: Path) -> None:
-    (root / "a" / "deep" / "new.png").touch()
+def add_as_in_a_copy(root: Path) -> None:
+    """Set the time back, as rsync -a and tar do."""
+    status = (root / "a/deep").stat()
+    time.sleep(0.02)  # a tick of the clock that stamps files
+    (root / "a/deep/new.png").touch()
+    os.utime(root / "a/deep", ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def remove(root: Path) -> None:
-    (root / "a" / "deep" / "0é.png").unlink()
+CHANGES: dict[str, Callable[[Path], Any]] = {
+    "add": lambda root: (root / "a/deep/new.png").touch(),
+    "remove": lambda root: min((root / "a/deep").iterdir()).unlink(),
+    "rename": lambda root: min((root / "a/deep").iterdir()).rename(root / "a/deep/zero.png"),
+    "add a folder": lambda root: save(root / "c" / "1.png", np.zeros((2, 2))),
+    "fill an empty folder": lambda root: (root / "empty/1.png").touch(),
+    "remove a folder": lambda root: shutil.rmtree(root / "b"),
+    "rename a folder": lambda root: (root / "b").rename(root / "c"),
+}
+if sys.platform != "win32":  # where no time of a change of status is known
+    CHANGES["add, and set the time back"] = add_as_in_a_copy
 
 
-def rename(root: Path) -> None:
-    (root / "a" / "deep" / "0é.png").rename(root / "a" / "deep" / "zero.png")
-
-
-def add_folder(root: Path) -> None:
-    (root / "c").mkdir()
-    (root / "c" / "1.png").touch()
-
-
-def fill_an_empty_folder(root: Path) -> None:
-    (root / "empty" / "1.png").touch()
-
-
-def remove_folder(root: Path) -> None:
-    shutil.rmtree(root / "b")
-
-
-def rename_folder(root: Path) -> None:
-    (root / "b").rename(root / "c")
-
-
-@pytest.mark.parametrize(
-    "change",
-    [add, remove, rename, add_folder, fill_an_empty_folder, remove_folder, rename_folder],
-)
-def test_a_changed_folder_is_noticed(root: Path, change: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_folder_is_noticed(root: Path, change: str) -> None:
     (root / "empty").mkdir()
-    before = names(read_index(str(settle(root))))
-    assert is_kept(read_index(str(root)))
-    change(root)
-    after = read_index(str(root))
-    assert names(after) == names(scan(str(root))) != before
+    before, options = names(read_index(str(settle(root)))), (0.2, 3, None)
+    split(root, *options)
+    assert is_kept(root)
+    CHANGES[change](root)
+    assert names(read_index(str(root))) == fresh(root) != before
+    changed = split(root, *options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SIMMIM_CACHE", "off")
+        assert split(root, *options) == changed
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
@@ -136,215 +159,85 @@ def test_a_changed_folder_behind_a_link_is_noticed(root: Path, tmp_path: Path) -
     settle(root)
     settle(tmp_path / "disk")
     assert len(read_index(str(root))) == 41
-    assert is_kept(read_index(str(root)))
+    assert is_kept(root)
     (tmp_path / "disk" / "2.png").touch()
     assert len(read_index(str(root))) == 42
     settle(tmp_path / "disk")
-    assert is_kept(read_index(str(root)))
+    assert len(read_index(str(root))) == 42
+    assert is_kept(root)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "3.png").touch()
     assert len(read_index(str(root))) == 43
 
 
-def test_times_set_back_by_a_copy_are_noticed(root: Path) -> None:
-    if sys.platform == "win32":
-        pytest.skip("no time of the last change of a folder itself there")
+def test_what_is_not_kept(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = split(root)
+    shutil.rmtree(str(cache_folder()))
+    with monkeypatch.context() as patch:
+        patch.setattr(index_cache, "WORTH", 41)  # a small folder
+        assert split(root) == want
+    assert not cache_folder().exists()  # type: ignore[union-attr]
+    (tmp_path / "file").touch()
+    for place in (str(tmp_path / "file" / "below"), "off"):  # nothing can be written, or shall be
+        with monkeypatch.context() as patch:
+            patch.setenv("SIMMIM_CACHE", place)
+            for _ in range(2):
+                assert names(read_index(str(root))) == fresh(root)
+                assert split(root) == want
+    CHANGES["add"](root)  # just now, and perhaps once more in the same tick
     read_index(str(root))
-    folder = root / "a" / "deep"
-    status = folder.stat()
-    time.sleep(0.02)  # a tick of the clock that stamps files
-    (folder / "new.png").touch()
-    os.utime(folder, ns=(status.st_atime_ns, status.st_mtime_ns))  # as rsync -a and tar do
-    assert "a/deep/new.png" in names(read_index(str(root)))
-
-
-def test_a_folder_that_changed_just_now_is_not_kept(root: Path) -> None:
-    (root / "a" / "deep" / "new.png").touch()
-    assert not is_kept(read_index(str(root)))
     assert kept() == []
 
 
-def test_small_folders_are_not_kept(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_cache, "WORTH", 41)
-    assert not is_kept(read_index(str(root)))
-    assert "val" in read_parts(str(root), 0.2)
-    assert kept() == []
-
-
-@pytest.mark.parametrize("damage", ["empty", "cut", "noise", "foreign"])
-def test_a_damaged_cache_is_made_anew(root: Path, damage: str) -> None:
-    want = {part: found.places.tolist() for part, found in read_parts(str(root), 0.2).items()}
+def test_a_damaged_cache_is_made_anew(root: Path) -> None:
+    want = split(root)
     assert len(kept()) == 2  # the index and its split
-    for file in kept():
-        data = file.read_bytes()
-        file.unlink()  # never changed in place: it is mapped
-        file.write_bytes(
-            {"empty": b"", "cut": data[:-9], "noise": os.urandom(len(data)), "foreign": b"{}" * 99}[
-                damage
-            ]
-        )
-    parts = read_parts(str(root), 0.2)
-    assert {part: found.places.tolist() for part, found in parts.items()} == want
-    assert is_kept(read_index(str(root)))
+    for damage in (lambda data: data[:-9], lambda data: os.urandom(len(data)), lambda data: b""):
+        for file in kept():
+            data = file.read_bytes()
+            file.unlink()  # never changed in place: it is mapped
+            file.write_bytes(damage(data))
+        assert split(root) == want
+        assert is_kept(root)
 
 
-def test_arrays_that_do_not_fit_are_refused(root: Path) -> None:
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
-
-    read_index(str(root))
-    (file,) = kept()
-    with safe_open(file, "pt") as opened:
-        notes = opened.metadata()
-    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
-    file.unlink()
-    save_file({**tensors, "starts": tensors["starts"] + 10**6}, file, notes)
-    assert names(read_index(str(root))) == names(scan(str(root)))
+def print_split(root: Path) -> None:
+    """Print the split that this process reads."""
+    index_cache.WORTH = 1
+    print(f"\n{split(root)}")  # what else is said comes before it
 
 
-def test_processes_may_write_it_at_the_same_time(root: Path) -> None:
-    code = (
-        "import sys; from simmim.data import index_cache; index_cache.WORTH = 1\n"
-        "from simmim.data.layout import read_parts\n"
-        "print(read_parts(sys.argv[1], 0.2)['val'].places.tolist())"
-    )
-    runs = [
-        subprocess.Popen([sys.executable, "-c", code, str(root)], stdout=subprocess.PIPE)
-        for _ in range(2)
-    ]
+@pytest.mark.slow
+def test_processes_may_write_it_at_the_same_time(root: Path, workdir: Path) -> None:
+    runs = [start(print_split, root, log=log) for log in ("1", "2")]
     with ThreadPoolExecutor(8) as pool:
         indexes = list(pool.map(lambda _: names(read_index(str(root))), range(40)))
-    assert all(index == names(scan(str(root))) for index in indexes)
-    said = [run.communicate()[0] for run in runs]
-    assert said[0] == said[1] != b""
-    assert [run.returncode for run in runs] == [0, 0]
+    assert all(index == fresh(root) for index in indexes)
+    end(*runs, logs=("1", "2"))
+    for log in ("1", "2"):
+        assert Path(log).read_text().splitlines()[-1] == str(split(root))
     assert [file.suffix for file in kept()] == [".safetensors"] * 2  # nothing half written
 
 
-def test_it_works_where_nothing_can_be_kept(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").touch()
-    for place in (str(tmp_path / "file" / "below"), "off"):
-        monkeypatch.setenv("SIMMIM_CACHE", place)
-        for _ in range(2):
-            assert names(read_index(str(root))) == names(scan(str(root)))
-            assert len(read_parts(str(root), 0.25)["val"].places) == 10
-
-
-@pytest.mark.parametrize("pattern", [None, r"/(\d)"])
-def test_the_split_is_the_same_with_and_without(
-    root: Path, pattern: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    splits = []
-    for place in (None, None, "off"):  # written, opened, none
-        if place:
-            monkeypatch.setenv("SIMMIM_CACHE", place)
-        parts = read_parts(str(root), 0.2, 3, pattern)
-        splits.append({part: found.places.tolist() for part, found in parts.items()})
-    assert splits[0] == splits[1] == splits[2]
-
-
-def test_another_share_seed_or_pattern_is_another_split(root: Path) -> None:
-    options = [(0.2, 0, None), (0.4, 0, None), (0.2, 1, None), (0.2, 0, r"/(\d)")]
-    for _ in range(2):
-        splits = [read_parts(str(root), *each)["val"].places.tolist() for each in options]
-        assert len({tuple(places) for places in splits}) == 4
-
-
-def test_the_split_is_that_of_the_changed_folder(
+def test_each_share_seed_and_pattern_has_a_split_of_its_own(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read_parts(str(root), 0.2)
-    for i in range(20):
-        (root / "a" / f"new{i}.png").touch()
-    settle(root)
-    with_cache = read_parts(str(root), 0.2)["val"].places.tolist()
+    options = [(0.2, 0, None), (0.4, 0, None), (0.2, 1, None), (0.2, 0, r"(\d)é")]
+    written, opened = ([split(root, *each)["val"] for each in options] for _ in range(2))
     monkeypatch.setenv("SIMMIM_CACHE", "off")
-    assert with_cache == read_parts(str(root), 0.2)["val"].places.tolist()
+    assert written == opened == [split(root, *each)["val"] for each in options]
+    assert len({tuple(places) for places in written}) == 4
 
 
 def test_roots_do_not_collide_and_may_be_moved(root: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
+    other, old = tmp_path / "other", tmp_path / "old"
     shutil.copytree(root, other)
-    (other / "a" / "deep" / "only here.png").touch()
+    CHANGES["add"](other)
     assert names(read_index(str(settle(other)))) != names(read_index(str(root)))
-    root.rename(tmp_path / "old")
+    root.rename(old)
     other.rename(root)  # at a path that the cache knows
-    assert names(read_index(str(root))) == names(scan(str(root)))
-    old = tmp_path / "old"
-    assert names(read_index(str(old))) == names(scan(str(old)))
-
-
-def test_a_relative_root_is_the_same_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read_index(str(root))
-    monkeypatch.chdir(root.parent)
-    monkeypatch.setattr(index_cache, "visit_folders", never)
-    assert read_index("root").path(0) == os.path.join(
-        "root", *read_index("root").name(0).split("/")
-    )
-
-
-class Names(ImageData):
-    """Images whose pixels are of no interest."""
-
-    def read(self, index: int) -> Tensor:
-        return torch.full((3, 4, 4), len(self.name(index)), dtype=torch.uint8)
-
-
-def data_of(root: Path) -> Names:
-    part = read_parts(str(root), 0.2)["train"]
-    return Names(part.files, CenterCrop((4, 4)), part.places)
-
-
-def pickled(data: object) -> bytes:
-    buffer = BytesIO()
-    ForkingPickler(buffer).dump(data)
-    return buffer.getvalue()
-
-
-def test_a_pickled_data_set_is_small(tmp_path: Path) -> None:
-    for i in range(5000):
-        (tmp_path / "root" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        (tmp_path / "root" / "ab"[i % 2] / f"a rather long name {i}.png").touch()
-    data = data_of(settle(tmp_path / "root"))
-    assert len(pickled(data)) < 5000
-    data.unreadable = torch.empty(0)  # which alone goes through shared memory
-    loaded = ForkingPickler.loads(pickled(data))
-    assert isinstance(loaded.files.names, MappedTensor)
-    assert isinstance(loaded.places, MappedTensor)
-    assert [loaded.name(i) for i in range(9)] == [data.name(i) for i in range(9)]
-    assert torch.equal(loaded.labels, data.labels)
-
-
-def test_a_file_written_anew_does_not_change_what_is_mapped(root: Path) -> None:
-    data = data_of(root)
-    before = [data.name(i) for i in range(len(data))]
-    add(root)
-    read_index(str(settle(root)))
-    data.unreadable = torch.empty(0)
-    loaded = ForkingPickler.loads(pickled(data))
-    assert not isinstance(loaded.files.names, MappedTensor)
-    assert [loaded.name(i) for i in range(len(loaded))] == before
-
-
-@pytest.mark.parametrize("method", ["spawn", "fork"])
-def test_workers_read_the_same(root: Path, method: str) -> None:
-    if method == "fork" and sys.platform == "win32":
-        pytest.skip("no fork there")
-    data = data_of(root)
-    batches = []
-    for workers in (0, 2):
-        loader: Loader[dict[str, Tensor]] = Loader(
-            data,
-            batch_size=8,
-            num_workers=workers,
-            collate_fn=collate,
-            multiprocessing_context=method if workers else None,
-        )
-        batches.append(list(loader))
-    for one, other in zip(*batches, strict=True):
-        assert all(torch.equal(one[key], other[key]) for key in ("image", "label", "index"))
+    for place in (root, old):
+        assert names(read_index(str(place))) == fresh(place)
 
 
 def test_what_nobody_uses_is_deleted(root: Path) -> None:
@@ -357,44 +250,167 @@ def test_what_nobody_uses_is_deleted(root: Path) -> None:
         file.touch()
         os.utime(file, (time.time() - days * 86400,) * 2)
     read_index(str(root))
-    assert not old.exists()
-    assert new.exists()
-    assert not half.exists()
-
-
-def test_labels_are_int64_and_places_arrays(root: Path) -> None:
-    for part in read_parts(str(root), 0.2).values():
-        assert isinstance(part.places, np.ndarray)
-        assert part.places.dtype == np.int64
-        assert part.files.labels is not None
-        assert part.files.labels.dtype == torch.int64
-
-
-def test_a_data_set_lists_the_names_of_its_places(root: Path) -> None:
-    files = scan(str(root))
-    for places in (None, np.array([1, 4, 39]), np.array([7, 2])):
-        data = Names(files, CenterCrop((4, 4)), places)
-        assert list(data.all_names()) == [data.name(i) for i in range(len(data))]
+    assert (old.exists(), new.exists(), half.exists()) == (False, True, False)
 
 
 def test_one_process_of_a_machine_reads_the_folder_for_all(
-    root: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "empty").mkdir()
     monkeypatch.setattr(ImageFolderData, "_process", lambda self: (2, 0))
     ImageFolderData(str(root)).prepare_data()
     assert len(kept()) == 2
-    other = ImageFolderData(str(root))
-    monkeypatch.setattr(index_cache, "visit_folders", never)
-    other.setup("fit")
+    with monkeypatch.context() as patch:
+        patch.setattr(index_cache, "visit_folders", never)
+        other = ImageFolderData(str(root))
+        other.setup("fit")
     assert other.num_train == 36
+    empty = ImageFolderData(str(tmp_path / "empty"))  # said by all processes: none waits
+    empty.prepare_data()
+    with pytest.raises(ValueError, match="holds no images"):
+        empty.setup("fit")
 
 
-def test_a_mistake_is_said_by_all_processes_and_none_waits(
+# What workers get ---------------------------------------------------------------------------------
+
+
+class Names(ImageData):
+    """Images whose pixels are of no interest."""
+
+    def read(self, index: int) -> Tensor:
+        return torch.full((3, 4, 4), len(self.name(index)), dtype=torch.uint8)
+
+
+class Listed(Names, LabelledImages):
+    """With labels out of a table."""
+
+
+def data_of(root: Path, kind: Any = Names) -> Any:
+    part = read_parts(str(root), 0.2)["train"]
+    return kind(part.files, CenterCrop((4, 4)), part.places)
+
+
+def pickled(data: ImageData) -> bytes:
+    """What a spawned worker is sent, but for what goes through shared memory."""
+    data.unreadable = torch.empty(0)
+    buffer = BytesIO()
+    ForkingPickler(buffer).dump(data)
+    return buffer.getvalue()
+
+
+def test_a_pickled_data_set_holds_neither_names_nor_labels(tmp_path: Path) -> None:
+    root, table = fill(tmp_path / "root", 5000), tmp_path / "labels.csv"
+    index = read_index(str(root))
+    rows = "".join(f"{name},{i % 100};{i % 7}\n" for i, name in enumerate(index.all_names()))
+    table.write_text(f"path,label\n{rows}")
+    settle(tmp_path)
+    data = data_of(root, Listed)
+    ((data.table, data.rows),) = label_files(str(table), [data.files], str(root), several=True)
+    assert len(pickled(data)) < 6000
+    loaded = ForkingPickler.loads(pickled(data))
+    for i in (0, 7, 3999):
+        assert loaded.name(i) == data.name(i)
+        assert torch.equal(loaded[i]["label"], data[i]["label"])
+
+
+def test_a_file_written_anew_does_not_change_what_is_mapped(root: Path) -> None:
+    data = data_of(root)
+    before = list(data.all_names())
+    CHANGES["add"](root)
+    read_index(str(settle(root)))
+    assert list(ForkingPickler.loads(pickled(data)).all_names()) == before
+
+
+@pytest.mark.exhaustive
+def test_workers_that_are_spawned_read_the_same(root: Path) -> None:
+    """As on macOS and Windows, where workers import everything anew."""
+    batches = []
+    for options in ({}, {"num_workers": 2, "multiprocessing_context": "spawn"}):
+        loader: Any = Loader(data_of(root), batch_size=8, collate_fn=collate, **options)
+        batches.append(list(loader))
+    for one, other in zip(*batches, strict=True):
+        assert_same_tensors(one, other)
+
+
+# Labels -------------------------------------------------------------------------------------------
+
+
+def label(root: Path) -> dict[str, list[str]]:
+    """The labels of each file that a table lists."""
+    options = {"multi_label": True, "val_fraction": 0, "img_size": 8, "num_workers": 0}
+    table = str(root.parent / "labels.csv")
+    data = ClassificationData(root=str(root), labels=table, **options)  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match="images of training are not in"):
+        data.setup("fit")
+    images = data.sets["training"]
+    found = {images.name(i): images[i]["label"].nonzero().flatten() for i in range(len(images))}
+    return {name: [data.classes[i] for i in places] for name, places in found.items()}
+
+
+def test_a_table_is_read_again_where_it_or_the_folder_has_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ImageFolderData, "_process", lambda self: (2, 0))
-    (tmp_path / "empty").mkdir()
-    data = ImageFolderData(str(tmp_path / "empty"))
-    data.prepare_data()
-    with pytest.raises(ValueError, match="holds no images"):
+    root, table = tmp_path / "listed", tmp_path / "labels.csv"
+    for name in ("a/0.png", "a/1.png", "b/2.png", "b/3.png"):
+        save(root / name, np.zeros((8, 8, 3)))
+    table.write_text(TEXT)
+    want = {"a/0.png": ["x", "y"], "a/1.png": [], "b/2.png": ["y", "z"]}
+    settle(root)
+    assert label(root) == want
+    assert not [file for file in kept() if "labels" in file.name]  # it changed just now
+    settle(tmp_path)
+    assert label(root) == want
+    with monkeypatch.context() as patch:
+        patch.setattr(labels, "read_labels", never)
+        assert label(root) == want
+        patch.undo()
+        patch.setenv("SIMMIM_CACHE", "off")
+        assert label(root) == want
+    save(root / "b" / "1.png", np.zeros((8, 8, 3)))
+    assert label(root) == want
+    if sys.platform == "win32":  # no time of a change of status there
+        return
+    before = table.stat()
+    time.sleep(0.02)  # a tick of the clock that stamps files
+    table.write_text(TEXT.replace("y|z", "x|z"))
+    os.utime(table, ns=(before.st_atime_ns, before.st_mtime_ns))  # as rsync -a and tar do
+    assert label(root) == {**want, "b/2.png": ["x", "z"]}
+
+
+def test_many_labels_take_the_memory_of_those_that_are_there(tmp_path: Path) -> None:
+    """Present or absent for each of 5,000 labels would be 100 MB."""
+    table = tmp_path / "labels.csv"
+    rows = "".join(f"{i}.png,label {i // 4:04d}\n" for i in range(20_000))
+    table.write_text(f"path,label\n{rows}")
+    found = labels.read_labels(str(table), several=True).table
+    assert len(found.classes) == 5000
+    assert found.starts.numel() + found.numbers.numel() == 40_001
+    assert found.frequencies(torch.arange(10, 20)) == [0] * 2 + [2, 4, 4] + [0] * 4995
+
+
+# Masks --------------------------------------------------------------------------------------------
+
+
+def test_masks_are_found_once_and_missed_when_they_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(6):
+        save(tmp_path / "images" / f"{i}.png", np.zeros((8, 8, 3)))
+        save(tmp_path / "masks" / f"{i}.png", np.full((8, 8), i % 2))
+    settle(tmp_path)
+
+    def stems() -> list[tuple[str, str]]:
+        data = SegmentationData(str(tmp_path), img_size=8, num_workers=0, val_fraction=0)
         data.setup("fit")
+        images = data.sets["training"]
+        found = [(images.path(i), images.mask_path(i)) for i in range(len(images))]
+        return [(Path(image).stem, Path(mask).stem) for image, mask in found]
+
+    want = [(str(i), str(i)) for i in range(6)]
+    assert stems() == want
+    with monkeypatch.context() as patch:
+        patch.setattr(pairs, "_find_partners", never)
+        assert stems() == want
+    (tmp_path / "masks" / "3.png").unlink()
+    with pytest.raises(ValueError, match="1 of 6 images have no mask"):
+        stems()

@@ -1,5 +1,6 @@
 """Data sets by name: made once and whole, or refused in one sentence."""
 
+import inspect
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from simmim.data import ImageFolderData, named
 
 def test_digits_are_an_image_folder(tmp_path: Path) -> None:
     module = ImageFolderData(dataset="digits", data_dir=str(tmp_path), img_size=32, batch_size=64)
-    module.prepare_data()
     module.setup("fit")
     assert module.root == str(tmp_path / "digits")
     assert (module.num_train, len(module.sets["validation"])) == (1437, 360)
@@ -31,14 +31,12 @@ def test_digits_are_an_image_folder(tmp_path: Path) -> None:
         assert images[f"{i:04d}"].parent.name == str(digits.target[i])
         small = np.asarray(image.resize((8, 8), Image.Resampling.BOX)) / 255 * 16
         assert np.corrcoef(small.ravel(), digits.images[i].ravel())[0, 1] > 0.97
-
-
-def test_it_is_made_once(tmp_path: Path) -> None:
-    named.prepare("digits", str(tmp_path))
     marker = tmp_path / "digits" / "train" / "0" / "mine.png"
     marker.touch()
     named.prepare("digits", str(tmp_path))
-    assert marker.exists()
+    assert marker.exists()  # it is made once
+    module = ImageFolderData(root=str(tmp_path), dataset="digits")  # one's own goes first
+    assert (module.root, module.dataset) == (str(tmp_path), None)
 
 
 def test_two_that_start_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,17 +61,6 @@ def test_an_interrupted_one_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(KeyboardInterrupt):
         named.prepare("digits", str(tmp_path))
     assert not list(tmp_path.iterdir())
-
-
-def test_setup_alone_makes_it_too(tmp_path: Path) -> None:
-    module = ImageFolderData(dataset="digits", data_dir=str(tmp_path), img_size=8)
-    module.setup("fit")
-    assert module.num_train == 1437
-
-
-def test_a_folder_of_ones_own_goes_first(tmp_path: Path) -> None:
-    module = ImageFolderData(root=str(tmp_path), dataset="digits")
-    assert (module.root, module.dataset) == (str(tmp_path), None)
 
 
 class Arrays:
@@ -123,8 +110,6 @@ def test_downloads_become_image_folders(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("name", list(named.DOWNLOADS))
 def test_torchvision_has_what_is_promised(name: str) -> None:
-    import inspect
-
     download = named.DOWNLOADS[name]
     options = inspect.signature(getattr(torchvision.datasets, download.name)).parameters
     assert {"root", "download"} <= options.keys()

@@ -16,20 +16,39 @@ from PIL import Image
 from simmim.data import ImageFolderData, pack
 from simmim.data.remote import fetch, local_copy, shown
 from simmim.data.shards import Packed
+from support.folders import make_classes
 
 URL = "memory://bucket/photos"
 
 
-@pytest.fixture
-def store(tmp_path: Path, make_images: Callable[..., Path]) -> Iterator[MemoryFileSystem]:
-    """A store with packed images, in two shards."""
-    for name in ("cat", "dog"):
-        make_images(tmp_path / "root" / name, 3, size=(500, 500))
-    pack.pack(str(tmp_path / "root"), str(tmp_path / "packed"), "raw", shard_mb=1, workers=0)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images, and the same packed in two shards."""
+    folder = tmp_path_factory.mktemp("made")
+    make_classes(folder / "root", 3, "cat dog", size=500)
+    pack_up(folder)
+    return folder
+
+
+def pack_up(folder: Path) -> None:
+    shutil.rmtree(folder / "packed", ignore_errors=True)
+    pack.pack(str(folder / "root"), str(folder / "packed"), "raw", shard_mb=1, workers=0)
+
+
+def upload(folder: Path) -> None:
     store = fsspec.filesystem("memory")
-    store.put(str(tmp_path / "packed"), "/bucket/photos", recursive=True)
-    yield store
-    store.rm("/bucket", recursive=True)
+    if store.exists("/bucket"):
+        store.rm("/bucket", recursive=True)
+    store.put(str(folder / "packed"), "/bucket/photos", recursive=True)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, made: Path) -> Iterator[Path]:
+    """A folder of images, packed and in the store."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    upload(tmp_path)
+    yield tmp_path
+    fsspec.filesystem("memory").rm("/bucket", recursive=True)
 
 
 def module_of(root: str, data_dir: Path) -> ImageFolderData:
@@ -38,163 +57,131 @@ def module_of(root: str, data_dir: Path) -> ImageFolderData:
     return module
 
 
-def names_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+def contents(folder: Path | str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
 @pytest.mark.parametrize("kind", ["memory", "file"])
-def test_samples_are_those_of_the_folder(
-    tmp_path: Path, store: MemoryFileSystem, kind: str
-) -> None:
-    url = URL if kind == "memory" else (tmp_path / "packed").as_uri()
-    copied, local = module_of(url, tmp_path / "data"), module_of(str(tmp_path / "root"), tmp_path)
-    assert Path(copied.root).parent == tmp_path / "data"
-    assert names_in(Path(copied.root)) == names_in(tmp_path / "packed")
+def test_samples_are_those_of_the_folder(folder: Path, kind: str) -> None:
+    url = URL if kind == "memory" else (folder / "packed").as_uri()
+    copied, local = module_of(url, folder / "data"), module_of(str(folder / "root"), folder)
+    assert Path(copied.root).parent == folder / "data"
+    assert contents(copied.root) == contents(folder / "packed")
     assert copied.classes == local.classes
     for ours, theirs in zip(copied.train_dataloader(), local.train_dataloader(), strict=True):
         assert all(torch.equal(ours[key], theirs[key]) for key in ("index", "label", "flip"))
 
 
-def test_an_interrupted_copy_goes_on(
-    tmp_path: Path, store: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def watch(
+    monkeypatch: pytest.MonkeyPatch,
+    before: Callable[[list[str]], None] = lambda asked: None,
+    after: Callable[[Path], None] = lambda file: None,
+) -> list[str]:
+    """Note the files that the store is asked for; do something before or after each."""
     get, asked = MemoryFileSystem.get_file, []
 
-    def get_file(self: Any, path: str, *args: Any, **kwargs: Any) -> None:
+    def get_file(self: Any, path: str, target: str, **kwargs: Any) -> None:
         asked.append(Path(path).name)
-        if len(asked) == 2:
-            raise OSError("connection reset")
-        get(self, path, *args, **kwargs)
+        before(asked)
+        get(self, path, target, **kwargs)
+        after(Path(target))
 
     monkeypatch.setattr(MemoryFileSystem, "get_file", get_file)
+    return asked
+
+
+def test_an_interrupted_copy_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(asked: list[str]) -> None:
+        if len(asked) == 2:
+            raise OSError("connection reset")
+
+    asked = watch(monkeypatch, before=fail)
     monkeypatch.setattr("simmim.data.remote.STREAMS", 1)
     with pytest.raises(ValueError, match=f"{URL} cannot be read: connection reset"):
-        fetch(URL, str(tmp_path / "copy"))
-    assert "packed.json" not in names_in(tmp_path / "copy")
+        fetch(URL, str(folder / "copy"))
+    assert "packed.json" not in contents(folder / "copy")
+    (folder / "copy" / ".images-00000.arrow.1a2b3c4d.unfinished").write_bytes(b"xx")  # killed
     first = asked[0]
     asked[:] = ["", "", ""]
-    fetch(URL, str(tmp_path / "copy"))
+    fetch(URL, str(folder / "copy"))
     assert first not in asked
-    assert names_in(tmp_path / "copy") == names_in(tmp_path / "packed")
+    assert contents(folder / "copy") == contents(folder / "packed")
     asked.clear()
-    fetch(URL, str(tmp_path / "copy"))
+    fetch(URL, str(folder / "copy"))
     assert not asked
 
 
-def test_a_changed_store_is_copied_anew(tmp_path: Path, store: MemoryFileSystem) -> None:
-    copy = tmp_path / "copy"
-    fetch(URL, str(copy))
-    shutil.rmtree(tmp_path / "packed")
-    pack.pack(str(tmp_path / "root"), str(tmp_path / "packed"), "jpeg", workers=0)
-    store.rm("/bucket/photos", recursive=True)
-    store.put(str(tmp_path / "packed"), "/bucket/photos", recursive=True)
-    copy = Path(fetch(URL, str(copy)))
-    assert names_in(copy) == names_in(tmp_path / "packed")
-    assert all(
-        (copy / n).read_bytes() == (tmp_path / "packed" / n).read_bytes() for n in names_in(copy)
-    )
-
-
-def test_a_run_reads_on_what_it_began_with(tmp_path: Path, store: MemoryFileSystem) -> None:
-    first = module_of(URL, tmp_path / "data")
-    shutil.rmtree(tmp_path / "packed")
-    for file in (tmp_path / "root").rglob("*.png"):
+def redden(folder: Path) -> None:
+    for file in (folder / "root").rglob("*.png"):
         Image.new("RGB", (500, 500), "red").save(file)
-    pack.pack(str(tmp_path / "root"), str(tmp_path / "packed"), "raw", shard_mb=1, workers=0)
-    store.rm("/bucket/photos", recursive=True)
-    store.put(str(tmp_path / "packed"), "/bucket/photos", recursive=True)
+    pack_up(folder)
+
+
+def change_places(folder: Path) -> None:
+    """Other pixels in files of the same size."""
+    images = sorted((folder / "root" / "cat").iterdir())
+    contents = [image.read_bytes() for image in images]
+    for image, content in zip(images, reversed(contents), strict=True):
+        image.write_bytes(content)
+    pack_up(folder)
+
+
+@pytest.mark.parametrize("change", [redden, change_places])
+def test_a_changed_store_is_copied_anew_beside_the_first(
+    folder: Path, change: Callable[[Path], None]
+) -> None:
+    first = module_of(URL, folder / "data")
+    before = contents(first.root)
+    change(folder)
+    upload(folder)
     for _ in range(2):  # copied, and found
-        later = ImageFolderData(URL, data_dir=str(tmp_path / "data"), img_size=24)
+        later = ImageFolderData(URL, data_dir=str(folder / "data"), img_size=24)
         later.prepare_data()
         later.setup()
-        red = torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1)
-        assert (later.sets["probe"][0]["image"] == red).all()
-    assert module_of(URL, tmp_path / "data").root == later.root != first.root
-    assert (first.sets["probe"][0]["image"] != red).any()  # opened only now
-    assert len(names_in(tmp_path / "data")) == 3  # two copies and a lock
-
-
-def test_other_pixels_of_the_same_size_are_another_store(
-    tmp_path: Path, store: MemoryFileSystem
-) -> None:
-    copy = tmp_path / "copy"
-    fetch(URL, str(copy))
-    before = shards_in(copy)
-    shutil.rmtree(tmp_path / "packed")
-    for i in range(3):
-        (tmp_path / "root" / "cat" / f"{2 - i:03d}.png").rename(tmp_path / f"{i:03d}.png")
-    for i in range(3):
-        (tmp_path / f"{i:03d}.png").rename(tmp_path / "root" / "cat" / f"{i:03d}.png")
-    pack.pack(str(tmp_path / "root"), str(tmp_path / "packed"), "raw", shard_mb=1, workers=0)
-    store.rm("/bucket/photos", recursive=True)
-    store.put(str(tmp_path / "packed"), "/bucket/photos", recursive=True)
-    after = shards_in(Path(fetch(URL, str(copy))))
-    assert {n: len(data) for n, data in after.items()} == {n: len(d) for n, d in before.items()}
-    assert after == shards_in(tmp_path / "packed") != before
-
-
-def shards_in(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.arrow"))}
+        assert contents(later.root) == contents(folder / "packed") != before
+    assert module_of(URL, folder / "data").root == later.root != first.root
+    assert contents(first.root) == before  # a run may read on what it began with
+    first.sets["probe"][0]  # opened only now
+    assert len(list((folder / "data").iterdir())) == 3  # two copies and a lock
 
 
 def test_what_is_damaged_on_its_way_is_not_taken(
-    tmp_path: Path, store: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    get = MemoryFileSystem.get_file
-
-    def get_file(self: Any, path: str, target: str, **kwargs: Any) -> None:
-        get(self, path, target, **kwargs)
-        data = bytearray(Path(target).read_bytes())
+    def damage(file: Path) -> None:
+        data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 1
-        Path(target).write_bytes(data)
+        file.write_bytes(data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(MemoryFileSystem, "get_file", get_file)
+        watch(patch, after=damage)
         with pytest.raises(ValueError, match=r"\.arrow is not what packed\.json says, or was dam"):
-            fetch(URL, str(tmp_path / "copy"))
-    assert not shards_in(tmp_path / "copy")
-    fetch(URL, str(tmp_path / "copy"))
-    assert shards_in(tmp_path / "copy") == shards_in(tmp_path / "packed")
+            fetch(URL, str(folder / "copy"))
+    assert not list((folder / "copy").glob("*.arrow"))
+    fetch(URL, str(folder / "copy"))
+    assert contents(folder / "copy") == contents(folder / "packed")
 
 
-def test_of_two_that_want_it_one_copies(
-    tmp_path: Path, store: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    get, asked = MemoryFileSystem.get_file, []
-
-    def get_file(self: Any, path: str, *args: Any, **kwargs: Any) -> None:
-        asked.append(path)
-        time.sleep(0.3)  # so that the others come meanwhile
-        get(self, path, *args, **kwargs)
-
-    monkeypatch.setattr(MemoryFileSystem, "get_file", get_file)
+def test_of_three_that_want_it_one_copies(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = watch(monkeypatch, before=lambda _: time.sleep(0.1))  # so that the others come
     with ThreadPoolExecutor(3) as pool:
-        jobs = [pool.submit(fetch, URL, str(tmp_path / "copy")) for _ in range(3)]
-    assert [job.result() for job in jobs] == [str(tmp_path / "copy")] * 3
+        jobs = [pool.submit(fetch, URL, str(folder / "copy")) for _ in range(3)]
+    assert [job.result() for job in jobs] == [str(folder / "copy")] * 3
     assert len(asked) == len({*asked}) > 1
-    assert names_in(tmp_path / "copy") == names_in(tmp_path / "packed")
+    assert contents(folder / "copy") == contents(folder / "packed")
 
 
-def test_what_was_half_copied_is_removed(tmp_path: Path, store: MemoryFileSystem) -> None:
-    (tmp_path / "copy").mkdir()
-    (tmp_path / "copy" / ".images-00000.arrow.1a2b3c4d.unfinished").write_bytes(b"xx")  # killed
-    fetch(URL, str(tmp_path / "copy"))
-    assert names_in(tmp_path / "copy") == names_in(tmp_path / "packed")
-
-
-def test_a_whole_copy_does_without_the_store(
-    tmp_path: Path, store: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fetch(URL, str(tmp_path / "copy"))
+def test_a_whole_copy_does_without_the_store(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetch(URL, str(folder / "copy"))
 
     def cat_file(*_: Any, **__: Any) -> bytes:
         raise OSError("no route to host")
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
     with pytest.warns(UserWarning, match="no route to host; the copy in .*copy is used as it is"):
-        fetch(URL, str(tmp_path / "copy"))
+        fetch(URL, str(folder / "copy"))
     with pytest.raises(ValueError, match="cannot be read: no route to host"):
-        fetch(URL, str(tmp_path / "other"))
+        fetch(URL, str(folder / "other"))
 
 
 @pytest.mark.parametrize(
@@ -219,24 +206,23 @@ def test_nobody_is_told_a_password(
     assert "secret" not in str(error.value)
 
 
-def test_what_cannot_be_copied(
-    tmp_path: Path, store: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_copied(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for url, sentence in {
         "memory://bucket/none": r"memory://bucket/none holds no packed\.json, or less",
         "nosuch://bucket/photos": "nosuch://bucket/photos cannot be read: Protocol not known",
     }.items():
         with pytest.raises(ValueError, match=sentence):
-            module_of(url, tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("usage", (), {"free": 10}))
-    with pytest.raises(ValueError, match=r"has 1e-08 GB free, [\d.e-]+ GB are needed for memory:"):
-        module_of(URL, tmp_path)
-    packed = Packed.load(tmp_path / "packed")
+            module_of(url, folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: type("usage", (), {"free": 10}))
+        with pytest.raises(ValueError, match=r"has 1e-08 GB free, [\d.e-]+ GB are needed for mem"):
+            module_of(URL, folder)
+    packed = Packed.load(folder / "packed")
     packed.complete = False
-    packed.save(tmp_path / "packed")
-    store.put(str(tmp_path / "packed" / "packed.json"), "/bucket/photos/packed.json")
+    packed.save(folder / "packed")
+    upload(folder)
     with pytest.raises(ValueError, match="is packed in part only: finish simmim pack, and copy"):
-        module_of(URL, tmp_path)
+        module_of(URL, folder)
 
 
 def test_copies_of_equal_names_lie_apart() -> None:

@@ -12,13 +12,17 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelChec
 
 from simmim.checkpoints import KeepLast
 from simmim.data import ImageFolderData
+from support import exhaustive
+from support.folders import make_images
 from support.training import quiet_trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # no savers
 
 
 class Notes(L.LightningModule):
     """Notes which images it was given, and when."""
 
-    def __init__(self, early: bool) -> None:
+    def __init__(self, early: bool = False) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.seen: list[tuple[Any, ...]] = []
@@ -40,15 +44,15 @@ class Notes(L.LightningModule):
 
 
 @pytest.fixture
-def fit(tmp_path: Path, make_images: Callable[..., Path]) -> Callable[..., list[Any]]:
+def fit(tmp_path: Path) -> Callable[..., list[Any]]:
     root = make_images(tmp_path / "root", 17, size=8)  # 14 train: three batches of four
 
     def run(
-        folder: Path | None,
+        folder: Path | None = None,
         checkpoint: Path | None = None,
         *,
-        workers: int,
-        early: bool,
+        workers: int = 0,
+        early: bool = False,
         **kwargs: Any,
     ) -> list[Any]:
         kinds: list[dict[str, Any]] = [
@@ -61,28 +65,26 @@ def fit(tmp_path: Path, make_images: Callable[..., Path]) -> Callable[..., list[
         ]
         options: dict[str, Any] = {"max_epochs": 3, "enable_checkpointing": True, **kwargs}
         trainer = quiet_trainer(tmp_path, *savers, KeepLast(), num_sanity_val_steps=0, **options)
-        module = Notes(early)
-        data = ImageFolderData(
-            str(root), img_size=8, batch_size=4, num_workers=workers, val_fraction=0.2
-        )
+        module, images = Notes(early), {"img_size": 8, "batch_size": 4, "val_fraction": 0.2}
+        data = ImageFolderData(str(root), num_workers=workers, **images)  # type: ignore[arg-type]
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
         return module.seen
 
     return run
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # no savers then
 @pytest.mark.parametrize(
     ("workers", "early", "options"),
     [
         (0, False, {}),
         (0, True, {"accumulate_grad_batches": 2}),
-        (1, True, {"max_epochs": 2}),
+        exhaustive(1, True, {"max_epochs": 2}),
         (0, False, {"max_epochs": -1, "max_steps": 8}),
-        (0, False, {"limit_train_batches": 2, "val_check_interval": 1}),
+        exhaustive(0, False, {"limit_train_batches": 2, "val_check_interval": 1}),
         (0, False, {"accumulate_grad_batches": 2, "val_check_interval": 1}),  # among two batches
     ],
 )
+@pytest.mark.slow
 def test_it_goes_on_with_the_next_batch(
     tmp_path: Path,
     fit: Callable[..., list[Any]],
@@ -91,6 +93,10 @@ def test_it_goes_on_with_the_next_batch(
     options: dict[str, Any],
 ) -> None:
     whole = fit(tmp_path / "whole", workers=workers, early=early, **options)
+    if not options:  # the epochs are Lightning's, each in another order
+        places = [(3 * e + i, e, i) for e in range(3) for i in range(3)]
+        assert [place[:3] for place in whole] == places
+        assert len({tuple(place[3]) for place in whole}) == 9
     checkpoints = sorted((tmp_path / "whole").glob("*.ckpt"))
     assert {c.name.split("_")[0] for c in checkpoints} == {"step", "epoch", "val"}
     for checkpoint in checkpoints:
@@ -99,47 +105,40 @@ def test_it_goes_on_with_the_next_batch(
         assert resumed == [seen for seen in whole if seen[0] >= step], checkpoint.name
 
 
-def test_epochs_are_lightnings(fit: Callable[..., list[Any]]) -> None:
-    seen = fit(None, workers=0, early=False)
-    assert [place[:3] for place in seen] == [(3 * e + i, e, i) for e in range(3) for i in range(3)]
-    assert len({tuple(place[3]) for place in seen}) == 9  # another order in each epoch
-
-
-def test_a_changing_accumulation_is_refused(
-    tmp_path: Path, make_images: Callable[..., Path]
-) -> None:
-    trainer = L.Trainer(callbacks=[GradientAccumulationScheduler({1: 2})], logger=False)
+def test_a_changing_accumulation_is_refused(tmp_path: Path) -> None:
     data = ImageFolderData(str(make_images(tmp_path, 4)), img_size=8)
     data.setup("fit")
-    data.trainer = trainer
+    data.trainer = L.Trainer(callbacks=[GradientAccumulationScheduler({1: 2})], logger=False)
     with pytest.raises(ValueError, match=r"use trainer\.accumulate_grad_batches"):
         data.train_dataloader()
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-@pytest.mark.parametrize("change", ["more", "fewer", "renamed"])
+@pytest.mark.slow
 def test_a_folder_that_has_changed_since_is_told(
-    fit: Callable[..., list[Any]], tmp_path: Path, change: str
+    fit: Callable[..., list[Any]], tmp_path: Path
 ) -> None:
-    fit(tmp_path / "run", workers=0, early=False, max_epochs=1)
+    fit(tmp_path / "run", max_epochs=1)
     (checkpoint,) = (tmp_path / "run").glob("epoch_*.ckpt")
-    fit(None, checkpoint, workers=0, early=False, max_epochs=2)  # without a warning
+    fit(None, checkpoint, max_epochs=2)  # without a warning
     data = ImageFolderData(str(tmp_path / "root"), val_fraction=0.2)
     data.setup("fit")
-    first = Path(data.sets["training"].path(0))
-    if change == "more":
-        for i in range(20):
-            shutil.copy(first, first.with_name(f"more{i}.png"))
-    elif change == "fewer":
-        first.unlink()
-    else:
-        first.rename(first.with_name("0.png"))
-    with pytest.warns(UserWarning, match=r"not those that this run began with \(14 then, \d+ now"):
-        fit(None, checkpoint, workers=0, early=False, max_epochs=2)
+    first, second = (Path(data.sets["training"].path(i)) for i in (0, 1))
+    other = first.with_name("0.png")
+    sentence = r"not those that this run began with \(14 then, \d+ now"
+    first.rename(other)
+    with pytest.warns(UserWarning, match=sentence):
+        fit(None, checkpoint, max_epochs=2)
+    other.unlink()
+    with pytest.warns(UserWarning, match=sentence):
+        fit(None, checkpoint, max_epochs=2)
+    for i in range(20):
+        shutil.copy(second, first.with_name(f"more{i}.png"))
+    with pytest.warns(UserWarning, match=sentence):
+        fit(None, checkpoint, max_epochs=2)
 
 
-def test_overfitting_repeats_its_batches(tmp_path: Path, make_images: Callable[..., Path]) -> None:
-    module = Notes(early=False)
+def test_overfitting_repeats_its_batches(tmp_path: Path) -> None:
+    module = Notes()
     trainer = quiet_trainer(tmp_path, max_epochs=2, overfit_batches=1)
     data = ImageFolderData(str(make_images(tmp_path / "root", 9)), img_size=8, batch_size=4)
     with pytest.warns(UserWarning, match="overfit"):

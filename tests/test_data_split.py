@@ -1,6 +1,5 @@
 """The split: a function of names and seed, near its share, true to classes and groups."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 
 from simmim.data.layout import read_parts
 from simmim.data.split import check_group_pattern, validation_mask
+from support.processes import run_program
 
 
 def mask(
@@ -51,9 +51,7 @@ def test_many_small_classes_give_their_share_together(size: int, fraction: float
 @pytest.mark.parametrize("fraction", [0.01, 0.5, 0.99])
 def test_two_images_are_one_and_one(fraction: float) -> None:
     assert mask(["a", "b"], fraction=fraction).sum() == 1
-
-
-def test_nothing_validates_where_nothing_shall_or_can() -> None:
+    # Nothing validates where nothing shall or can.
     assert not mask(["a", "b", "c"], fraction=0).any()
     assert not mask(["a"], fraction=0.5).any()
 
@@ -62,14 +60,8 @@ def test_added_images_move_few_others() -> None:
     names = [f"{i}.png" for i in range(1000)]
     before, after = mask(names), mask([*names, *(f"new{i}.png" for i in range(100))])
     assert (before != after[:1000]).sum() <= 20
-
-
-def test_a_smaller_share_is_part_of_a_larger_one() -> None:
-    names = [f"{i}.png" for i in range(500)]
-    assert (mask(names, fraction=0.1) <= mask(names, fraction=0.2)).all()
-
-
-def test_accents_hash_alike_composed_or_not() -> None:
+    assert (before <= mask(names, fraction=0.2)).all()  # a smaller share is part of a larger one
+    # Accents hash alike, composed or not.
     others = [f"{i}.png" for i in range(9)]
     assert mask(["\u00e9.png", *others]).tolist() == mask(["e\u0301.png", *others]).tolist()
 
@@ -120,36 +112,29 @@ def test_a_pattern_must_name_every_image() -> None:
         check_group_pattern("(p")
 
 
-def test_it_does_not_depend_on_the_process() -> None:
-    code = (
-        "import numpy as np; from simmim.data.split import validation_mask\n"
-        "print(np.flatnonzero(validation_mask(map(str, range(90)), np.zeros(90, int), 0.2)))"
-    )
-    lists = [
-        subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": seed},
-        ).stdout
-        for seed in "12"
-    ]  # fmt: skip
-    assert lists[0] == lists[1]
+def touch(*files: Path) -> None:
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
 
 
-def test_it_does_not_depend_on_the_place(tmp_path: Path) -> None:
-    chosen = []
+def validation(root: Path) -> list[str]:
+    part = read_parts(str(root), 0.2)["val"]
+    return [part.files.name(i) for i in part.places.tolist()]
+
+
+@pytest.mark.slow
+def test_it_depends_neither_on_the_place_nor_on_the_process(workdir: Path) -> None:
     for place in ("here", "there/deeper"):
-        for i in range(30):
-            file = tmp_path / place / "ab"[i % 2] / f"{i}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.touch()
-        part = read_parts(str(tmp_path / place), 0.2)["val"]
-        chosen.append([part.files.name(i) for i in part.places])
-    assert chosen[0] == chosen[1]
+        touch(*(workdir / place / "ab"[i % 2] / f"{i}.png" for i in range(30)))
+    code = (
+        "from simmim.data.layout import read_parts\npart = read_parts('there/deeper', 0.2)['val']\n"
+        "print(*map(part.files.name, part.places.tolist()), sep='\\n')"
+    )
+    found = run_program(sys.executable, "-c", code, PYTHONHASHSEED="7").splitlines()
+    assert found == validation(Path("here")) == validation(Path("there/deeper"))
 
 
 def test_train_folder_is_split_like_the_folder_itself(tmp_path: Path) -> None:
-    for i in range(20):
-        (tmp_path / "train" / "a").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "train" / "a" / f"{i}.png").touch()
-    whole, inner = read_parts(str(tmp_path), 0.2), read_parts(str(tmp_path / "train"), 0.2)
-    assert whole["val"].places.tolist() == inner["val"].places.tolist()
+    touch(*(tmp_path / "train" / "a" / f"{i}.png" for i in range(20)))
+    assert validation(tmp_path) == validation(tmp_path / "train")

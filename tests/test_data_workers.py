@@ -3,13 +3,14 @@
 import multiprocessing
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from simmim.data.transforms import CenterCrop
 from simmim.data.workers import worker_context
+from support import exhaustive
+from support.folders import make_images
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="others spawn, as Python does")
 
@@ -30,6 +31,8 @@ def read(workers):
 read(0)
 threading.Thread(target=threading.Event().wait, daemon=True).start()
 read(2)
+"""
+FORKED = """
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     process = os.fork()
@@ -38,55 +41,42 @@ if process == 0:
     sys.exit()
 os.waitpid(process, 0)
 """
-OWN = """
-from simmim.data.transforms import CenterCrop
-
-class Crop(CenterCrop):
-    pass
-"""
-
-
-@pytest.fixture
-def place(tmp_path: Path, make_images: Callable[..., Path]) -> Path:
-    """A working folder with images, one of them bad, and a module with a transform."""
-    make_images(tmp_path / "images", 8)
-    (tmp_path / "images" / "005.png").write_bytes(b"text")
-    (tmp_path / "own.py").write_text(OWN)
-    return tmp_path
+OWN = "from simmim.data.transforms import CenterCrop\nclass Crop(CenterCrop):\n    pass\n"
 
 
 @LINUX
-@pytest.mark.parametrize("by", ["file", pytest.param("stdin", marks=pytest.mark.slow)])
-def test_a_script_is_run_once_and_its_own_modules_are_found(place: Path, by: str) -> None:
-    """It has a thread, as Python warns of where it forks; then it forks itself, as notebooks do."""
-    (place / "script.py").write_text(SCRIPT)
-    named = ["script.py"] if by == "file" else ["-"]
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("by", "script"), [("script.py", SCRIPT), exhaustive("-", SCRIPT + FORKED)]
+)
+def test_a_script_is_run_once_and_its_own_modules_are_found(
+    tmp_path: Path, by: str, script: str
+) -> None:
+    """It has a thread, as Python warns of where it forks; it may fork itself, as notebooks do."""
+    make_images(tmp_path / "images", 8)
+    (tmp_path / "images" / "005.png").write_bytes(b"text")
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "script.py").write_text(script)
     done = subprocess.run(
-        [sys.executable, "-W", "error::DeprecationWarning:multiprocessing", *named],
-        input=SCRIPT,
-        cwd=place,
+        [sys.executable, "-W", "error::DeprecationWarning:multiprocessing", by],
+        input=script,
+        cwd=tmp_path,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     alone, *others = done.stdout.splitlines()
     assert alone.endswith("[0, 0, 0, 0, 0, 1, 0, 0]")
-    assert others == [alone, alone]
+    assert others == [alone] * (2 if by == "-" else 1)
     assert not done.stderr
 
 
-def test_what_the_script_defines_is_read_as_python_would() -> None:
+@LINUX
+def test_what_the_script_defines_is_read_as_python_would(monkeypatch: pytest.MonkeyPatch) -> None:
     """A class of a notebook's cell, or a lambda: by default a fork on Linux before 3.14."""
     default = multiprocessing.get_context().get_start_method()
-    transform = type("Own", (CenterCrop,), {"__module__": "__main__"})((8, 8))
-    sys.modules["__main__"].Own = type(transform)  # type: ignore[attr-defined]
-    try:
-        for sent in (transform, lambda image: image):
-            assert worker_context(sent).get_start_method() == default
-    finally:
-        del sys.modules["__main__"].Own  # type: ignore[attr-defined]
-
-
-@LINUX
-def test_others_are_not_forked_from_this_process() -> None:
-    assert worker_context(CenterCrop((8, 8))).get_start_method() == "forkserver"
+    own = type("Own", (CenterCrop,), {"__module__": "__main__"})
+    monkeypatch.setattr(sys.modules["__main__"], "Own", own, raising=False)
+    for sent in (own((8, 8)), lambda image: image):
+        assert worker_context(sent).get_start_method() == default
+    assert worker_context(CenterCrop((8, 8))).get_start_method() == "forkserver"  # others

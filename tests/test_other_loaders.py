@@ -11,19 +11,14 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from simmim import Classifier, SimMIM
+from support.commands import assert_same_tensors
+from support.training import quiet_trainer
 
 TINY: dict[str, Any] = {
     "encoder": "vit_tiny_patch16_224",
     "img_size": 32,
     "encoder_kwargs": {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 1},
 }
-
-
-def trainer(folder: Path, **options: Any) -> L.Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return L.Trainer(
-        **{"default_root_dir": folder, "accelerator": "cpu", "max_epochs": 1, **quiet, **options}
-    )
 
 
 def test_the_places_of_a_shorter_last_batch_follow_the_others(tmp_path: Path) -> None:
@@ -35,7 +30,7 @@ def test_the_places_of_a_shorter_last_batch_follow_the_others(tmp_path: Path) ->
             seen.append(args[2]["index"].tolist())
 
     loader = DataLoader(torch.randn(7, 3, 32, 32), batch_size=3)
-    trainer(tmp_path, callbacks=[Watch()]).validate(model, loader, verbose=False)
+    quiet_trainer(tmp_path, Watch()).validate(model, loader, verbose=False)
     assert seen == [[0, 1, 2], [3, 4, 5], [6]]
 
 
@@ -54,13 +49,11 @@ def test_places_are_dealt_out_as_distributed_sampler_does(monkeypatch: pytest.Mo
 
 
 def test_a_checkpoint_of_a_model_that_was_only_validated(tmp_path: Path) -> None:
-    model, run = SimMIM(mask_patch_size=8, **TINY), trainer(tmp_path)
+    model, run = SimMIM(mask_patch_size=8, **TINY), quiet_trainer(tmp_path)
     run.validate(model, DataLoader(torch.randn(2, 3, 32, 32), 2), verbose=False)
     run.save_checkpoint(tmp_path / "validated.ckpt")
     again = SimMIM.load_from_checkpoint(tmp_path / "validated.ckpt")
-    assert all(
-        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
-    )
+    assert_same_tensors(model.state_dict(), again.state_dict())
 
 
 class Stream(IterableDataset[Tensor]):
@@ -74,14 +67,14 @@ class Stream(IterableDataset[Tensor]):
 def test_data_without_a_length_are_refused_with_the_remedy(tmp_path: Path) -> None:
     model, loader = SimMIM(mask_patch_size=8, **TINY), DataLoader(Stream(), 2)
     with pytest.raises(ValueError, match=r"no length.*limit_train_batches"):
-        trainer(tmp_path).fit(model, loader)
+        quiet_trainer(tmp_path).fit(model, loader)
 
 
 def test_a_batch_sampler_says_the_batch_size(tmp_path: Path) -> None:
     images = torch.randn(8, 3, 32, 32)
     sampler = BatchSampler(SequentialSampler(images), 4, drop_last=False)
     model = SimMIM(mask_patch_size=8, base_lr=5.12, warmup_epochs=0, **TINY)
-    run = trainer(tmp_path, enable_checkpointing=False)
+    run = quiet_trainer(tmp_path)
     run.fit(model, DataLoader(images, batch_sampler=sampler))
     assert run.optimizers[0].param_groups[0]["initial_lr"] == pytest.approx(5.12 * 4 / 512)
 

@@ -5,14 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from support import beyond
-from support.commands import simmim, write_tiny
-from support.folders import make_classes, make_images
+from support.commands import simmim
+from support.folders import make_images
 
 NAMESPACE = ["unshare", "--mount", "sh", "-c"]  # what is mounted there ends with the process
 READ_ONLY = 'mount -o bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
@@ -43,13 +43,12 @@ def where_it_is_read_only(folder: Path, lines: list[list[str]]) -> tuple[list[in
 
 
 @pytest.fixture
-def run(workdir: Path) -> Path:
+def run(tiny_run: Callable[[str], Path]) -> Path:
     """The run of somebody else's, seen from one's own working folder."""
-    make_classes(Path("images"), 5)
+    tiny_run("pretrain")
+    Path("runs").rename("theirs")
     make_images(Path("others"), 5)
-    write_tiny(workdir)
-    simmim("pretrain fit -c tiny.yaml --run_dir=theirs --trainer.max_epochs=1")
-    return Path("theirs/tiny/version_0")
+    return Path("theirs/pretrain/version_0")
 
 
 @pytest.mark.exhaustive
@@ -63,33 +62,33 @@ def test_what_scores_or_shows_a_run_needs_no_right_to_write_into_it(run: Path) -
     assert statuses == [0, 0, 1], said
     assert f"{run} cannot be written: --run_dir says where results go" in said
     assert f"simmim: {run} cannot be written, and a run goes on in its own folder: copy it" in said
-    assert len(list(Path("runs/tiny/version_0/predictions").rglob("*.png"))) == 5
+    assert len(list(Path("runs/pretrain/version_0/predictions").rglob("*.png"))) == 5
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
 @pytest.mark.slow
 def test_results_go_where_one_says(run: Path) -> None:
     simmim(f"pretrain predict --ckpt_path={run} --run_dir=mine")
-    assert len(list(Path("mine/tiny/version_0/predictions").rglob("*.png"))) == 10
+    assert len(list(Path("mine/pretrain/version_0/predictions").rglob("*.png"))) == 20
     simmim(f"pretrain validate --ckpt_path={run} --run_dir=mine")
-    assert Path("mine/tiny/version_1/validate.csv").exists()
+    assert Path("mine/pretrain/version_1/validate.csv").exists()
     assert not (run / "predictions").exists()
     # Only where it is looked for.
-    simmim("pretrain validate --ckpt_path=last --name=tiny --run_dir=theirs")
+    simmim("pretrain validate --ckpt_path=last --name=pretrain --run_dir=theirs")
     assert (run / "validate.csv").exists()
     assert not Path("runs").exists()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("inside", beyond(1, [".", "..", "checkpoints"]))
 def test_a_run_is_known_from_within(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a path that does not say its name."""
-    given = {".": ".", "..": "version_0", "checkpoints": "last.ckpt"}[inside]
-    monkeypatch.chdir(run / inside)
-    options = [f"--data.root={tmp_path / 'images'}", "--trainer.max_epochs=2"]
-    simmim(f"pretrain fit --ckpt_path={given}", *options)
-    kept = yaml.safe_load((tmp_path / run / "config.yaml").read_text())
-    assert (kept["name"], kept["trainer"]["max_epochs"]) == ("tiny", 2)
-    assert [path.name for path in tmp_path.rglob("version_*")] == ["version_0"]
+    places = [(".", "."), ("..", "version_0"), ("checkpoints", "last.ckpt")]
+    for n, (inside, path) in enumerate(places):
+        monkeypatch.chdir(tmp_path / run / inside)
+        options = [f"--data.root={tmp_path / 'images'}", f"--trainer.max_epochs={n + 2}"]
+        simmim(f"pretrain fit --ckpt_path={path}", *options)
+        kept = yaml.safe_load((tmp_path / run / "config.yaml").read_text())
+        assert (kept["name"], kept["trainer"]["max_epochs"]) == ("pretrain", n + 2)
+        assert [path.name for path in tmp_path.rglob("version_*")] == ["version_0"]

@@ -5,14 +5,14 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import lightning as L
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import Sampler
 
 from simmim.data.bad_files import BadFiles
 from simmim.data.checks import check_choice, check_number
 from simmim.data.dataset import ImageData, Key, Loader, WholeFolder, collate
-from simmim.data.sampler import EpochSampler, EvenSampler, even_batch_size, limited, position
+from simmim.data.resume import accumulation, next_batch
+from simmim.data.sampler import EpochSampler, EvenSampler, even_batch_size
 from simmim.data.scans import Intensity
 from simmim.data.statistics import (
     Statistics,
@@ -82,12 +82,6 @@ class LoaderModule(L.LightningDataModule):
         """Batches in an order that depends on (seed, epoch); each process gets its part of them."""
         data = self.sets["training"]
         replicas, rank = self._process()
-        callbacks = self.trainer.callbacks if self.trainer else []  # type: ignore[attr-defined]
-        if any(isinstance(c, GradientAccumulationScheduler) for c in callbacks):
-            raise ValueError(
-                "with GradientAccumulationScheduler the number of steps does not tell the place in "
-                "the data: use trainer.accumulate_grad_batches"
-            )
         batch_size = min(self.batch_size, len(data) // replicas)
         if not batch_size:
             raise ValueError(
@@ -157,7 +151,8 @@ class LoaderModule(L.LightningDataModule):
         optimiser step have fewer batches than the others, where gradients are accumulated.
         """
         batches = len(self.sets["training"]) // (self.batch_size * world_size)
-        return max(batches - batches % self._accumulation, min(batches, self._accumulation), 1)
+        step = accumulation(self.trainer)
+        return max(batches - batches % step, min(batches, step), 1)
 
     @property
     def num_train(self) -> int:
@@ -303,15 +298,6 @@ class LoaderModule(L.LightningDataModule):
         return kwargs.get("num_replicas", 1), kwargs.get("rank", 0)
 
     def _start(self) -> tuple[int, int] | None:
-        """Where training goes on, as (epoch, batch): nothing but the number of steps decides."""
-        trainer = self.trainer
-        if trainer is None:
-            return None
-        step = max(trainer.global_step, self._resumed_step)
+        """Where training goes on, as (epoch, batch)."""
         batches = self.batches_per_epoch(self._process()[0])
-        limit = trainer.limit_train_batches
-        return position(step, max(limited(batches, limit), 1), self._accumulation)
-
-    @property
-    def _accumulation(self) -> int:
-        return int(self.trainer.accumulate_grad_batches) if self.trainer else 1
+        return next_batch(self.trainer, self._resumed_step, batches)

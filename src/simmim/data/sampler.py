@@ -94,26 +94,6 @@ def even_batch_size(n: int, batch_size: int, replicas: int) -> int:
     return next(size for size in sizes if math.ceil(least / size) == math.ceil(most / size))
 
 
-def position(global_step: int, batches: int, accumulation: int) -> tuple[int, int]:
-    """Tell which batch comes after so many optimiser steps.
-
-    Args:
-        global_step: Optimiser steps that were made.
-        batches: In an epoch, as the trainer counts them.
-        accumulation: Batches in a step; the last step of an epoch may have fewer.
-
-    Returns:
-        The epoch and the batch in it, both counted from 0.
-    """
-    epoch, step = divmod(global_step, math.ceil(batches / accumulation))
-    return epoch, step * accumulation
-
-
-def limited(batches: int, limit: int | float) -> int:
-    """Apply Lightning's `limit_train_batches`: a number of batches, or a share of them."""
-    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-
-
 def choose(n: int, limit: int | None, seed: int = 0) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Pick at most `limit` of n places, evenly at random and the same ones always, in order."""
     if limit is None or limit >= n:
