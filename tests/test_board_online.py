@@ -18,7 +18,6 @@ pytestmark = pytest.mark.exhaustive
 QUICK = [
     "--probe.every_n_epochs=0",
     "--reconstructions.every_n_epochs=0",
-    "--masks.every_n_epochs=0",
     "--worst.every_n_epochs=0",
     "--inside.every_n_epochs=0",
 ]

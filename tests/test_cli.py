@@ -120,6 +120,7 @@ def test_help_of_the_task_needs_no_torch(capsys: pytest.CaptureFixture[str]) -> 
 MISTAKES = [
     ("fit --model.mask_ration 0.5", 2, "did you mean --model.mask_ratio?"),
     ("fit --epochs 3", 2, "did you mean --trainer.max_epochs?"),
+    ("fit --masks.every_n_epochs=0", 2, "was removed: the pictures of --reconstructions"),
     ("fit --learning-rate 3", 2, "did you mean --model.base_lr?"),
     ("fit --batch_size 3", 2, "did you mean --data.batch_size?"),
     ("fit -config x", 2, "did you mean -c or --config?"),
@@ -419,8 +420,7 @@ def test_the_board_gets_the_full_config(place: Path, monkeypatch: pytest.MonkeyP
 def test_without_loggers_the_run_is_kept_all_the_same(place: Path) -> None:
     assert fit("--trainer.max_epochs=1", "--trainer.logger=false") == 0
     names = {path.name for path in Path("runs/tiny/version_0").iterdir()}
-    pictures = {"histograms", "masks", "worst"}
-    assert names == {"config.yaml", "checkpoints", "report.html", "worst.csv", *pictures}
+    assert names == {"config.yaml", "checkpoints", "report.html", "worst.csv", "worst"}
 
 
 @pytest.mark.slow

@@ -44,6 +44,9 @@ ELSEWHERE = {  # what other tools call our options
     "output": "run_dir",
     "output_dir": "run_dir",
 }
+REMOVED = {  # sections of earlier versions, and what has taken their place
+    "masks": "the pictures of --reconstructions show the mask of each image",
+}
 ROOTS = ("--root", "--data.root")
 FULL = {
     errno.ENOSPC: "the disk is full",
@@ -159,6 +162,8 @@ def _unknown(argument: str, options: Iterable[str]) -> str:
     if not option.startswith("-"):
         root = next((f", did you mean {n} {argument}?" for n in ROOTS if n in names), "")
         return f"unexpected argument {argument!r}{root}: options begin with --, configs follow -c"
+    if instead := REMOVED.get(option.strip("-").split(".")[0]):
+        return f"{option} was removed: {instead}"
     theirs = f"--{ELSEWHERE.get(option.strip('-').replace('-', '_'))}"
     hint = f"did you mean {theirs}?" if theirs in names else nearest(option, names)
     return f"unknown option {option}: {hint or 'see --help for those that there are'}"

@@ -148,7 +148,7 @@ sys.exit(main(sys.argv[1:]))
 
 SMALL = [  # a TPU's compiler is quicker
     *("--model.encoder_kwargs.depth", "1", "--model.encoder_kwargs.embed_dim", "32"),
-    *("--probe.layer", "1", "--inside.every_n_epochs", "0", "--masks.every_n_epochs", "0"),
+    *("--probe.layer", "1", "--inside.every_n_epochs", "0"),
 ]
 
 

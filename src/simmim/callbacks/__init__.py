@@ -9,7 +9,6 @@ from lightning.pytorch import Callback
 
 from simmim.callbacks.alarms import CollapseAlarm, NonFiniteLoss, StopOnNonFinite
 from simmim.callbacks.inside import Inside
-from simmim.callbacks.masks import Masks
 from simmim.callbacks.probe import OnlineProbe
 from simmim.callbacks.progress import ProgressBar, Throughput
 from simmim.callbacks.reconstructions import PredictionWriter, Reconstructions
@@ -26,7 +25,6 @@ PRETRAINING: Mapping[str, type[Callback]] = {
     "reconstructions": Reconstructions,
     "probe": OnlineProbe,
     "collapse_alarm": CollapseAlarm,
-    "masks": Masks,
     "worst": WorstImages,
     "inside": Inside,
     **EVERY_RUN,
@@ -37,7 +35,6 @@ __all__ = [
     "PRETRAINING",
     "CollapseAlarm",
     "Inside",
-    "Masks",
     "NonFiniteLoss",
     "OnlineProbe",
     "PredictionWriter",

@@ -1,31 +1,21 @@
-"""What goes on inside the model: where its attention looks, what the mask token and head do."""
+"""Attention of the encoder: its entropy and distance in the log, its maps for pictures."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from simmim.callbacks.look import call, fixed_samples, last_step, log_now, undisturbed
+from simmim.callbacks.look import call, fixed_samples, log_now, undisturbed
 from simmim.callbacks.schedule import EpochPictures
-
-SHOWN = {  # what each histogram is of
-    "mask_token": "values of the mask token",
-    "head": "weights of the head",
-    "prediction": "predicted at hidden places",
-    "target": "to be predicted there",
-}
 
 
 class Inside(EpochPictures):
-    """Log attention and histograms on a few fixed validation images, every few epochs.
+    """Log where the attention looks in a few fixed validation images, every few epochs.
 
     `attention/entropy_LAYER` is that of the attention's weights as a share of the largest possible
     (1: it looks at all tokens alike), a mean over images, heads and queries, for the first, the
@@ -33,114 +23,41 @@ class Inside(EpochPictures):
     sees the whole grid of patches (not within windows). Both are of unmasked images. Encoders
     without attention, or whose attention does not call PyTorch's, have neither.
 
-    `histograms/NAME` on W&B and TensorBoard, its mean and standard deviation in every log, and
-    `histograms/epoch_0007.png` in the run's folder, of: mask_token (its values), head (its
-    weights), prediction (of hidden elements) and target (what should have been predicted there,
-    where that is not classes).
-
     Args:
         every_n_epochs: Epochs between two looks; the last epoch always has one. 0: none.
         num_images: Validation images to look at.
     """
 
-    NAME, AT_START = "histograms", True
+    NAME, AT_START = "attention", True
 
     def __init__(self, every_n_epochs: int = 10, num_images: int = 8) -> None:
         super().__init__(every_n_epochs, num_images)
 
     def draw(self, trainer: L.Trainer, pl_module: L.LightningModule, epochs: int) -> bool:
-        """Look inside, and log what is seen."""
+        """Look inside, and log what is seen; there is no picture."""
         with undisturbed(pl_module):
             samples = fixed_samples(trainer, self.num_images)
             if samples is None:
                 return False
-            attention, values = call(trainer, lambda *s: inspect(pl_module, *s), *samples)
-        if not trainer.is_global_zero:
-            return True
-        values = {k: v[v.isfinite()] for k, v in values.items()}
-        values = {k: v for k, v in values.items() if len(v)}
-        moments = {f"histograms/{k}_mean": float(v.mean()) for k, v in values.items()}
-        moments |= {f"histograms/{k}_std": float(v.std(correction=0)) for k, v in values.items()}
-        log_now(trainer, {**attention, **moments})
-        for name, value in values.items():
-            _log_histogram(trainer, f"histograms/{name}", value)
-        if values:
-            self.save(trainer, draw_histograms(values), epochs)
+            attention = call(trainer, lambda images: inspect(pl_module, images), samples[0])
+        if trainer.is_global_zero:
+            log_now(trainer, attention)
         return True
 
 
-def _log_histogram(trainer: L.Trainer, name: str, values: Tensor) -> None:
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            import wandb
-
-            logger.log_metrics({name: wandb.Histogram(values.numpy())}, last_step(trainer))
-        elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_histogram(name, values, last_step(trainer))
-
-
-def draw_histograms(values: Mapping[str, Tensor]) -> Image.Image:
-    """Draw the histogram of each name's values, (n,), beside each other.
-
-    Returns:
-        The picture, RGB.
-    """
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(3 * len(values), 2.6), dpi=120, layout="constrained")
-        canvas = FigureCanvasAgg(figure)
-        for axes, (name, value) in zip(
-            figure.subplots(1, len(values), squeeze=False)[0], values.items(), strict=True
-        ):
-            axes.hist(value.numpy(), bins=40, color="#1f77b4")
-            mean, std = float(value.mean()), float(value.std(correction=0))
-            axes.set_title(f"{SHOWN.get(name, name)}\nmean {mean:.2g}, std {std:.2g}", fontsize=9)
-            axes.set_yticks([])
-            axes.spines[["top", "right", "left"]].set_visible(False)
-        canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-
-
 @torch.no_grad()
-def inspect(
-    module: Any, images: Tensor, mask: Tensor, keys: Tensor
-) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Look inside a `SimMIM`.
+def inspect(module: Any, images: Tensor) -> dict[str, float]:
+    """Entropies and distances of the attention of a `SimMIM` by name.
 
     Args:
         module: The module.
         images: Normalised images, (B, C, H, W).
-        mask: Cells, (B, h, w), True = hidden.
-        keys: One key an image, (B,).
-
-    Returns:
-        Entropies and distances of the attention by name, and the values of each histogram, (n,),
-        float32 on the CPU.
     """
-    encoder, target = module.encoder, module.target(images)
-    with _weights_of(module.head) as weights:
-        prediction = module(images, mask, keys)
-    hidden = F.interpolate(mask[:, None].float(), prediction.shape[-2:])[:, 0].bool()
-    values = {"prediction": prediction.movedim(1, -1)[hidden]}
-    if torch.is_floating_point(target):
-        values["target"] = target.movedim(1, -1)[hidden]
-    if (token := getattr(encoder, "mask_token", None)) is not None:
-        values["mask_token"] = token
-    if weights:
-        values["head"] = torch.cat([weight for part in weights.values() for weight in part])
+    encoder = module.encoder
     grid, stride = getattr(encoder, "grid_size", (0, 0)), getattr(encoder, "stride", 0)
-    watch = WatchAttention(grid, stride, len(images))
-    with watch:
+    with WatchAttention(grid, stride, len(images)) as watch:
         encoder(images)
-    # Copies: where weights are in shards, those that were gathered are freed behind this.
-    kept = {
-        name: value.detach().flatten().to("cpu", torch.float32, copy=True)
-        for name, value in values.items()
-    }
-    return watch.summary(), kept
+    return watch.summary()
 
 
 @torch.no_grad()
@@ -177,23 +94,6 @@ def attention_maps(
         )
     rows = [w[..., -height * width :, -height * width :][:, :, row * width + column] for w in whole]
     return torch.stack(rows).unflatten(-1, (height, width))
-
-
-@contextmanager
-def _weights_of(head: nn.Module) -> Iterator[dict[nn.Module, list[Tensor]]]:
-    """Copy the weights of each part of a head while it computes, and they are gathered."""
-    found: dict[nn.Module, list[Tensor]] = {}
-
-    def copy(part: nn.Module, *args: Any) -> None:
-        own = part.named_parameters(recurse=False)
-        found[part] = [p.detach().flatten().clone() for name, p in own if name.endswith("weight")]
-
-    hooks = [part.register_forward_hook(copy, prepend=True) for part in head.modules()]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class WatchAttention(TorchFunctionMode):

@@ -49,8 +49,6 @@ TOGETHER = {
     "loss as a multiple of predicting the mean": ("collapse/loss_over_mean",),
     "attention: entropy by layer (1: on all alike)": ("attention/entropy_*",),
     "attention: distance by layer, pixels": ("attention/distance_*",),
-    "histograms: mean": ("histograms/*_mean",),
-    "histograms: standard deviation": ("histograms/*_std",),
 }
 # Pictures that say most come first; the others below the curves. What is not named comes last.
 FIRST = {
@@ -60,7 +58,7 @@ FIRST = {
     "confusion_matrix": "Confusion matrix",
     "val_predictions": "Predictions",
 }
-LATER = {"worst": "Reconstructed worst", "masks": "Masks", "histograms": "Histograms"}
+LATER = {"worst": "Reconstructed worst"}
 IN_SHORT = ("val/loss", "val/knn_top1", "val/probe_top1", "val/top1", "val/miou", "val/map")
 
 Rows = Mapping[str, tuple[list[float], list[float]]]  # metric -> steps, values
