@@ -134,9 +134,14 @@ def keep_split(
         trains, validates = split()
         return {"train": torch.from_numpy(trains), "val": torch.from_numpy(validates)}, {}
 
+    def fits(tensors: dict[str, Tensor], notes: dict[str, str]) -> bool:
+        trains, validates = tensors["train"], tensors["val"]
+        whole = len(trains) + len(validates) == len(files)
+        return whole and all(lies_within(side, len(files)) for side in (trains, validates))
+
     classes = None if files.labels is None else files.classes
     key = (digest_of(files), classes, *options)
-    tensors, _ = keep("split", len(files), key, make)
+    tensors, _ = keep("split", len(files), key, make, fits)
     return as_array(tensors["train"]), as_array(tensors["val"])
 
 
@@ -145,7 +150,7 @@ def keep(
     files: int,
     key: Sequence[object],
     make: Callable[[], Kept],
-    fits: Callable[[dict[str, Tensor], dict[str, str]], bool] | None = None,
+    fits: Callable[[dict[str, Tensor], dict[str, str]], bool],
     worth: int | None = None,
 ) -> Kept:
     """Make tensors of an index, or open those that were made of the same before.
@@ -155,7 +160,7 @@ def keep(
         files: How many files they are about.
         key: All that they depend on.
         make: Gives them by name, and notes.
-        fits: Whether what was kept fits together; that the file is whole is known without it.
+        fits: Whether what was kept is whole: what is read there must not go astray.
         worth: Of fewer files nothing is kept; None: WORTH.
     """
     cache = cache_folder()
@@ -165,7 +170,7 @@ def keep(
 
     def open_it() -> Kept:
         tensors, notes = open_tensors(file)
-        if fits is not None and not fits(tensors, notes):
+        if not fits(tensors, notes):
             raise ValueError(f"{file} is damaged")
         os.utime(file)  # it is in use
         return tensors, notes
@@ -225,6 +230,7 @@ def _open(file: Path, root: str) -> FileIndex:
         left_out=[LeftOut(*one) for one in json.loads(notes["left_out"])],
         hint=json.loads(notes["hint"]),
     )
+    _check(index)
     relative = tensors["folders"].numpy().tobytes().split(b"\0")
     paths = [os.path.join(root, os.fsdecode(folder)) for folder in relative]
     if not np.array_equal(_stamps(paths), tensors["stamps"].numpy()):
@@ -232,6 +238,17 @@ def _open(file: Path, root: str) -> FileIndex:
     warn_of_refused(json.loads(notes["refused"]))
     os.utime(file)  # it is in use
     return index
+
+
+def _check(index: FileIndex) -> None:
+    """Refuse arrays that do not fit together: what is read there must not go astray."""
+    starts, labels = index.starts, index.labels
+    fits = len(starts) > 1 and int(starts[0]) == 0 and int(starts[-1]) == len(index.names)
+    fits = fits and bool((starts[1:] > starts[:-1]).all())
+    if labels is not None:
+        fits = fits and len(labels) == len(index) and lies_within(labels, len(index.classes))
+    if not fits:
+        raise ValueError("the index is damaged")
 
 
 def _stamps(paths: Sequence[str], chunk: int = 256) -> npt.NDArray[np.int64]:
