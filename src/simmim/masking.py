@@ -80,8 +80,9 @@ def ratio_range(mask_ratio: Number | Sequence[Number]) -> tuple[Number, Number]:
     Raises:
         ValueError: If it is neither, or outside [0, 1].
     """
-    single = isinstance(mask_ratio, (int, float))  # no union: torch 2.9 cannot compile one
-    ratios = (mask_ratio, mask_ratio) if single else tuple(mask_ratio)
+    if isinstance(mask_ratio, (int, float)):  # no union: torch 2.9 cannot compile one
+        mask_ratio = (mask_ratio, mask_ratio)
+    ratios = tuple(mask_ratio)
     if len(ratios) != 2 or _fraction(ratios[0]) > _fraction(ratios[1]):
         raise ValueError(f"mask_ratio {mask_ratio} is neither a number nor [low, high], low first")
     return ratios[0], ratios[1]
