@@ -98,6 +98,7 @@ def test_without_workers_reading_and_training_take_turns() -> None:
 # What is measured --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("place")
 def test_the_table_and_the_file(capsys: pytest.CaptureFixture[str]) -> None:
     line = "benchmark data -c tiny.yaml --root photos --workers 0 1 --seconds 0.01 --out out.json"
@@ -114,6 +115,7 @@ def test_the_table_and_the_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert not (Path("runs")).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.usefixtures("place")
 def test_a_feed_has_no_end(workers: int) -> None:
@@ -140,6 +142,7 @@ def test_an_unreadable_file_is_left_out() -> None:
 # Mistakes ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "said"),
     [
