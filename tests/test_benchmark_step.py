@@ -12,6 +12,8 @@ from simmim import SimMIM
 from simmim.benchmark.step import StepReport, StepSpeed, _compare, _skipping, step
 from simmim.benchmark.stopwatch import Bare, Stopwatch, count_flop, dtype_of, peak_bytes
 
+pytestmark = pytest.mark.slow
+
 VIT = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 SWIN = {"patch_size": 2, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2), "window_size": 4}
 

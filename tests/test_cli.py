@@ -224,6 +224,7 @@ def test_a_mistake_of_a_plain_command_is_one_sentence(capsys: pytest.CaptureFixt
         ("doctor --root images -c imagefolder", 2, "did you mean 'image_folder'?"),
         ("pack --root images --out x --format jpg", 2, "did you mean jpeg?"),
         ("benchmark dta", 2, "did you mean data?"),
+        ("benchmark startup", 2, "python benchmarks/startup.py"),
         ("benchmark data --wrokers 2", 2, "did you mean --workers?"),
         ("benchmark -c digit", 2, "did you mean 'digits'?"),
         ("compare --weights x --mode finetun", 2, "did you mean finetune?"),

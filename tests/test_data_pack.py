@@ -78,6 +78,7 @@ def pixels_of(root: Path, part: str = "train", in_chans: int = 3) -> list[torch.
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", SAME)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_samples_are_those_of_the_folder(root: Path, options: dict[str, Any], workers: int) -> None:
@@ -216,6 +217,7 @@ def test_dicom_is_left_as_it_is(tmp_path: Path) -> None:
                 assert bytes(files.read(i)) == (tmp_path / "root" / files.name(i)).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_shards_are_the_same_for_any_number_of_workers(root: Path) -> None:
     (root / "b" / "000.png").write_bytes(b"nothing")
     alone = contents(packed(root, "alone", format="raw", short_side=32, shard_mb=1))
@@ -265,6 +267,7 @@ def packing_slowly(root: Path, out: Path, workers: int) -> Iterator[subprocess.P
 SLOWLY = {"format": "raw", "short_side": None, "shard_mb": 1}  # as these options say it
 
 
+@pytest.mark.exhaustive
 def test_killed_it_goes_on_with_the_next_shard(tmp_path: Path) -> None:
     root, out = noise(tmp_path / "root"), tmp_path / "killed"
     with packing_slowly(root, out, workers=0) as process:
@@ -283,8 +286,9 @@ def test_killed_it_goes_on_with_the_next_shard(tmp_path: Path) -> None:
     assert not list(out.glob(".*.unfinished"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="no process groups")
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_ctrl_c_says_how_to_go_on_and_leaves_nothing_half_done(
     tmp_path: Path, workers: int
 ) -> None:
@@ -509,6 +513,7 @@ def test_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert not Path("x").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full disk to be had on Linux")
 def test_a_full_disk_leaves_what_is_whole(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Path.open

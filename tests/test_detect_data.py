@@ -485,6 +485,7 @@ def test_broken_xml_is_refused_by_name(tmp_path: Path) -> None:
         read_voc("labels", {"1.png": str(tmp_path / "1.xml")})
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not BLOOD.is_dir(), reason="the shared data are not there")
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_blood_cells_are_the_same_in_both_formats(part: str) -> None:
@@ -513,7 +514,7 @@ def painted(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return image
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_boxes_and_masks_stay_on_their_objects(seed: int) -> None:
     draws = uniforms(seed)
     height, width = 50 + int(next(draws) * 100), 50 + int(next(draws) * 100)
@@ -582,6 +583,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(folder: Path) -> None:
     assert same(first.sets["validation"][0], other.sets["validation"][0])
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(folder: Path) -> None:
     def batches(workers: int) -> Iterator[dict[str, Any]]:
         made = data(folder, num_workers=workers, scale_jitter=(0.3, 2.0))
@@ -745,6 +747,7 @@ def test_changed_annotations_are_read_anew(kept: Path, make_images: Make, change
     assert len(found) == len(first) - (change == "images")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["0.starts", "0.labels", "0.outline_starts", "0.boxes"])
 def test_damaged_arrays_of_boxes_are_made_anew(kept: Path, name: str) -> None:
     first = all_of(kept)

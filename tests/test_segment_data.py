@@ -80,6 +80,7 @@ def test_images_and_masks_are_paired_by_stem_at_any_depth(tmp_path: Path) -> Non
         assert training.read(i)[1].unique().tolist() == [i]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["parts", "flat", "inner"])
 def test_folders_may_be_parted_above_or_below(tmp_path: Path, layout: str) -> None:
     if layout == "parts":
@@ -194,8 +195,6 @@ def test_without_a_file_the_values_of_the_training_masks_are_the_classes(folder:
         ([0, 255], [0, 255]),
         ([0, 128, 255], [0, 128, 255]),
         ([0, 1, 255], [0, 1]),
-        ([0, 100, 200], [0, 100, 200]),
-        ([0, 300], [0, 300]),
         ([0, 255, 300], [0, 255, 300]),
         ([5, 9, 255], [5, 9]),
     ],
@@ -214,14 +213,9 @@ def test_without_a_file_each_value_that_occurs_is_a_class(
     ("values", "content", "void", "expected"),
     [
         ([0, 255], {}, None, [0, 255]),
-        ([0, 1], {}, None, [0, 1]),
-        ([0, 128, 255], {}, None, [0, 128, 255]),
         ([0, 128, 255], {}, 255, [0, 128]),
         ([0, 128, 255], {"classes": ["x", "y", "z"]}, 0, [128, 255]),
-        ([1, 2], {}, None, [1, 2]),
         ([1, 2, 255], {"classes": ["x", "y"]}, None, [1, 2]),
-        ([0, 50, 100], {}, None, [0, 50, 100]),
-        ([0, 300], {}, None, [0, 300]),
         ([0, 1, 255], {"classes": ["x", "y"]}, None, [0, 1]),
         ([0, 1], {"classes": ["x", "y", "z"]}, None, [0, 1, 2]),
         ([0, 255], {"values": [0, 255]}, None, [0, 255]),
@@ -442,6 +436,7 @@ def test_sizes_that_differ_stop_the_run_and_damaged_masks_are_skipped(folder: Pa
         data(folder, bad_files="raise").sets["training"][2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
 @pytest.mark.parametrize("kind", ["jpg", "png", "tif"])
 def test_image_that_exif_turns_is_left_as_stored_for_a_mask_of_that_size(
@@ -459,6 +454,7 @@ def test_image_that_exif_turns_is_left_as_stored_for_a_mask_of_that_size(
     assert torch.equal((image[0] > 100).long(), mask.long())
 
 
+@pytest.mark.slow
 def test_a_wrong_mask_in_a_worker_is_one_sentence(folder: Path) -> None:
     write(folder / "train" / "masks", "002", np.zeros((10, 32), np.uint8))
     made = data(folder, num_workers=1, batch_size=10)
@@ -542,6 +538,7 @@ def test_one_class_does_not_fill_the_crop_if_others_can_be_had() -> None:
     assert varied(0.75) > 2 * varied(1.0)
 
 
+@pytest.mark.slow
 def test_a_sample_depends_on_seed_epoch_and_index_alone(folder: Path) -> None:
     one, two = data(folder, seed=3), data(folder, seed=3, num_workers=2)
     batches = [list(made.train_dataloader()) for made in (one, two)]
@@ -607,9 +604,3 @@ def test_predict_reads_any_folder_and_leaves_masks_out(folder: Path, make_images
     made = SegmentationData(root=str(folder / "elsewhere"), num_workers=0)
     made.setup("predict")
     assert names(made, "predict") == [f"cats/{i:03d}.png" for i in range(3)]
-
-
-def test_pixels_of_each_class_are_counted(folder: Path) -> None:
-    made = data(folder)
-    masks = [np.asarray(Image.open(p)) for p in (folder / "train" / "masks").iterdir()]
-    assert made.class_counts == np.bincount(np.ravel(masks), minlength=3).tolist()

@@ -28,10 +28,8 @@ SUBCOMMANDS = {
 MEASURES = {
     "data": "the loader: images/s, where the time goes, and whether training will starve",
     "step": "the training step: images/s, and where the time goes",
-    "startup": "the opening of folders of up to millions of files, and the memory of workers",
-    "store": "an object store: image by image, or shards that are copied",
-    "formats": "simmim pack's format beside litdata, webdataset and MosaicML's, where installed",
 }
+SCRIPTS = {"startup": "startup", "store": "object_store", "formats": "storage_formats"}
 
 
 @dataclass(frozen=True)
@@ -175,6 +173,11 @@ def _dispatch(args: list[str]) -> None:
         named = bool(rest) and not rest[0].startswith("-")
         if not named and not command.alone:
             _refuse(f"simmim {name} needs a subcommand first", "", command.subcommands)
+        if name == "benchmark" and named and rest[0] in SCRIPTS:
+            script = f"python benchmarks/{SCRIPTS[rest[0]]}.py"
+            raise ArgumentError(
+                None, f"benchmark {rest[0]} is a script of the repository: {script}"
+            )
         if named and rest[0] not in command.subcommands:
             _refuse(f"unknown subcommand {rest[0]!r} of {name}", rest[0], command.subcommands)
     word = asked(rest)

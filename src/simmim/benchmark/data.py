@@ -3,17 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from PIL import Image
 
 from simmim.bar import Bar
 from simmim.benchmark.experiment import Experiment, open_experiment, step_rate
-from simmim.benchmark.official import OfficialData, largest_difference
 from simmim.benchmark.record import check_out, describe, machine, write_record
-from simmim.benchmark.stages import Endless, Feed, sample_time, stage_times
+from simmim.benchmark.stages import Endless, Feed, stage_times
 from simmim.data import ImageFolderData
 from simmim.data.dataset import ImageData
 from simmim.data.decode import UnreadableImage
@@ -21,46 +18,8 @@ from simmim.data.sampler import choose
 from simmim.data.shards import is_packed
 
 SAMPLE = 64  # images whose way is followed step by step
-LIKE_WITH_LIKE = 32  # images in a batch where two loaders are compared
 FIRST = 8  # images in a batch that a CPU is tried with first: a whole one could take minutes
 LITTLE = 0.05  # share of the time that may be waited without a word
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Ours against the official way, measured in turns.
-
-    Attributes:
-        sample: How many times as fast a sample is, on one core.
-        loader: How many times as fast a loader is, with one worker each.
-        ours: Images/s of ours: of samples, and of the loader.
-        official: Images/s of theirs, likewise.
-        levels: Largest difference of a pixel of the same crop, in grey levels.
-    """
-
-    sample: float
-    loader: float
-    ours: tuple[float, float]
-    official: tuple[float, float]
-    levels: int
-
-    def lines(self) -> list[str]:
-        """As a table."""
-        return [
-            "",
-            f"  {'against the official way':<26}{'ours':>10}{'official':>10}{'ratio':>8}",
-            *(
-                f"  {name:<26}{ours:>10,.1f}{official:>10,.1f}{ratio:>7.2f}x"
-                for name, ours, official, ratio in zip(
-                    ("images/s of one core", "loader with one worker"),
-                    self.ours,
-                    self.official,
-                    (self.sample, self.loader),
-                    strict=True,
-                )
-            ),
-            f"  largest difference of a pixel of the same crop: {self.levels} of 255",
-        ]
 
 
 @dataclass(frozen=True)
@@ -78,7 +37,6 @@ class LoaderSpeed:
         tried: Images in the batch that it was measured with; None: it was given.
         on_cpu: Whether the step needs the same cores.
         packed: Whether the images are packed already.
-        against: The comparison, if there was one.
         machine: Where.
     """
 
@@ -92,7 +50,6 @@ class LoaderSpeed:
     tried: int | None
     on_cpu: bool
     packed: bool = False
-    against: Comparison | None = None
     machine: dict[str, Any] = field(default_factory=machine)
 
     @property
@@ -167,7 +124,6 @@ class LoaderSpeed:
                     f"  {workers:<10}{rate:>12,.1f}{rate / max(workers, 1):>12,.1f}"
                     for workers, rate in self.rates.items()
                 ),
-                *(self.against.lines() if self.against else []),
                 "",
                 self.verdict() + _how(self.tried),
             ]
@@ -180,8 +136,6 @@ def data(
     workers: list[int] | None = None,
     batch_size: int | None = None,
     consumes: float | None = None,
-    against: Literal["official"] | None = None,
-    originals: str | None = None,
     seconds: float = 5,
     accelerator: str | None = None,
     precision: str | None = None,
@@ -196,8 +150,6 @@ def data(
             training would use. The first is what the verdict is about.
         batch_size: Images in a batch; by default the config's.
         consumes: Images/s of the training step; by default it is measured here.
-        against: official: measure the data pipeline of microsoft/SimMIM beside ours, in turns.
-        originals: Image folder that the official way reads, where root is a packed one.
         seconds: How long each measurement takes at least.
         accelerator: cpu, gpu, ... (Lightning's); by default the config's.
         precision: 32-true, bf16-mixed, ... (Lightning's); by default the config's.
@@ -210,32 +162,23 @@ def data(
         ValueError: If there is no such config, or no images.
     """
     check_out(out)
-    _check(workers, consumes, seconds, against, originals)
+    _check(workers, consumes, seconds)
     options = {"root": root, "batch_size": batch_size}
     experiment = open_experiment(
         config, data=options, trainer={"accelerator": accelerator, "precision": precision}
     )
     images = experiment.data
-    if against and not originals and is_packed(images.root):
-        raise ValueError(
-            f"root {images.root!r} is packed, and the official way reads image files: give the "
-            "folder that it was packed from as originals"
-        )
     images.setup("fit")
     chosen = workers or [images._workers(images.sets["training"])]
     indices = readable(images.sets["training"])
     device = _device(experiment)
     size = min(images.batch_size, images.num_train)
-    with Bar(total=len(chosen) + 2 + bool(against), desc="Reading step by step") as bar:
+    with Bar(total=len(chosen) + 2, desc="Reading step by step") as bar:
         stages = stage_times(images.sets["training"], indices, images.collate, device, seconds)
         rates = {}
         for n in chosen:
             advance(bar, f"Reading {_with(n)}")
             rates[n] = loader_rate(images, seconds, n, pin=device.type == "cuda")
-        comparison = None
-        if against:
-            advance(bar, "Comparing with the official way")
-            comparison = _compare(experiment, config, originals, indices, seconds)
         advance(bar, "Training" if consumes is None else "Done")
         rate, tried = (consumes, None) if consumes else _consumes(experiment, size, device, seconds)
         bar.update()
@@ -250,7 +193,6 @@ def data(
         tried=tried,
         on_cpu=device.type == "cpu",
         packed=is_packed(images.root),
-        against=comparison,
     )
     write_record(out, speed.as_dict())
     return speed
@@ -302,58 +244,6 @@ def readable(data: ImageData) -> list[int]:
     return good
 
 
-def _compare(
-    experiment: Experiment,
-    config: Sequence[str] | None,
-    originals: str | None,
-    indices: list[int],
-    seconds: float,
-) -> Comparison:
-    """Measure both ways in turns, so that what else the machine does falls on both."""
-    ours, source = experiment.data.sets["training"], experiment.data
-    if originals:
-        source = open_experiment(config, data={"root": originals}).data
-        source.setup("fit")
-    files = source.sets["training"]
-    theirs = OfficialData(files, source.img_size)
-    good = [index for index in readable(files) if _opens(theirs, index)]
-    if not good:
-        raise ValueError(f"the official way reads none of the images of {source.root!r}")
-    if files is ours:
-        indices = good
-    samples = [
-        (sample_time(ours, [(turn, i) for i in indices]), sample_time(theirs, good))
-        for turn in range(_turns(seconds))
-    ]
-    collate = experiment.data.collate
-    feeds = (
-        Feed(ours, Endless(indices), LIKE_WITH_LIKE, 1, collate),
-        Feed(theirs, Endless(good, plain=True), LIKE_WITH_LIKE, 1),
-    )
-    turns = [[feed.rate(seconds / 5) for feed in feeds] for _ in range(5)]
-    speeds = [median(rates) for rates in zip(*turns, strict=True)]
-    return Comparison(
-        sample=median(b / a for a, b in samples),
-        loader=median(a / b for a, b in turns),
-        ours=(1 / median(a for a, _ in samples), speeds[0]),
-        official=(1 / median(b for _, b in samples), speeds[1]),
-        levels=largest_difference(files, good, source.img_size),
-    )
-
-
-def _opens(theirs: OfficialData, index: int) -> bool:
-    try:
-        theirs[index]
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return False
-    return True
-
-
-def _turns(seconds: float) -> int:
-    """Turns over the sample: one of ours and one of theirs takes half a second or so."""
-    return max(int(2 * seconds), 3)
-
-
 def _consumes(
     experiment: Experiment, batch_size: int, device: torch.device, seconds: float
 ) -> tuple[float, int]:
@@ -387,13 +277,9 @@ def _check(
     workers: Sequence[int] | None,
     consumes: float | None,
     seconds: float,
-    against: str | None,
-    originals: str | None,
 ) -> None:
     if any(number < 0 for number in workers or ()):
         raise ValueError(f"workers {list(workers or ())}: a number of processes is 0 or more")
     for name, value in {"consumes": consumes, "seconds": seconds}.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} {value:g} is out of range: use a number above 0")
-    if originals and not against:
-        raise ValueError("originals is for --against official: give both, or none")

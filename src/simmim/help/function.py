@@ -25,9 +25,6 @@ SOURCES = {  # the functions whose arguments are a command's options
     "benchmark": ("benchmark/together.py", "together"),
     "benchmark data": ("benchmark/data.py", "data"),
     "benchmark step": ("benchmark/step.py", "step"),
-    "benchmark startup": ("benchmark/startup.py", "startup"),
-    "benchmark store": ("benchmark/store.py", "store"),
-    "benchmark formats": ("benchmark/formats.py", "formats"),
 }
 SPLIT = "val_fraction split_seed group_pattern"
 GROUPS = {  # in the order of the page
@@ -73,7 +70,6 @@ GROUPS = {  # in the order of the page
     },
     "benchmark data": {
         "what is measured": "root config workers batch_size consumes",
-        "comparison": "against originals",
         "run": "seconds accelerator precision out",
     },
     "benchmark step": {
@@ -82,22 +78,11 @@ GROUPS = {  # in the order of the page
         "comparison": "against",
         "run": "steps accelerator out",
     },
-    "benchmark startup": {
-        "what is measured": "files labels workers real batches start",
-    },
-    "benchmark store": {
-        "what is measured": "root seconds streams latency_ms",
-    },
-    "benchmark formats": {
-        "what is measured": "root images workers shard_mb",
-        "from a store": "nodes latency_ms",
-    },
 }
 VALUES = {  # what stands for a value, where its type does not say it
     "weights": "CKPT",
     "public": "CKPT",
     "root": "DIR",
-    "originals": "DIR",
     "out": "PATH",
     "config": "CONFIG",
     "labels": "FILE",

@@ -1,31 +1,36 @@
 """Formats that images are kept in: the same bytes in each, read in the ways of training.
 
+    python benchmarks/storage_formats.py --root photos
+
 At random, in order, by several processes, and from a store as one node of many. Each number is of a
-new process, and of what the format's own library offers.
+new process, and of what the format's own library offers; a format whose library is not installed is
+left out: pip install 'simmim[pack]' webdataset litdata mosaicml-streaming
 """
 
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import islice
 from math import nan
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from jsonargparse import auto_cli
+from object_store import ObjectStore
+from startup import ROLLUP, be_quiet, memory_of
 
-from simmim.bar import Bar
-from simmim.benchmark.kept import BUCKET, FORMATS, Share
-from simmim.benchmark.object_store import ObjectStore
-from simmim.benchmark.startup import ROLLUP, be_quiet, memory_of
+from simmim.data.index import FileIndex
 from simmim.data.layout import read_folder
 from simmim.data.mapped import PLACE
-from simmim.data.pack import Encoded, Encoder, Images
+from simmim.data.pack import Encoded, Encoder, Images, ShardWriter, write_index
+from simmim.data.remote import STREAMS, fetch, read_store
+from simmim.data.shards import Packed, PackedPart
 from simmim.data.workers import worker_context
 
 BATCH = 256  # images that are looked at for how they are mixed
@@ -36,6 +41,207 @@ ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "none",  # the store here asks nobody, but its clients want to sign
     "AWS_SECRET_ACCESS_KEY": "none",
     "AWS_DEFAULT_REGION": "us-east-1",
+}
+
+BUFFER = 1000  # images that are mixed while they are streamed, as usual with webdataset
+BUCKET = "kept"
+
+
+class Share(NamedTuple):
+    """What one of several nodes reads from a store.
+
+    Attributes:
+        way: One of the format's ways to read from a store.
+        kept: The folder that the store serves, where the names of its files can be seen.
+        url: Its address there.
+        copy: A folder of the node.
+        nodes: Their number.
+        epoch: Which one; it makes the order.
+    """
+
+    way: str
+    kept: Path
+    url: str
+    copy: Path
+    nodes: int
+    epoch: int
+
+
+class Files:
+    """Each image is a file; and what a format is asked for."""
+
+    module = package = "simmim"
+    random = True  # any image can be asked for
+    ways: tuple[str, ...] = ()  # of reading from a store
+
+    def write(self, files: FileIndex, folder: Path, shard: int) -> None:
+        """Write images into an empty folder, in shards of so many bytes."""
+        for i in range(len(files)):
+            path = folder / files.name(i)
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(files.read(i))
+
+    def open(self, folder: Path) -> Callable[[int], Any]:
+        """Make what reads an image by its place."""
+        return read_folder(str(folder)).read
+
+    def scan(self, folder: Path, images: int) -> Iterable[Any]:
+        """Read all in order."""
+        return map(self.open(folder), range(images))
+
+    def stream(self, share: Share) -> Iterator[int]:
+        """Read a share from a store; the place of each image that came."""
+        raise NotImplementedError
+
+
+class Arrow(Files):
+    """What `simmim pack` writes."""
+
+    module = package = "pyarrow"
+    ways = ("one by one", "copied")
+
+    def write(self, files: FileIndex, folder: Path, shard: int) -> None:
+        part = PackedPart("", files.classes, sorted(files.suffixes), len(files))
+        with ShardWriter(folder, part, "jpeg") as writer:
+            for i in range(len(files)):
+                writer.add(files, i, Encoded(bytes(files.read(i)), kept=False))
+                if writer.size >= shard or i + 1 == len(files):
+                    writer.finish()
+        write_index(folder, part, files)
+        Packed({"format": "jpeg"}, "", {"train": part}, complete=True).save(folder)
+
+    def stream(self, share: Share) -> Iterator[int]:
+        store, path, text = read_store(share.url)
+        (part,) = Packed.parse(text, share.url).parts.values()
+        order = np.random.default_rng(share.epoch).permutation(part.files)[:: share.nodes].tolist()
+        if share.way == "copied":
+            fetch(share.url, str(share.copy))
+            read = self.open(share.copy)
+            return (place for place in order if bytes(read(place)))
+        each = sum(shard.size for shard in part.shards) // part.files
+
+        def ask(place: int) -> int:  # as if it were known where in its shard it lies
+            number, within = divmod(place * len(part.shards), part.files)
+            shard = part.shards[number]
+            start = (shard.size - each) * within // part.files
+            store.cat_file(f"{path}/{shard.file}", start, start + each)
+            return place
+
+        return ThreadPoolExecutor(STREAMS).map(ask, order)
+
+
+class WebDataset(Files):
+    """Tar files, which are read from their beginning to their end."""
+
+    module = package = "webdataset"
+    random = False
+    ways = (f"buffer of {BUFFER}",)
+
+    def write(self, files: FileIndex, folder: Path, shard: int) -> None:
+        from webdataset import ShardWriter
+
+        with ShardWriter(f"{folder}/%05d.tar", maxsize=shard, verbose=0) as writer:
+            for i in range(len(files)):
+                writer.write({"__key__": f"{i:09d}", "jpg": files.read(i)})
+
+    def scan(self, folder: Path, images: int) -> Iterable[Any]:
+        from webdataset import WebDataset
+
+        items = WebDataset(sorted(map(str, folder.glob("*.tar"))), shardshuffle=False)
+        return (item["jpg"] for item in items)
+
+    def stream(self, share: Share) -> Iterator[int]:
+        from webdataset import WebDataset
+
+        urls = [f"{share.url}/{path.name}" for path in sorted(share.kept.glob("*.tar"))][
+            :: share.nodes
+        ]
+        items = WebDataset(urls, shardshuffle=len(urls), seed=share.epoch).shuffle(BUFFER)
+        return (int(item["__key__"]) for item in items)
+
+
+class LitData(Files):
+    """Chunks, whose order is shuffled, and the images in each."""
+
+    module = package = "litdata"
+    ways = ("chunk by chunk",)
+
+    def write(self, files: FileIndex, folder: Path, shard: int) -> None:
+        from litdata.streaming.cache import Cache
+
+        cache = Cache(str(folder), chunk_bytes=shard)
+        for i in range(len(files)):
+            cache[i] = {"place": i, "image": files.read(i)}
+        cache.done()
+        cache.merge()
+
+    def open(self, folder: Path) -> Callable[[int], Any]:
+        from litdata import StreamingDataset
+
+        items = StreamingDataset(str(folder))
+        return lambda place: items[place]["image"]
+
+    def scan(self, folder: Path, images: int) -> Iterable[Any]:
+        from litdata import StreamingDataset
+
+        return (item["image"] for item in StreamingDataset(str(folder)))
+
+    def stream(self, share: Share) -> Iterator[int]:
+        from litdata import StreamingDataset
+        from litdata.streaming import downloader
+
+        # The store here has no TLS, which litdata gives no option for.
+        getattr(downloader, "_OBSTORE_CLIENT_OPTIONS", {})["allow_http"] = "true"
+        place = f"s3://{BUCKET}/{share.kept.name}"
+        part = 1 / share.nodes  # its chunks alone: a node does not read ahead in another's
+        items = StreamingDataset(
+            place, str(share.copy), shuffle=True, seed=share.epoch, subsample=part
+        )
+        return (item["place"] for item in items)
+
+
+class MDS(Files):
+    """Shards of MosaicML; the images of each are spread over a block."""
+
+    module, package = "streaming", "mosaicml-streaming"
+    ways = (f"block of {BUFFER}",)
+
+    def write(self, files: FileIndex, folder: Path, shard: int) -> None:
+        from streaming import MDSWriter
+
+        columns = {"place": "int", "image": "bytes"}
+        with MDSWriter(out=str(folder), columns=columns, size_limit=shard) as writer:
+            for i in range(len(files)):
+                writer.write({"place": i, "image": files.read(i)})
+
+    def open(self, folder: Path) -> Callable[[int], Any]:
+        from streaming import LocalDataset
+
+        items = LocalDataset(str(folder))
+        return lambda place: items[place]["image"]
+
+    def stream(self, share: Share) -> Iterator[int]:
+        from streaming import StreamingDataset
+
+        items = StreamingDataset(
+            remote=f"s3://{BUCKET}/{share.kept.name}",
+            local=str(share.copy),
+            shuffle=True,
+            shuffle_seed=share.epoch,
+            shuffle_block_size=BUFFER,
+            num_canonical_nodes=1,
+            batch_size=256,
+            predownload=256,  # it knows of no other node, and would read on behind its share
+        )
+        return (item["place"] for item in items)
+
+
+FORMATS = {
+    "files": Files(),
+    "arrow": Arrow(),
+    "webdataset": WebDataset(),
+    "litdata": LitData(),
+    "mds": MDS(),
 }
 
 
@@ -49,9 +255,7 @@ def formats(
 ) -> str:
     """Measure the format of `simmim pack` beside others that images are kept in.
 
-    Plain files are measured, and each format whose library is there: pip install 'simmim[pack]'
-    webdataset litdata mosaicml-streaming (into an environment of their own: they bring much). The
-    images are JPEGs as `simmim pack` makes them; their bytes are read, and nothing is decoded.
+    The images are JPEGs as `simmim pack` makes them; their bytes are read, and nothing is decoded.
 
     Args:
         root: Folder of images.
@@ -64,26 +268,15 @@ def formats(
 
     Returns:
         A table of files on a disk, one of a store, and what is not installed.
-
-    Raises:
-        ValueError: If a number is too small, or the folder holds no image.
     """
-    for option, number, least in (
-        ("images", images, nodes), ("workers", workers, 1), ("nodes", nodes, 1),
-        ("shard_mb", shard_mb, 1), ("latency_ms", latency_ms, 0),
-    ):  # fmt: skip
-        if number < least:
-            raise ValueError(f"--{option} {number} is too small: use {least} or more")
     installed = [name for name, kind in FORMATS.items() if find_spec(kind.module)]
     near, far, rest = [], [], []
     with (
         tempfile.TemporaryDirectory(prefix="simmim-formats-") as folder,
         ObjectStore(Path(folder), latency_ms / 1000) as store,
-        Bar(total=len(installed) + 1, desc="Formats", leave=False) as bar,
     ):
         source = Path(folder, "source")
         size = _apart(write_source, root, source, images)
-        bar.update()
         for name in installed:
             kept = Path(folder, BUCKET, name)
             try:
@@ -93,7 +286,6 @@ def formats(
             except Exception as error:  # of any kind, from a library of any version
                 rest.append(f"{name} failed: {error!r}")
             shutil.rmtree(kept, ignore_errors=True)
-            bar.update()
     missing = [kind.package for name, kind in FORMATS.items() if name not in installed]
     rest += [f"not installed: {', '.join(missing)}"] if missing else []
     return "\n".join(
@@ -271,3 +463,7 @@ def _forget(folder: Path) -> bool:
 
 def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+if __name__ == "__main__":
+    print(auto_cli(formats))

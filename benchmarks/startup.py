@@ -1,5 +1,7 @@
 """From the command to the first batch: how time and memory grow with the number of files.
 
+    python benchmarks/startup.py
+
 Nobody has 14 million files at hand: the folders are there, empty, and the index is written into the
 cache as a scan of ImageNet-22k's names would have written it. All that follows is real: the folders
 are looked at, the index is opened and split, an epoch is put in order, and workers look names up.
@@ -24,9 +26,9 @@ from warnings import filterwarnings
 
 import numpy as np
 import torch
+from jsonargparse import auto_cli
 from torch import Tensor
 
-from simmim.bar import Bar
 from simmim.data.dataset import ImageData, Loader, collate
 from simmim.data.index import FileIndex, Folder, folder_stamp, scan
 from simmim.data.index_cache import index_file, read_index, write_index
@@ -86,40 +88,23 @@ def startup(
 
     Returns:
         The duration of `simmim --help`, and two tables.
-
-    Raises:
-        ValueError: If a number is too small.
     """
     files = sorted(files or [10_000, 100_000, 1_000_000, 10_000_000, 14_000_000])
     workers = [0, 4, 8] if workers is None else workers
-    for name, number, least in (
-        ("files", files[0], 10_000),
-        ("real", real, 10_000),
-        ("labels", labels, 10_000),
-        ("workers", min(workers, default=0), 0),
-        ("batches", batches, 1),
-    ):
-        if number < least:
-            raise ValueError(f"--{name} {number} is too small: use {least} or more")
-    steps = len(files) + 2 + len(workers)
-    with _own_cache() as folder, Bar(total=steps, desc="Start-up", leave=False) as bar:
+    with _own_cache() as folder:
         times, memory = {}, {}
         with _new_process() as pool:
             for n in files:
-                _simulate(folder / str(n), n)
+                simulate(folder / str(n), n)
                 times[n] = pool.submit(measure_times, str(folder / str(n))).result()
-                bar.update()
             scanned = pool.submit(measure_scan, folder / "real", real).result()
-            bar.update()
-            _simulate(folder / "labels", labels)
+            simulate(folder / "labels", labels)
             named = pool.submit(measure_labels, folder / "labels").result()
-            bar.update()
         for count in workers if ROLLUP.exists() else ():
             for n in {files[0], files[-1]}:
                 with _new_process() as pool:  # whose memory nothing else has touched
                     work = pool.submit(measure_memory, str(folder / str(n)), count, batches, start)
                     memory[count, n] = work.result()
-            bar.update()
     lines = [
         f"simmim --help: {measure_help():.2f} s",
         "",
@@ -263,7 +248,7 @@ def be_quiet() -> None:
     getLogger("lightning.pytorch").setLevel(ERROR)
 
 
-def _simulate(root: Path, n: int) -> None:
+def simulate(root: Path, n: int) -> None:
     """Make empty folders, and keep an index as if files lay in them."""
     name = "n00000000/n00000000_00000000.JPEG"
     places = np.arange(n)
@@ -328,3 +313,7 @@ def _memory_table(
         )
     title = f"memory with {files[-1]:,} files; workers by {start}, the largest of them:"
     return [title, head, *rows]
+
+
+if __name__ == "__main__":
+    print(auto_cli(startup))
