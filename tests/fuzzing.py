@@ -1,24 +1,22 @@
-"""Damaged copies of valid files, and a process that reads them, so that a crash is seen."""
+"""Damaged copies of valid files, and what reads them in a process that may die of it."""
 
+import base64
 import io
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
-import signal
 import struct
 import sys
-import tempfile
 import time
 import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import suppress
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +35,6 @@ from simmim.weights import load_encoder
 from simmim.weights.files import read_checkpoint
 
 SECONDS = 20  # of the processor: a file that takes longer hangs the loader
-WAITING = 300  # seconds by the clock, on a machine that has other work
 MEMORY = 2_000  # MB, of the whole process
 EDGES = (0, 1, 2, 127, 128, 255, 256, 32767, 65535, 2**20, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1)
 VALUES = (b"-1", b"0", b"1e999", b"9" * 400, b"null", b'"x"', b"[]", b"{}", b"true", b"NaN")
@@ -218,7 +215,7 @@ def _unpack(data: bytes, folder: Path) -> None:
         (folder / PACKED[0]).write_text(json.dumps(table))
 
 
-def _fail(path: Path) -> None:
+def fail(path: Path) -> None:
     """Do what the file says: to see that it is seen."""
     data, limit = path.read_bytes(), time.process_time() + 3 * SECONDS
     if data == b"raise":
@@ -231,63 +228,37 @@ def _fail(path: Path) -> None:
         pass
 
 
-# The process that reads ---------------------------------------------------------------------------
+# The process that reads, which may die of it: the end of its log says of which file ---------------
 
 
-class Process:
-    """Reads files in a process of its own, which may die."""
-
-    def __init__(self) -> None:
-        self._pool: ProcessPoolExecutor | None = None
-        self._pid = 0
-
-    def read(self, reader: str, suffix: str, data: bytes) -> str:
-        """Read a file; "" if that went as it should, or what went wrong."""
-        said = self._read(reader, suffix, data)
-        if "took" in said:  # a machine that stood still, or files before this one: once more, alone
-            said = self._read(reader, suffix, data)
-        return said
-
-    def _read(self, reader: str, suffix: str, data: bytes) -> str:
-        if self._pool is None:
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(1, context, initializer=_begin)
-            self._pid = self._pool.submit(os.getpid).result(WAITING)
-        try:
-            said = self._pool.submit(_read_one, reader, suffix, data).result(WAITING)
-        except (BrokenExecutor, TimeoutError):
-            said = f"it ended the process, or took more than {SECONDS} s of the processor"
-        if "took" in said:
-            self.stop()
-        return said
-
-    def stop(self) -> None:
-        """End the process."""
-        if self._pool is not None:
-            with suppress(OSError):
-                os.kill(self._pid, getattr(signal, "SIGKILL", signal.SIGTERM))
-            self._pool.shutdown()
-            self._pool = None
+def read_damaged(kind: str, files: dict[str, bytes], first: int, n: int, minutes: float) -> None:
+    """Damage files by the numbers from the first on, so many or so long, and read each."""
+    end = time.monotonic() + 60 * minutes
+    for seed in count(first):
+        if time.monotonic() > end if minutes else seed >= first + n:
+            return
+        print(f"seed {seed}", flush=True)
+        name, data = damaged(seed, files)
+        read_files([(kind, name, data)])
 
 
-def _begin() -> None:
-    torch.set_num_threads(1)
+def read_files(files: list[tuple[str, str, bytes]]) -> None:
+    """Read files, each (kind, name, content); what goes wrong ends the process."""
     warnings.simplefilter("ignore")
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    for kind, name, data in files:
+        print(kind, name, flush=True)
+        if sys.platform != "win32":
+            import resource
 
-
-def _read_one(reader: str, suffix: str, data: bytes) -> str:
-    if sys.platform != "win32":
-        import resource
-
-        _, most = resource.getrlimit(resource.RLIMIT_CPU)
-        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + SECONDS, most))
-    with tempfile.TemporaryDirectory() as folder:
-        path, said = Path(folder) / f"x{suffix}", ""
+            _, most = resource.getrlimit(resource.RLIMIT_CPU)
+            resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + SECONDS, most))
+        path = Path(name).with_stem("x")
         path.write_bytes(data)
         try:
-            READERS.get(reader, _fail)(path)
+            READERS.get(kind, fail)(path)
         except BaseException as error:
-            said = f"{type(error).__name__}: {error}"
-    used = (held_memory(torch.device("cpu")) or 0) // 2**20  # not known on Windows
-    return said if used < MEMORY else f"it took {used} MB"
+            text = base64.b64encode(data).decode()
+            sys.exit(f"{text[:2500]}\n{type(error).__name__}: {error}")
+        used = (held_memory(torch.device("cpu")) or 0) // 2**20  # not known on Windows
+        if used > MEMORY:
+            sys.exit(f"it took {used} MB")

@@ -16,31 +16,11 @@ from simmim.data.segmentation import collate_sizes
 from support import exhaustive
 from support.folders import make_images
 from support.processes import in_processes
-from support.training import quiet_trainer, trainer_of
+from support.training import Notes, quiet_trainer, trainer_of
 
 BAD = ["002.png", "005.png", "011.png"]
 GOOD = [f"{i:03d}.png" for i in range(16) if i not in (2, 5, 11)]
 NO_FILE = r"could not be read and were "
-
-
-class Looks(L.LightningModule):
-    """Learns nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
-        return self.weight * batch["image"].float().mean()
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        pass
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
-        return batch["path"]
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), 0.1)
 
 
 @pytest.fixture
@@ -84,7 +64,7 @@ def test_the_same_ones_for_any_number_of_workers(root: Path) -> None:
 def test_they_are_told_once_and_listed(root: Path, tmp_path: Path, num_workers: int) -> None:
     trainer = quiet_trainer(tmp_path / "run", max_epochs=2)
     with pytest.warns(UserWarning, match=NO_FILE) as warned:
-        trainer.fit(Looks(), datamodule=data(root, num_workers=num_workers))
+        trainer.fit(Notes(), datamodule=data(root, num_workers=num_workers))
     (sentence,) = (str(w.message) for w in warned if "could not be read" in str(w.message))
     assert sentence.startswith("3 of 16 training images")
     lines = (tmp_path / "run" / "bad_files.txt").read_text().splitlines()
@@ -92,7 +72,7 @@ def test_they_are_told_once_and_listed(root: Path, tmp_path: Path, num_workers: 
     assert lines[0].split("\t")[1] == "the file is empty"
     for name in BAD:
         (root / name).unlink()
-    quiet_trainer(tmp_path / "good").fit(Looks(), datamodule=data(root))  # in silence
+    quiet_trainer(tmp_path / "good").fit(Notes(), datamodule=data(root))  # in silence
     assert not (tmp_path / "good").exists()
 
 
@@ -102,7 +82,7 @@ def test_predictions_leave_them_out(
 ) -> None:
     module = data(root, "predict", batch_size=batch_size, num_workers=num_workers)
     with pytest.warns(UserWarning, match=f"3 of 16 predict images {NO_FILE}left out"):
-        batches = quiet_trainer(tmp_path).predict(Looks(), datamodule=module)
+        batches = quiet_trainer(tmp_path).predict(Notes(), datamodule=module)
     assert batches is not None
     assert [Path(path).name for batch in batches for path in batch] == GOOD
     assert all(make([]) == {} for make in (collate, collate_boxes, collate_sizes))
@@ -111,7 +91,7 @@ def test_predictions_leave_them_out(
 def test_too_many_stop_the_run(root: Path, tmp_path: Path) -> None:
     sentence = r"of 16 training images cannot be read, .* data\.max_bad_share 0\.1 allows; one is '"
     with pytest.raises(UnreadableImage, match=sentence):
-        quiet_trainer(tmp_path).fit(Looks(), datamodule=data(root, max_bad_share=0.1))
+        quiet_trainer(tmp_path).fit(Notes(), datamodule=data(root, max_bad_share=0.1))
     for file in root.iterdir():
         file.write_bytes(b"text")
     with pytest.raises(UnreadableImage, match=r"32 files in a row .* it is no image"):
@@ -154,7 +134,7 @@ def stop_together() -> None:
     module = ImageFolderData("good", img_size=8, batch_size=2, val_fraction=0.0, max_bad_share=0.1)
     trainer = trainer_of(2, Path(), Meets())
     with pytest.raises(UnreadableImage, match=r"^2 of 16 training images .*005\.png'"):
-        trainer.fit(Looks(), datamodule=module)
+        trainer.fit(Notes(), datamodule=module)
     assert trainer.global_step == 2
 
 

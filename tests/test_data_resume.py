@@ -14,33 +14,9 @@ from simmim.checkpoints import KeepLast
 from simmim.data import ImageFolderData
 from support import exhaustive
 from support.folders import make_images
-from support.training import quiet_trainer
+from support.training import Notes, quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # no savers
-
-
-class Notes(L.LightningModule):
-    """Notes which images it was given, and when."""
-
-    def __init__(self, early: bool = False) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen: list[tuple[Any, ...]] = []
-        self.early = early
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
-        image = batch["image"].float().mean()
-        place = (self.global_step, self.current_epoch, batch_idx)
-        self.seen.append((*place, batch["index"].tolist(), image.item()))
-        return self.weight * image
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self.log("val/loss", batch["image"].float().mean())
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        if self.early:  # makes the loader before the trainer knows how far it was
-            _ = self.trainer.estimated_stepping_batches
-        return torch.optim.SGD(self.parameters(), 0.1)
 
 
 @pytest.fixture

@@ -4,17 +4,12 @@ SIMMIM_FUZZ_MINUTES=30 pytest tests/test_fuzz.py -m exhaustive: as long for all 
 from a seed that is new each time. What it finds, cut down by hand, belongs into FOUND.
 """
 
-import base64
 import io
 import json
 import os
 import secrets
-import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from functools import cache
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +19,13 @@ import torch
 from PIL import Image, features
 from safetensors.torch import save
 
-from fuzzing import READERS, Process, damaged, pack_up
+from fuzzing import READERS, pack_up, read_damaged, read_files
 from simmim import SimMIM
 from simmim.data.pack import pack
 from simmim.data.shards import Packed
 from support.files import dicom, encoded, npy, written
 from support.folders import make_classes
+from support.processes import in_processes
 
 MINUTES = float(os.environ.get("SIMMIM_FUZZ_MINUTES", "0"))
 EXAMPLES = {"image": 1500, "weights": 150, "packed": 200}  # others: 300; a minute in all
@@ -141,44 +137,6 @@ def seeds(kind: str) -> dict[str, bytes]:
     return texts.get(kind) or {"image": images, "weights": weights, "packed": packed}[kind]()
 
 
-@pytest.fixture(scope="module")
-def process() -> Iterator[Process]:
-    process = Process()
-    yield process
-    process.stop()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", READERS)
-def test_valid_files_are_read(process: Process, kind: str) -> None:
-    for name, data in seeds(kind).items():
-        assert process.read(kind, Path(name).suffix, data) == "", name
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("kind", READERS)
-def test_damaged_files(process: Process, kind: str) -> None:
-    end = time.monotonic() + 60 * MINUTES / len(READERS)
-    first, examples = secrets.randbits(40) if MINUTES else 0, EXAMPLES.get(kind, 300)
-    for seed in count(first):
-        if time.monotonic() > end if MINUTES else seed == examples:
-            return
-        name, data = damaged(seed, seeds(kind))
-        said = process.read(kind, Path(name).suffix, data)
-        text = base64.b64encode(data).decode()
-        assert not said, f"seed {seed}, {name}: {said}\n{text[:4000]}"
-
-
-@pytest.mark.exhaustive
-def test_a_crash_a_hang_and_a_full_memory_are_seen(process: Process) -> None:
-    assert "ended the process" in process.read("fail", ".x", b"crash")
-    assert "MB" in process.read("fail", ".x", b"fill")
-    assert process.read("fail", ".x", b"") == ""
-    assert "RuntimeError: as asked" in process.read("fail", ".x", b"raise")
-    if sys.platform != "win32":
-        assert "of the processor" in process.read("fail", ".x", b"hang")
-
-
 FOUND = {  # what was found so far, made small
     "brackets.coco": b"[" * 100_000,
     "digits.coco": b'{"images": [{"id": ' + b"9" * 5000 + b"}]}",
@@ -189,20 +147,35 @@ FOUND = {  # what was found so far, made small
     "infinity.classes": b'{"classes": ["a", "b"], "ignore_index": 1e999}',
     "values.classes": b'{"classes": ["a", "b"], "values": [1, 99999]}',
     "brackets.classes": b"[" * 100_000,
-    "header.weights": (2**40).to_bytes(8, "little") + b"{}",
 }
+HEADER = (2**40).to_bytes(8, "little") + b"{}"
 
 
 @pytest.mark.slow
-def test_what_was_found(process: Process) -> None:
-    for name, data in FOUND.items():
-        kind = name.rpartition(".")[2]
-        suffix = ".safetensors" if kind == "weights" else ".x"
-        assert process.read(kind, suffix, data) == "", name
+def test_valid_files_and_what_was_found_are_read(workdir: Path) -> None:
+    valid = [(kind, name, data) for kind in READERS for name, data in seeds(kind).items()]
+    in_processes(1, read_files, valid)
+    found = [(name.rpartition(".")[2], name, data) for name, data in FOUND.items()]
     data = bytearray(seeds("weights")["official.pth"])
     place = data.rindex(b"PK\6\6") + 48  # a table of contents that leads out of the file
     data[place : place + 8] = (2 * len(data)).to_bytes(8, "little")
-    assert process.read("weights", ".pth", bytes(data)) == ""
+    found += [("weights", "x.pth", bytes(data)), ("weights", "x.safetensors", HEADER)]
+    in_processes(1, read_files, found)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", READERS)
+def test_damaged_files(workdir: Path, kind: str) -> None:
+    first, minutes = secrets.randbits(40) if MINUTES else 0, MINUTES / len(READERS)
+    examples = EXAMPLES.get(kind, 300)
+    in_processes(1, read_damaged, kind, seeds(kind), first, examples, minutes, seconds=10**6)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("fault", ["crash", "fill", "raise", "hang"])
+def test_faults_are_seen(workdir: Path, fault: str) -> None:
+    with pytest.raises(AssertionError, match="MB" if fault == "fill" else "fail x"):
+        in_processes(1, read_files, [("fail", "x", fault.encode())])
 
 
 @pytest.mark.parametrize("name", ["../x.arrow", "a/x.arrow", "C:x.arrow", "..\\x.arrow"])

@@ -1,4 +1,4 @@
-"""Loaders and data modules that are not ours: places of the images, lengths, checkpoints."""
+"""Loaders and data modules that are not ours: places of the images, lengths, batch sizes."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,11 +7,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from simmim import Classifier, SimMIM
-from support.commands import assert_same_tensors
 from support.training import quiet_trainer
 
 TINY: dict[str, Any] = {
@@ -48,14 +47,6 @@ def test_places_are_dealt_out_as_distributed_sampler_does(monkeypatch: pytest.Mo
     assert found == set(range(14))
 
 
-def test_a_checkpoint_of_a_model_that_was_only_validated(tmp_path: Path) -> None:
-    model, run = SimMIM(mask_patch_size=8, **TINY), quiet_trainer(tmp_path)
-    run.validate(model, DataLoader(torch.randn(2, 3, 32, 32), 2), verbose=False)
-    run.save_checkpoint(tmp_path / "validated.ckpt")
-    again = SimMIM.load_from_checkpoint(tmp_path / "validated.ckpt")
-    assert_same_tensors(model.state_dict(), again.state_dict())
-
-
 class Stream(IterableDataset[Tensor]):
     """Images without an end."""
 
@@ -83,20 +74,3 @@ def test_a_batch_sampler_says_the_batch_size(tmp_path: Path) -> None:
 def test_shares_above_one_are_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} {value} is no"):
         Classifier(**TINY, **{name: value})
-
-
-class Pointwise(nn.Conv2d):
-    """A head of a user's own that looks at one place alone."""
-
-    def __init__(self, in_features: int, out_chans: int, upsample: int) -> None:
-        super().__init__(in_features, out_chans * upsample**2, 1)
-        self.shuffle = nn.PixelShuffle(upsample)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.shuffle(super().forward(features))
-
-
-def test_a_pointwise_head_of_a_users_own_cannot_skip_hidden_tokens() -> None:
-    name = f"{__name__}.Pointwise"
-    with pytest.raises(ValueError, match=r"looks at one place alone.*use head transformer"):
-        SimMIM(mask_patch_size=8, head=name, hidden_tokens="skip", trust=True, **TINY)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 
 from simmim.strategies import FullyShard
 
@@ -42,3 +43,35 @@ def trainer_of(
         use_distributed_sampler=False,
         **options,
     )
+
+
+class Notes(L.LightningModule):
+    """Notes which images it was given, and when."""
+
+    def __init__(self, early: bool = False) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[tuple[Any, ...]] = []
+        self.early = early
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        """Note step, epoch, batch, indices and the mean of the pixels."""
+        image = batch["image"].float().mean()
+        place = (self.global_step, self.current_epoch, batch_idx)
+        self.seen.append((*place, batch["index"].tolist(), image.item()))
+        return self.weight * image
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Log the mean of the pixels."""
+        self.log("val/loss", batch["image"].float().mean())
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
+        """The paths."""
+        paths: list[str] = batch["path"]
+        return paths
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """A loader is made here where that is to be early."""
+        if self.early:  # makes the loader before the trainer knows how far it was
+            _ = self.trainer.estimated_stepping_batches
+        return torch.optim.SGD(self.parameters(), 0.1)
