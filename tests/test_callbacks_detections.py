@@ -10,11 +10,10 @@ from simmim.callbacks.boxes import (
     SIDE,
     board_boxes,
     draw_boxes,
-    draw_pairs,
     select,
 )
 from simmim.callbacks.detections import Detections, coco_results
-from simmim.callbacks.pictures import PictureNames
+from simmim.callbacks.pictures import PictureNames, draw_table
 
 
 def found(masks: bool = False) -> dict[str, torch.Tensor]:
@@ -61,31 +60,18 @@ def test_masks_are_laid_over_their_objects() -> None:
     assert np.abs(inside.astype(int) - (255 + np.array(COLOURS[1])) / 2).max() <= 1
 
 
-def test_nothing_to_draw_is_no_accident() -> None:
+def test_nothing_to_draw_is_no_accident_and_unlike_pictures_lie_below_each_other() -> None:
+    kept = select(found(), 0.5)
+    assert (kept["labels"].tolist(), kept["boxes"].shape) == ([1], (1, 4))
     none = {name: tensor[:0] for name, tensor in found(masks=True).items()}
     picture = torch.zeros(3, 1000, 10, dtype=torch.uint8)
-    assert draw_boxes(picture, none, [], (1000, 10)).size == (10, 1000)
+    empty = draw_boxes(picture, none, [], (1000, 10))
+    assert empty.size == (10, 1000)
     assert coco_results(none, []) == []
-
-
-def test_rows_of_unlike_pictures_lie_below_each_other() -> None:
-    sizes = ((600, 300), (200, 700))
-    rows = [
-        {
-            name: draw_boxes(torch.zeros(3, *size, dtype=torch.uint8), found(), ["a", "b"], size)
-            for name in ("truth", "prediction")
-        }
-        for size in sizes
-    ]
-    panel = draw_pairs(rows)
-    assert panel.width >= 2 * 700
-    assert panel.height >= 800
-
-
-def test_what_is_below_the_score_is_not_drawn() -> None:
-    kept = select(found(), 0.5)
-    assert kept["labels"].tolist() == [1]
-    assert kept["boxes"].shape == (1, 4)
+    wide = draw_boxes(torch.zeros(3, 200, 700, dtype=torch.uint8), kept, ["a", "b"], (200, 700))
+    panel = draw_table([{"truth": empty, "prediction": empty}, {"truth": wide, "prediction": wide}])
+    assert panel.width >= 2 * wide.width
+    assert panel.height >= empty.height + wide.height
 
 
 def test_the_board_gets_boxes_in_its_own_format() -> None:

@@ -1,7 +1,6 @@
 """The online probe: what it reads, when, and that it leaves no trace."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -9,7 +8,6 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins import Precision
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler
@@ -22,13 +20,13 @@ from simmim.callbacks import (
     Reconstructions,
     StopOnNonFinite,
 )
-from simmim.callbacks import look as look_module
-from simmim.callbacks.look import call
 from simmim.pretrain import SimMIM
 from simmim.probe import fit_linear_probe, knn_scores, top1
 from simmim.strategies import shard
 from support import exhaustive
+from support.commands import table
 from support.processes import in_processes
+from support.small import VIT
 from support.training import trainer_of
 
 
@@ -43,12 +41,6 @@ def embeddings(model: MiniSimMIM, data: DigitsData) -> list[tuple[Tensor, Tensor
     return sets
 
 
-def logged(folder: Path, name: str) -> list[tuple[int, float]]:
-    header, *rows = (line.split(",") for line in folder.read_text().splitlines())
-    column, step = header.index(name), header.index("step")
-    return [(int(row[step]), float(row[column])) for row in rows if row[column]]
-
-
 def test_it_reads_the_mean_of_the_patch_tokens(tmp_path: Path) -> None:
     probe, model, data = OnlineProbe(), MiniSimMIM(), DigitsData()
     trainer(tmp_path, probe).validate(model, datamodule=data, verbose=False)
@@ -60,34 +52,33 @@ def test_it_reads_the_mean_of_the_patch_tokens(tmp_path: Path) -> None:
     assert probe.pretrained["probe_top1"] > 0.5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stops", [False, True], ids=["as planned", "early"])
 def test_it_reads_before_during_and_after_and_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stops: bool
 ) -> None:
-    logger = CSVLogger(tmp_path)
-    probe, model, data = OnlineProbe(2), MiniSimMIM(0.03), DigitsData()
-    fit = trainer(tmp_path, probe, max_epochs=5, logger=logger)
-    fit.fit(model, datamodule=data)
-    rows = logged(Path(logger.log_dir) / "metrics.csv", "val/probe_top1")
-    assert [step for step, _ in rows] == [0, 15, 31, 39]  # untrained, epochs 2, 4 and the last
-    assert rows[0][1] == pytest.approx(probe.untrained["probe_top1"])
-    assert rows[-1][1] == pytest.approx(probe.pretrained["probe_top1"])
-    assert float(fit.callback_metrics["val/probe_top1"]) == pytest.approx(rows[-1][1])
-    table = capsys.readouterr().out.splitlines()[-3:]
-    assert table[0].split()[-2:] == ["untrained", "pretrained"]
-    expected = [f"{scores['knn_top1']:.3f}" for scores in (probe.untrained, probe.pretrained)]
-    assert table[1].split()[-2:] == expected
-
-
-def test_it_reads_the_end_of_a_run_that_stops_early(tmp_path: Path) -> None:
     class Stop(L.Callback):
         def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            trainer.should_stop = trainer.current_epoch == 1
+            trainer.should_stop = stops and trainer.current_epoch == 2
 
-    probe, model, data = OnlineProbe(100), MiniSimMIM(0.03), DigitsData()
-    trainer(tmp_path, probe, Stop(), max_epochs=50).fit(model, datamodule=data)
+    logger, data = CSVLogger(tmp_path), DigitsData()
+    probe, model = OnlineProbe(2), MiniSimMIM(0.03)
+    fit = trainer(tmp_path, probe, Stop(), max_epochs=5, logger=logger)
+    fit.fit(model, datamodule=data)
+    rows = table(Path(logger.log_dir) / "metrics.csv")
+    read = [(int(r["step"]), float(r["val/probe_top1"])) for r in rows if r["val/probe_top1"]]
+    # untrained, after 2 and 4 epochs, and after the last
+    assert [step for step, _ in read] == ([0, 15, 23] if stops else [0, 15, 31, 39])
+    assert read[0][1] == pytest.approx(probe.untrained["probe_top1"])
+    assert read[-1][1] == pytest.approx(probe.pretrained["probe_top1"])
     (train, train_labels), (held_out, labels) = embeddings(model, data)
-    votes = knn_scores(train, train_labels, held_out)
-    assert probe.pretrained["knn_top1"] == top1(votes, labels)
+    assert probe.pretrained["knn_top1"] == top1(knn_scores(train, train_labels, held_out), labels)
+    if not stops:  # else it is read after the last epoch
+        assert float(fit.callback_metrics["val/probe_top1"]) == pytest.approx(read[-1][1])
+    shown = capsys.readouterr().out.splitlines()[-3:]
+    assert shown[0].split()[-2:] == ["untrained", "pretrained"]
+    expected = [f"{scores['knn_top1']:.3f}" for scores in (probe.untrained, probe.pretrained)]
+    assert shown[1].split()[-2:] == expected
 
 
 def test_test_images_have_their_own_name(tmp_path: Path) -> None:
@@ -95,33 +86,21 @@ def test_test_images_have_their_own_name(tmp_path: Path) -> None:
     assert set(found) == {"test/loss", "test/knn_top1", "test/probe_top1"}
 
 
-@pytest.mark.parametrize("data", [DigitsData(labels=False), None], ids=["no labels", "loaders"])
-def test_without_labels_nothing_is_logged(tmp_path: Path, data: DigitsData | None) -> None:
-    probe, loader = OnlineProbe(1), DataLoader(DigitsData().train, batch_size=32)
-    fit = trainer(tmp_path, probe, max_epochs=1)
-    fit.fit(MiniSimMIM(), datamodule=data) if data else fit.fit(MiniSimMIM(), loader, loader)
+@pytest.mark.parametrize("kind", ["no labels", "says so in vain", "nothing held out"])
+@pytest.mark.filterwarnings("ignore:Total length of `list`")  # Lightning asks whether it was meant
+def test_without_labels_or_held_out_images_nothing_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    data = DigitsData(64, labels=kind == "nothing held out")
+    data.has_labels = kind != "no labels"
+    if kind == "nothing held out":
+        monkeypatch.setattr(data, "val_dataloader", lambda: [])
+    probe, pictures = OnlineProbe(1), Reconstructions(1)
+    fit = trainer(tmp_path, probe, pictures, max_epochs=1)
+    fit.fit(MiniSimMIM(), datamodule=data)
     assert probe.untrained == probe.pretrained == {}
     assert not any("knn" in name for name in fit.callback_metrics)
-
-
-def test_labels_that_only_show_in_the_batch(tmp_path: Path) -> None:
-    data = DigitsData(labels=False)
-    data.has_labels = True  # a data module that does not say
-    probe = OnlineProbe(1)
-    trainer(tmp_path, probe, max_epochs=1).fit(MiniSimMIM(), datamodule=data)
-    assert probe.pretrained == {}
-
-
-@pytest.mark.filterwarnings("ignore:Total length of `list`")  # Lightning asks whether it was meant
-def test_nothing_is_held_out(tmp_path: Path) -> None:
-    class NoVal(DigitsData):
-        def val_dataloader(self) -> Any:
-            return []
-
-    probe, pictures = OnlineProbe(1), Reconstructions(1)
-    trainer(tmp_path, probe, pictures, max_epochs=1).fit(MiniSimMIM(), datamodule=NoVal())
-    assert probe.pretrained == {}
-    assert len(list((tmp_path / "reconstructions").iterdir())) == 2  # of training images
+    assert len(list((tmp_path / "reconstructions").iterdir())) == 2  # of training images, if needed
 
 
 def test_big_sets_are_read_in_part_and_always_the_same(tmp_path: Path) -> None:
@@ -142,20 +121,17 @@ def test_layer_pooling_and_mistakes(tmp_path: Path) -> None:
     for wrong in ({"pooling": "cls"}, {"k": 0}, {"every_n_epochs": -1}, {"max_samples": 0}):
         with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
             OnlineProbe(**wrong)  # type: ignore[arg-type]
-
-
-def test_a_layer_that_is_not_there_is_refused_before_anything_runs() -> None:
-    kwargs = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
-    model = SimMIM("vit_tiny_patch16_224", img_size=32, mask_patch_size=8, encoder_kwargs=kwargs)
+    model = SimMIM(img_size=32, mask_patch_size=8, encoder_kwargs=VIT)
+    OnlineProbe(layer=2).setup(trainer(tmp_path), model, "fit")
     with pytest.raises(ValueError, match=r"layer 4 .* use 1 to 2 \(--probe.layer\)"):
-        OnlineProbe(layer=4).setup(L.Trainer(accelerator="cpu", logger=False), model, "fit")
-    OnlineProbe(layer=2).setup(L.Trainer(accelerator="cpu", logger=False), model, "fit")
+        OnlineProbe(layer=4).setup(trainer(tmp_path), model, "fit")
 
 
 def watchers() -> list[L.Callback]:
     return [OnlineProbe(1), Reconstructions(1), CollapseAlarm(), StopOnNonFinite()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_watching_changes_no_bit_of_the_weights(tmp_path: Path, precision: Any) -> None:
     weights = []
@@ -171,8 +147,7 @@ def test_watching_changes_no_bit_of_the_weights(tmp_path: Path, precision: Any) 
     assert torch.equal(after_without, after_watched)  # and the generator goes on where it was
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_features_are_read_in_the_runs_precision(tmp_path: Path, precision: Any) -> None:
+def test_features_are_read_in_the_runs_precision(tmp_path: Path) -> None:
     seen: list[torch.dtype] = []
 
     class Watched(MiniSimMIM):
@@ -182,41 +157,9 @@ def test_features_are_read_in_the_runs_precision(tmp_path: Path, precision: Any)
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             """Nothing but the probe runs the encoder."""
 
-    fit = trainer(tmp_path, OnlineProbe(), precision=precision)
+    fit = trainer(tmp_path, OnlineProbe(), precision="bf16-mixed")
     fit.validate(Watched(), DigitsData(), verbose=False)
     assert set(seen) == {torch.bfloat16}
-
-
-def test_sharded_models_are_called_through_their_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Wrapper(torch.nn.Module):  # only inside its forward are the weights whole
-        whole = False
-
-        def __init__(self, module: MiniSimMIM) -> None:
-            super().__init__()
-            self.module = module
-
-        def forward(self, *args: Tensor) -> Any:
-            self.whole = True
-            result = self.module(*args)
-            self.whole = False
-            return result
-
-    monkeypatch.setattr(look_module, "FSDPModule", Wrapper)
-    module = MiniSimMIM().eval()
-    wrapper = Wrapper(module)
-    plugin = Precision()
-    fake: Any = SimpleNamespace(
-        lightning_module=module, strategy=SimpleNamespace(model=wrapper), precision_plugin=plugin
-    )
-
-    def look(images: Tensor, mask: Tensor) -> tuple[bool, Tensor]:
-        return wrapper.whole, module(images, mask)  # which is the module's own forward again
-
-    images, mask = torch.rand(2, 1, 8, 8), torch.zeros(2, 2, 2, dtype=torch.bool)
-    whole, prediction = call(fake, look, images, mask)
-    assert whole
-    assert torch.equal(prediction, module(images, mask))
-    assert "forward" not in vars(module)
 
 
 def test_a_resumed_run_still_knows_the_untrained_numbers(tmp_path: Path) -> None:

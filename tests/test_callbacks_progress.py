@@ -1,6 +1,5 @@
 """Throughput and the bar: the arithmetic by a clock of our own, the text as a person sees it."""
 
-import csv
 import re
 import time
 from pathlib import Path
@@ -8,14 +7,13 @@ from typing import Any
 
 import lightning as L
 import pytest
-import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from callback_parts import DigitsData, MiniSimMIM, trainer
 from simmim.callbacks import ProgressBar, Throughput
-from simmim.callbacks.progress import images_in
+from support.commands import column
 
 
 class Clock:
@@ -47,21 +45,13 @@ class Timed(MiniSimMIM):
 def test_throughput_counts_training_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
 ) -> None:
+    options = {"log_every_n_steps": 3, "val_check_interval": 4, "max_epochs": 3}
     logger = CSVLogger(tmp_path)
     fit = trainer(
-        tmp_path,
-        Throughput(),
-        logger=logger,
-        max_epochs=3,
-        log_every_n_steps=3,
-        val_check_interval=4,
-        accumulate_grad_batches=accumulate,
+        tmp_path, Throughput(), logger=logger, accumulate_grad_batches=accumulate, **options
     )
-    model = Timed(Clock(monkeypatch))
-    fit.fit(model, datamodule=DigitsData())
-    lines = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
-    column = lines[0].split(",").index("throughput/images_per_s")
-    speeds = [float(row.split(",")[column]) for row in lines[1:] if row.split(",")[column]]
+    fit.fit(Timed(Clock(monkeypatch)), datamodule=DigitsData())
+    speeds = column(Path(logger.log_dir) / "metrics.csv", "throughput/images_per_s")
     assert len(speeds) == 24 // accumulate // 3  # windows go on over the end of an epoch
     assert speeds == [pytest.approx(32 / 0.25)] * len(speeds)
 
@@ -85,16 +75,12 @@ def test_waiting_for_the_loader_is_a_share_of_the_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logger, clock = CSVLogger(tmp_path), Clock(monkeypatch)
-    fit = trainer(
-        tmp_path, Throughput(), logger=logger, log_every_n_steps=2, accumulate_grad_batches=2
-    )
+    options = {"log_every_n_steps": 2, "accumulate_grad_batches": 2}
+    fit = trainer(tmp_path, Throughput(), logger=logger, **options)
     fit.fit(Timed(clock), datamodule=Slow(clock))
-    with (Path(logger.log_dir) / "metrics.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["throughput/data_wait"]]
-    assert [float(row["throughput/data_wait"]) for row in rows] == pytest.approx(
-        [0.75] * 4, abs=0.1
-    )
-    assert {float(row["throughput/batch_size"]) for row in rows} == {64.0}
+    metrics = Path(logger.log_dir) / "metrics.csv"
+    assert column(metrics, "throughput/data_wait") == pytest.approx([0.75] * 4, abs=0.1)
+    assert set(column(metrics, "throughput/batch_size")) == {64.0}
 
 
 def test_bar_says_loss_speed_and_time_left(
@@ -144,44 +130,3 @@ def test_the_bar_of_a_run_resumed_within_an_epoch_knows_its_length(
     text = capsys.readouterr().out
     assert re.search(r"Epoch 1/2 100%.* 8/8 .*loss=", text)
     assert "/?" not in text.replace("0/?", "")
-
-
-def test_bar_does_not_wait_for_the_device_at_every_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reads = 0
-
-    class Counting(ProgressBar):
-        def get_metrics(self, *args: Any) -> Any:
-            nonlocal reads
-            reads += 1
-            return super().get_metrics(*args)
-
-    clock = Clock(monkeypatch)
-    fit = trainer(tmp_path, Counting(1.0), max_epochs=1, enable_progress_bar=True)
-    fit.fit(Timed(clock), datamodule=DigitsData(train=32 * 20))
-    assert reads <= 20 * 0.25 / 1.0 + 3
-
-
-def test_bar_without_an_end(tmp_path: Path) -> None:
-    fit = trainer(tmp_path, ProgressBar(), max_epochs=-1, max_steps=4, enable_progress_bar=True)
-    fit.fit(MiniSimMIM(), datamodule=DigitsData())
-    assert fit.global_step == 4
-
-
-def test_images_are_counted_in_any_batch() -> None:
-    images = torch.zeros(3, 1, 2, 2)
-    assert images_in({"image": images, "index": torch.arange(3)}) == 3
-    assert images_in((images, torch.zeros(3))) == images_in(images) == 3
-
-
-def test_the_time_left_is_not_asked_for_before_the_first_step() -> None:
-    class Trainer:
-        global_step = 0
-
-        @property
-        def estimated_stepping_batches(self) -> int:
-            raise AssertionError("Lightning would load the training data, and say so")
-
-    fresh: Any = Trainer()
-    assert ProgressBar()._seconds_left(fresh) is None

@@ -2,13 +2,13 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 from pyarrow import parquet
@@ -18,20 +18,14 @@ from simmim.callbacks import OnlineProbe
 from simmim.data.named import prepare
 from simmim.data.pack import pack
 from simmim.embed import embed
+from simmim.embed.table import Embeddings
+from support import exhaustive
 from support.commands import refused
 from support.commands import simmim as run
 from support.folders import make_classes, make_images
 from support.training import quiet_trainer
 
 TINY_VIT = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "swin_tiny_patch4_window7_224": {
-        **{"patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2]},
-        "window_size": 4,
-    },
-    "convnext_atto": {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]},
-    "beit_base_patch16_224": TINY_VIT,  # its norm lies behind the pooling
-}
 QUICK: dict[str, Any] = {"num_workers": 0, "accelerator": "cpu", "map": "none", "neighbours": 0}
 
 
@@ -50,25 +44,35 @@ def simmim(encoder: str = "vit_tiny_patch16_224", **kwargs: Any) -> SimMIM:
     return model
 
 
-@pytest.fixture
-def weights(tmp_path: Path) -> str:
-    return save(simmim(), tmp_path / "vit.ckpt")
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save(simmim(), tmp_path_factory.mktemp("weights") / "vit.ckpt")
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two classes of ten images."""
-    return make_classes(tmp_path / "images", names="cat dog", size=(40, 32))
+    return make_classes(tmp_path_factory.mktemp("data") / "images", names="cat dog", size=(40, 32))
 
 
-def features_by_hand(model: Any, paths: list[Path]) -> torch.Tensor:
-    """Mean of the patch tokens of images of 32 px, normalised by ImageNet's statistics."""
+def images_by_hand(paths: list[Path]) -> torch.Tensor:
+    """Images of 32 px, normalised by ImageNet's statistics."""
     pixels = np.stack([np.asarray(Image.open(path)) for path in paths])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    images = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    with torch.no_grad():
-        return model.eval().forward_features(images)[:, 1:].mean(1)
+    return (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+def raw_images(folder: Path) -> torch.Tensor:
+    """All images of a folder, as our data module gives them."""
+    data = ImageFolderData(str(folder), img_size=32)
+    data.setup()
+    return next(iter(data.predict_dataloader()))["image"]  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def assert_close(found: Embeddings, expected: Callable[[], torch.Tensor]) -> None:
+    torch.testing.assert_close(torch.from_numpy(found.features), expected(), rtol=1e-4, atol=1e-5)
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -81,31 +85,28 @@ def picture_size(path: Path) -> tuple[int, int]:
 
 def test_npz_holds_every_image_once_in_order(tmp_path: Path, weights: str) -> None:
     root = tmp_path / "set"
-    for part, n in {"val": 3, "train": 5, "test": 2}.items():
-        for name in ("b", "a"):
-            make_images(root / part / name, n, size=32)
-    make_images(root / "test" / "a" / "deep" / "er", 1, size=32)
+    for part, names, n in (("train", "ab", 5), ("val", "ab", 3), ("test", "ab", 2)):
+        make_classes(root / part, n, names)
+    make_images(root / "test" / "a" / "deep" / "er", 1)
     found = embed(weights, str(root), str(tmp_path / "new" / "f.npz"), **QUICK)
     with np.load(tmp_path / "new" / "f.npz", allow_pickle=False) as file:
         content = {name: file[name] for name in file}
     assert list(content) == ["features", "paths", "labels", "classes", "parts"]
     assert all(np.array_equal(content[name], getattr(found, name)) for name in content)
-    assert content["features"].dtype == np.float32
-    assert content["labels"].dtype == np.int64
+    assert (content["features"].dtype, content["labels"].dtype) == (np.float32, np.int64)
     assert content["features"].shape == (21, 32)
     paths = content["paths"].tolist()
     assert paths == [
         *[f"train/{c}/{i:03d}.png" for c in "ab" for i in range(5)],
         *[f"val/{c}/{i:03d}.png" for c in "ab" for i in range(3)],
-        *[f"test/a/{i:03d}.png" for i in range(2)],
-        "test/a/deep/er/000.png",
+        *[f"test/a/{name}.png" for name in ("000", "001", "deep/er/000")],
         *[f"test/b/{i:03d}.png" for i in range(2)],
     ]
     assert content["classes"].tolist() == ["a", "b"]
     assert content["parts"].tolist() == [path.split("/")[0] for path in paths]
     assert content["labels"].tolist() == ["ab".index(path.split("/")[1]) for path in paths]
-    expected = features_by_hand(load_encoder(weights), [root / path for path in paths])
-    torch.testing.assert_close(torch.from_numpy(content["features"]), expected)
+    model, images = load_encoder(weights).eval(), images_by_hand([root / path for path in paths])
+    assert_close(found, lambda: model.forward_features(images)[:, 1:].mean(1))  # type: ignore[operator]
     assert not list(tmp_path.rglob("*.unfinished"))
 
 
@@ -135,20 +136,6 @@ def test_the_split_is_that_of_pretraining(tmp_path: Path, weights: str, folder: 
     assert found.paths.tolist() == sorted(found.paths.tolist())  # in the folder's order
 
 
-def test_images_without_labels(
-    tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make_images(tmp_path / "flat", 6)
-    found = embed(weights, str(tmp_path / "flat"), str(tmp_path / "f.npz"), **QUICK)
-    assert found.labels.tolist() == [-1] * 6
-    assert found.scores == {}
-    with np.load(tmp_path / "f.npz", allow_pickle=False) as file:
-        assert file["classes"].shape == (0,)
-    assert "no labels" in capsys.readouterr().out
-    embed(weights, str(tmp_path / "flat"), str(tmp_path / "f.parquet"), **QUICK)
-    assert parquet.read_table(tmp_path / "f.parquet")["classes"].to_pylist() == [None] * 6
-
-
 def test_test_images_of_unknown_classes_have_no_labels(tmp_path: Path, weights: str) -> None:
     for part, name in (("train", "a"), ("train", "b"), ("test", "x")):
         make_images(tmp_path / "set" / part / name, 4)
@@ -157,6 +144,18 @@ def test_test_images_of_unknown_classes_have_no_labels(tmp_path: Path, weights: 
     assert set(found.scores) == {"val/knn_top1", "val/probe_top1", "val/commonest"}
 
 
+def test_images_without_labels(
+    tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_images(tmp_path / "flat", 6)
+    found = embed(weights, str(tmp_path / "flat"), str(tmp_path / "f.parquet"), **QUICK)
+    assert found.labels.tolist() == [-1] * 6
+    assert (found.scores, found.classes.shape) == ({}, (0,))
+    assert "no labels" in capsys.readouterr().out
+    assert parquet.read_table(tmp_path / "f.parquet")["classes"].to_pylist() == [None] * 6
+
+
+@pytest.mark.slow
 def test_one_image_and_one_class(
     tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,151 +175,86 @@ def test_one_image_and_one_class(
 
 def test_gray_and_deep_scans(tmp_path: Path) -> None:
     weights = save(simmim(in_chans=1), tmp_path / "gray.ckpt")
-    root = tmp_path / "scans"
-    root.mkdir()
+    (root := tmp_path / "scans").mkdir()
     ramp = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32)
-    Image.fromarray((ramp // 4).astype(np.uint8)).save(root / "gray.png")
     Image.fromarray(ramp * 60).save(root / "deep.png")
     Image.fromarray(ramp.astype(np.float32)).save(root / "float.tiff")
-    options: dict[str, Any] = {**QUICK, "percentiles": (0, 100)}
-    found = embed(weights, str(root), str(tmp_path / "f.npz"), **options)
-    named = dict(zip(found.paths.tolist(), found.features, strict=True))
-    assert np.allclose(named["deep.png"], named["float.tiff"], atol=1e-4)  # ranges are brought to 1
-    assert np.allclose(named["deep.png"], named["gray.png"], atol=0.05)
-    window: dict[str, Any] = {**QUICK, "window": (0, 1e6)}
-    dark = embed(weights, str(root), str(tmp_path / "g.npz"), **window)
-    assert np.abs(dark.features[0] - named["deep.png"]).max() > 0.1
+    ranges: list[dict[str, Any]] = [{"percentiles": (0, 100)}, {"window": (0, 1e6)}]
+    whole, dark = (
+        embed(weights, str(root), str(tmp_path / f"{i}.npz"), **QUICK, **options).features
+        for i, options in enumerate(ranges)
+    )
+    assert np.allclose(whole[0], whole[1], atol=1e-4)  # ranges are brought to 1
+    assert np.abs(dark[0] - whole[0]).max() > 0.1
 
 
-def test_workers_change_nothing(tmp_path: Path, weights: str, folder: Path) -> None:
-    rows = [
-        embed(
-            weights,
-            str(folder),
-            str(tmp_path / f"{n}.npz"),
-            batch_size=3,
-            **{**QUICK, "num_workers": n},
-        ).features
-        for n in (0, 2)
-    ]
-    assert np.array_equal(*rows)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_unreadable_files_are_left_out_and_listed(
-    tmp_path: Path, weights: str, folder: Path, workers: int, capsys: pytest.CaptureFixture[str]
+@pytest.mark.slow
+def test_unreadable_files_are_left_out_and_listed_by_any_number_of_workers(
+    tmp_path: Path, weights: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    root = shutil.copytree(folder, tmp_path / "images")
     for i in (0, 1, 7):
-        (folder / "cat" / f"{i:03d}.png").write_bytes(b"no image")
-    options: dict[str, Any] = {**QUICK, "num_workers": workers, "batch_size": 2}
-    found = embed(weights, str(folder), str(tmp_path / "f.npz"), **options)
-    assert len(found) == 17
-    assert not {"cat/000.png", "cat/001.png", "cat/007.png"} & set(found.paths)
-    assert found.labels.tolist() == [0] * 7 + [1] * 10
-    lines = (tmp_path / "f.bad_files.txt").read_text().splitlines()
-    assert [Path(line.split("\t")[0]).name for line in lines] == ["000.png", "001.png", "007.png"]
-    assert "3 of 20 images could not be read" in capsys.readouterr().out
+        (root / "cat" / f"{i:03d}.png").write_bytes(b"no image")
+    rows = []
+    for workers in (0, 2):
+        out = tmp_path / f"{workers}.npz"
+        options: dict[str, Any] = {**QUICK, "num_workers": workers, "batch_size": 2}
+        found = embed(weights, str(root), str(out), **options)
+        assert not {"cat/000.png", "cat/001.png", "cat/007.png"} & set(found.paths)
+        assert found.labels.tolist() == [0] * 7 + [1] * 10
+        lines = out.with_suffix(".bad_files.txt").read_text().splitlines()
+        names = [Path(line.split("\t")[0]).name for line in lines]
+        assert names == ["000.png", "001.png", "007.png"]
+        assert "3 of 20 images could not be read" in capsys.readouterr().out
+        rows.append(found.features)
+    assert np.array_equal(*rows)
 
 
 # What is read -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("encoder", FAMILIES)
-def test_other_encoders_give_the_mean_of_their_last_features(
-    tmp_path: Path, folder: Path, encoder: str
+def test_a_convolutional_encoder_gives_the_mean_of_its_last_features(
+    tmp_path: Path, folder: Path
 ) -> None:
-    model = simmim(encoder, encoder_kwargs=FAMILIES[encoder])
+    sizes = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}
+    model = simmim("convnext_atto", encoder_kwargs=sizes)
     found = embed(save(model, tmp_path / "w.ckpt"), str(folder), str(tmp_path / "f.npz"), **QUICK)
-    data = ImageFolderData(str(folder), img_size=32)
-    data.setup()
-    batch = next(iter(data.predict_dataloader()))
-    with torch.no_grad():
-        expected = model.eval().encoder(model.inputs(batch, 0)[1]).mean((2, 3))
-    assert found.paths.tolist()[0] == "cat/000.png"
-    torch.testing.assert_close(torch.from_numpy(found.features), expected, rtol=1e-4, atol=1e-5)
+    images = model.normalize(raw_images(folder))
+    assert_close(found, lambda: model.eval().encoder(images).mean((2, 3)))
 
 
-def test_layer_and_pooling(tmp_path: Path, weights: str) -> None:
-    root = make_images(tmp_path / "flat", 3)
-    model: Any = load_encoder(weights).eval()
-    pixels = np.stack([np.asarray(Image.open(path)) for path in sorted(root.iterdir())])
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-    images = (images - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
-        [0.229, 0.224, 0.225]
-    ).view(3, 1, 1)
-    with torch.no_grad():
-        middle, token = model.forward_intermediates(
-            images,
-            indices=[1],
-            intermediates_only=True,
-            output_fmt="NLC",
-            return_prefix_tokens=True,
-        )[0]
-        last = model.forward_features(images)
-    expected = {
-        (2, "mean"): middle.mean(1),
-        (2, "max"): middle.amax(1),
-        (2, "token"): token[:, 0],
-        (None, "max"): last[:, 1:].amax(1),
-        (None, "token"): last[:, 0],
-    }
-    for i, ((layer, pooling), value) in enumerate(expected.items()):
-        options: dict[str, Any] = {"layer": layer, "pooling": pooling, **QUICK}
-        found = embed(weights, str(root), str(tmp_path / f"{i}.npz"), **options)
-        torch.testing.assert_close(torch.from_numpy(found.features), value)
-
-
-def test_the_statistics_are_those_of_the_weights(tmp_path: Path, folder: Path) -> None:
+def test_the_statistics_are_those_of_the_weights_and_channels_are_adapted(
+    tmp_path: Path, folder: Path
+) -> None:
     model = simmim()
-    plain = embed(save(model, tmp_path / "a.ckpt"), str(folder), str(tmp_path / "a.npz"), **QUICK)
     model.mean.fill_(0.5)
     model.std.fill_(0.25)
-    other = embed(save(model, tmp_path / "b.ckpt"), str(folder), str(tmp_path / "b.npz"), **QUICK)
-    assert not np.allclose(plain.features, other.features, atol=1e-2)
-    data = ImageFolderData(str(folder), img_size=32)
-    data.setup()
-    images = (next(iter(data.predict_dataloader()))["image"].float() / 255 - 0.5) / 0.25
-    with torch.no_grad():
-        expected = model.eval().encoder(images).mean((2, 3))
-    torch.testing.assert_close(torch.from_numpy(other.features), expected, rtol=1e-4, atol=1e-5)
+    path = save(model, tmp_path / "b.ckpt")
+    found = embed(path, str(folder), str(tmp_path / "b.npz"), **QUICK)
+    images = (raw_images(folder).float() / 255 - 0.5) / 0.25
+    assert_close(found, lambda: model.eval().encoder(images).mean((2, 3)))
+    options: dict[str, Any] = {"img_size": [48, 32], "in_chans": 1, "val_fraction": 0, **QUICK}
+    other = embed(path, str(folder), str(tmp_path / "c.npz"), **options)
+    assert other.features.shape == (20, 32)
+    assert np.isfinite(other.features).all()
+    assert set(other.parts) == {"train"}  # nothing is held out, so nothing is scored
+    assert other.scores == {}
 
 
-@pytest.mark.parametrize("pooling", ["mean", "token"])
+@pytest.mark.parametrize("pooling", ["mean", exhaustive("token")])
 def test_a_fine_tuned_classifier_is_read_behind_its_norm(
     tmp_path: Path, weights: str, folder: Path, pooling: Any
 ) -> None:
-    model = Classifier(weights, num_classes=2, pooling=pooling)
+    model = Classifier(weights, num_classes=2, pooling=pooling).eval()
     tuned = save(model, tmp_path / "tuned.ckpt", classes=["cat", "dog"])
-    options: dict[str, Any] = {"pooling": pooling, **QUICK}
-    found = embed(tuned, str(folder), str(tmp_path / "f.npz"), **options)
-    data = ImageFolderData(str(folder), img_size=32)
-    data.setup()
-    images = model.normalize(next(iter(data.predict_dataloader()))["image"])
-    with torch.no_grad():
-        tokens = model.eval().model.forward_features(images)
+    found = embed(tuned, str(folder), str(tmp_path / "f.npz"), pooling=pooling, **QUICK)
+
+    def expected() -> torch.Tensor:
+        tokens = model.model.forward_features(model.normalize(raw_images(folder)))
         # Mean pooling has the norm behind it; the tokens get it here, as in a probe.
-        expected = model.model.fc_norm(tokens[:, 1:]).mean(1) if pooling == "mean" else tokens[:, 0]
-    torch.testing.assert_close(torch.from_numpy(found.features), expected, rtol=1e-4, atol=1e-5)
+        return model.model.fc_norm(tokens[:, 1:]).mean(1) if pooling == "mean" else tokens[:, 0]
 
-
-def test_timm_folder(tmp_path: Path, folder: Path) -> None:
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0, **TINY_VIT)
-    options = {"img_size": 32, **TINY_VIT}
-    timm.models.save_for_hf(model, tmp_path / "timm", model_args=options, safe_serialization=True)
-    found = embed(str(tmp_path / "timm"), str(folder), str(tmp_path / "f.npz"), **QUICK)
-    data = ImageFolderData(str(folder), img_size=32)
-    data.setup()
-    raw = next(iter(data.predict_dataloader()))["image"].float() / 255
-    with torch.no_grad():
-        expected = model.eval().forward_features((raw - 0.5) / 0.5)[:, 1:].mean(1)  # timm's config
-    torch.testing.assert_close(torch.from_numpy(found.features), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_another_size_and_number_of_channels(tmp_path: Path, weights: str, folder: Path) -> None:
-    options: dict[str, Any] = {"img_size": [48, 32], "in_chans": 1, **QUICK}
-    found = embed(weights, str(folder), str(tmp_path / "f.npz"), **options)
-    assert found.features.shape == (20, 32)
-    assert np.isfinite(found.features).all()
+    assert_close(found, expected)
 
 
 # Scores -------------------------------------------------------------------------------------------
@@ -340,6 +274,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, {"layer": 2, "pooling": "max", "k": 5, "temperature": 0.2, "l2": 10.0}]
 )
@@ -357,40 +292,32 @@ def test_scores_are_those_of_the_online_probe(
     assert found.scores["val/commonest"] == pytest.approx(0.1)
 
 
+@pytest.mark.slow
 def test_several_k_and_two_held_out_parts(
-    tmp_path: Path,
-    weights: str,
-    digits: Path,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, weights: str, digits: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "three"
     shutil.copytree(digits, root)
     shutil.copytree(digits / "val", root / "test")
-    found = embed(weights, str(root), str(tmp_path / "f.npz"), k=[1, 20], **QUICK)
+    scores = embed(weights, str(root), str(tmp_path / "f.npz"), k=[1, 20], **QUICK).scores
     one = embed(weights, str(root), str(tmp_path / "g.npz"), k=1, **QUICK)
-    assert found.scores["val/knn_top1_k1"] == one.scores["val/knn_top1"]
-    assert found.scores["test/knn_top1_k20"] == found.scores["val/knn_top1_k20"]
-    table = capsys.readouterr().out.splitlines()[1:8]
-    assert "300 training images of 10 classes" in table[0]
-    assert table[1].split() == ["top-1", "accuracy", "val", "test"]
-    value = f"{found.scores['val/knn_top1_k1']:.3f}"
-    assert table[2].split() == ["kNN,", "k", "=", "1", value, value]
-    assert table[5].split()[-2:] == ["0.100", "0.100"]
-    assert table[6].split() == ["images", "100", "100"]
-
-
-def test_nothing_is_held_out(
-    tmp_path: Path, weights: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    found = embed(weights, str(folder), str(tmp_path / "f.npz"), val_fraction=0, **QUICK)
-    assert set(found.parts) == {"train"}
-    assert found.scores == {}
-    assert "val_fraction" in capsys.readouterr().out
+    assert scores["val/knn_top1_k1"] == one.scores["val/knn_top1"]
+    assert scores["test/knn_top1_k20"] == scores["val/knn_top1_k20"]
+    table = [line.split() for line in capsys.readouterr().out.splitlines()[1:8]]
+    assert " ".join(table[0]).startswith("300 training images of 10 classes")
+    value = f"{scores['val/knn_top1_k1']:.3f}"
+    assert table[1:3] == [
+        ["top-1", "accuracy", "val", "test"],
+        [*["kNN,", "k", "=", "1"], value, value],
+    ]
+    assert table[5][-2:] == ["0.100", "0.100"]
+    assert table[6] == ["images", "100", "100"]
 
 
 # Mistakes -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_nothing_is_overwritten(tmp_path: Path, weights: str, folder: Path) -> None:
     options: dict[str, Any] = {**QUICK, "map": "pca", "neighbours": 2}
     (tmp_path / "f.map.png").write_text("mine")
@@ -398,83 +325,73 @@ def test_nothing_is_overwritten(tmp_path: Path, weights: str, folder: Path) -> N
         embed(weights, str(folder), str(tmp_path / "f.npz"), **options)
     assert (tmp_path / "f.map.png").read_text() == "mine"
     assert not (tmp_path / "f.npz").exists()
-    embed(weights, str(folder), str(tmp_path / "f.npz"), **QUICK)  # without a map there is none
     embed(weights, str(folder), str(tmp_path / "f.npz"), overwrite=True, **options)
     assert picture_size(tmp_path / "f.map.png")[0] > 800
 
 
-def test_features_that_are_not_finite_are_refused(tmp_path: Path, folder: Path) -> None:
-    model = simmim()
-    with torch.no_grad():
-        model.encoder.model.norm.bias[0] = float("nan")
-    with pytest.raises(ValueError, match=r"20 images are not finite, the first is cat/000\.png"):
-        embed(save(model, tmp_path / "w.ckpt"), str(folder), str(tmp_path / "f.npz"), **QUICK)
-    assert not (tmp_path / "f.npz").exists()
-
-
-def test_a_full_device_is_one_sentence(
+def test_what_stops_it_is_one_sentence(
     tmp_path: Path, weights: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def refuse(words: str, weights: str = weights, name: str = "f.npz", **options: Any) -> None:
+        with pytest.raises(ValueError, match=words):
+            embed(weights, str(folder), str(tmp_path / name), **{**QUICK, **options})
+        assert not (tmp_path / name).exists()
+
     def full(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    model = simmim()
+    with torch.no_grad():
+        model.encoder.model.norm.bias[0] = float("nan")
+    ruined = save(model, tmp_path / "w.ckpt")
+    refuse(r"20 images are not finite, the first is cat/000\.png", ruined)
     monkeypatch.setattr("simmim.readout.Reader.forward", full)
-    with pytest.raises(ValueError, match="use a smaller --batch_size than 20"):
-        embed(weights, str(folder), str(tmp_path / "f.npz"), **QUICK)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        (["--out=f.csv"], "--out f.csv must end in .npz or .parquet"),
-        (["--root=nowhere"], "--root 'nowhere' does not exist"),
-        (["--weights=nowhere"], "nowhere does not exist"),
-        (["--layer=4"], "use 1 to 3"),
-        (["--pooling=cls"], "it takes mean or max or token"),
-        (["--poling=max"], "did you mean --pooling?"),
-        (["--k=0"], "--k 0 is too small"),
-        (["--temperature=0"], "--temperature 0.0 is too small"),
-        (["--val_fraction=2"], "--val_fraction 2.0 is out of range"),
-        (["--group_pattern=cat"], "--group_pattern 'cat' has no group"),
-        (["--map=tsn"], "did you mean tsne?"),
-        (["--query=no.png"], "--query no.png is no file"),
-        (["--query=vit.ckpt"], "cannot be read"),
-        (["--accelerator=mps"], "--accelerator mps is not to be had"),
-        (["--neighbours=-1"], "--neighbours -1 is negative"),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
-)
-def test_mistakes_are_one_sentence(
-    wrong: list[str],
-    said: str,
-    weights: str,
-    folder: Path,
-    workdir: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    given = {"--weights": "vit.ckpt", "--root": "images", "--out": "f.npz", "--num_workers": "0"}
-    args = [f"{k}={v}" for k, v in given.items() if not wrong[0].startswith(k)]
-    assert said in refused(capsys, "embed", *args, *wrong)
-    assert not Path("f.npz").exists()
-
-
-def test_missing_packages_are_one_sentence(
-    tmp_path: Path, weights: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    refuse("use a smaller --batch_size than 20")
     monkeypatch.setattr("simmim.embed.table.find_spec", lambda name: None)
     monkeypatch.setattr("simmim.embed.pictures.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'simmim\[parquet\]'"):
-        embed(weights, str(folder), str(tmp_path / "f.parquet"), **QUICK)
-    with pytest.raises(ValueError, match=r"pip install 'simmim\[umap\]'"):
-        embed(weights, str(folder), str(tmp_path / "f.npz"), **{**QUICK, "map": "umap"})
+    refuse(r"pip install 'simmim\[parquet\]'", name="f.parquet")
+    refuse(r"pip install 'simmim\[umap\]'", map="umap")
 
 
+MISTAKES = {
+    "--out=f.csv": "--out f.csv must end in .npz or .parquet",
+    "--root=nowhere": "--root 'nowhere' does not exist",
+    "--weights=nowhere": "nowhere does not exist",
+    "--layer=4": "use 1 to 3",
+    "--pooling=cls": "it takes mean or max or token",
+    "--poling=max": "did you mean --pooling?",
+    "--k=0": "--k 0 is too small",
+    "--temperature=0": "--temperature 0.0 is too small",
+    "--val_fraction=2": "--val_fraction 2.0 is out of range",
+    "--group_pattern=cat": "--group_pattern 'cat' has no group",
+    "--map=tsn": "did you mean tsne?",
+    "--query=no.png": "--query no.png is no file",
+    "--query=broken.png": "cannot be read",
+    "--accelerator=mps": "--accelerator mps is not to be had",
+    "--neighbours=-1": "--neighbours -1 is negative",
+}
+
+
+@pytest.mark.slow
+def test_mistakes_are_one_sentence(
+    weights: str, folder: Path, workdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("broken.png").write_text("no image")
+    given = {"--weights": weights, "--root": str(folder), "--out": "f.npz", "--num_workers": "0"}
+    for wrong, said in MISTAKES.items():
+        args = [f"{k}={v}" for k, v in given.items() if not wrong.startswith(k)]
+        assert said in refused(capsys, "embed", *args, wrong), wrong
+        assert not Path("f.npz").exists()
+
+
+@pytest.mark.slow
 def test_from_the_command_line(
     weights: str, folder: Path, workdir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    shutil.copytree(folder, "images")
     other = make_images(Path("other").absolute(), 2, size=50) / "001.png"
     queries = ["--query", "cat/003.png", f"--query={other}"]
-    args = ["--weights=vit.ckpt", "--root=images", "--out=f.npz", "--num_workers=0", *queries]
+    args = [f"--weights={weights}", "--root=images", "--out=f.npz", "--num_workers=0", *queries]
     run("embed", *args, "--k=[1, 5]", "--neighbours=3")
     said = capsys.readouterr().out
     assert "kNN, k = 5" in said
@@ -489,6 +406,7 @@ def test_from_the_command_line(
     assert "f.npz is there already" in refused(capsys, "embed", *args, status=1)
 
 
+@pytest.mark.slow
 def test_a_packed_folder_is_a_folder(tmp_path: Path, weights: str, folder: Path) -> None:
     packed = tmp_path / "packed"
     pack(str(folder), str(packed), "original", workers=0)

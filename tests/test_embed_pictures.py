@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_hex
-from sklearn.datasets import load_digits
 
 from simmim.embed.pictures import (
     RIGHT,
@@ -44,6 +43,7 @@ def png(figure: Any) -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["tsne", "pca", pytest.param("umap", marks=needs_umap)])
 @pytest.mark.filterwarnings("ignore:Tensorflow not installed:ImportWarning")  # umap-learn's own
 def test_what_is_near_stays_near(method: str) -> None:
@@ -54,23 +54,12 @@ def test_what_is_near_stays_near(method: str) -> None:
     assert np.array_equal(plane, project(features, method))
 
 
-def test_digits_are_laid_out_by_class() -> None:
-    pixels, labels = load_digits(return_X_y=True)
-    plane = project(pixels[:400].astype(np.float32), "tsne")
-    assert share_of_neighbours_alike(plane, labels[:400]) > 0.85  # by chance 0.1
-
-
-@pytest.mark.parametrize(("n", "dims"), [(3, 5), (4, 1), (6, 1), (7, 200), (40, 3)])
-def test_few_images_and_few_features(n: int, dims: int) -> None:
-    features = np.random.default_rng(0).standard_normal((n, dims)).astype(np.float32)
-    plane = project(features, "tsne")
+@pytest.mark.parametrize(("n", "dims"), [(3, 5), (6, 1), (7, 200), (9, 0)])
+def test_few_images_and_few_or_constant_features(n: int, dims: int) -> None:
+    noise = np.random.default_rng(0).standard_normal((n, dims)).astype(np.float32)
+    plane = project(noise if dims else np.ones((n, 4), np.float32), "tsne")
     assert plane.shape == (n, 2)
     assert np.isfinite(plane).all()
-
-
-def test_features_that_are_all_alike() -> None:
-    figure = draw_map(np.ones((9, 4), np.float32), np.zeros(9, np.int64), ["a"], "tsne")
-    assert len(png(figure)) > 1000
 
 
 def drawn(labels: Any, classes: list[str]) -> tuple[list[str], list[str], set[str]]:
@@ -88,8 +77,8 @@ def drawn(labels: Any, classes: list[str]) -> tuple[list[str], list[str], set[st
 
 
 def test_classes_have_colours_and_names() -> None:
-    names, colours, points = drawn([0, 1, 2] * 5, ["_hidden", "$5 and $6", "x" * 40])
-    assert names == ["_hidden", "$5 and $6", "x" * 23 + "…"]
+    names, colours, points = drawn([0, 1, 2] * 5, ["_hidden 猫", "$5 and $6", "x" * 40])
+    assert names == ["_hidden 猫", "$5 and $6", "x" * 23 + "…"]
     assert len(set(colours)) == 3
     assert points == set(colours)
 
@@ -107,10 +96,6 @@ def test_images_without_a_class() -> None:
     names, colours, points = drawn([0, 1, -1] * 3, ["a", "b"])
     assert names == ["a", "b", "no class"]
     assert points == set(colours)
-
-
-def test_names_in_any_script() -> None:
-    assert drawn([0, 1] * 3, ["猫", "כלב"])[0] == ["猫", "כלב"]
 
 
 def test_neighbours_are_those_of_smallest_angle() -> None:
@@ -139,10 +124,3 @@ def test_frames_say_whether_the_class_agrees() -> None:
     assert frames == [(255, 255, 255), RIGHT, WRONG, (255, 255, 255)]
     assert picture.getpixel((lefts[3] + 5, 10)) == (100, 100, 100)
     assert picture.getpixel((lefts[3] + 5, 10 + height + 42)) == (255, 255, 255)  # a shorter row
-
-
-def test_big_gray_and_float_pictures() -> None:
-    big, tiny = torch.rand(1, 300, 200), torch.rand(2, 300, 200)
-    assert draw_neighbours([[Tile(big, "a"), Tile(tiny, "b")]]).size == (2 * 70 + 18, 96 + 27 + 6)
-    small = torch.rand(1, 64, 64)  # enlarged twice
-    assert draw_neighbours([[Tile(small, "a")]]).size == (134 + 18, 128 + 27 + 6)

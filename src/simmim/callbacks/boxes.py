@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import draw_segmentation_masks
 
-from simmim.callbacks.pictures import BACKGROUND, CAPTION, GAP, INK, cell_origin, to_rgb, to_unit
+from simmim.callbacks.pictures import BACKGROUND, INK, to_rgb, to_unit
 
 SIDE = 512  # px that the longer side of a picture should have at least, so that names fit
 COLOURS = (  # of the classes: Tableau's ten, and their lighter halves
@@ -56,26 +56,6 @@ def draw_boxes(
         text = f"{text} (ignored)" if ignored[i] else text
         _draw_name(draw, text, box, colours[i], font)
     return canvas
-
-
-def draw_pairs(rows: Sequence[Mapping[str, Image.Image]]) -> Image.Image:
-    """Put pictures into a table: a row for each image, a captioned column for each name."""
-    names = list(rows[0])
-    width = max(picture.width for row in rows for picture in row.values())
-    heights = [max(picture.height for picture in row.values()) for row in rows]
-    right, _ = cell_origin(0, len(names), (0, width))
-    panel = Image.new("RGB", (right, GAP + CAPTION + sum(heights) + GAP * len(rows)), BACKGROUND)
-    draw, font = ImageDraw.Draw(panel), ImageFont.load_default(size=13)
-    top = GAP + CAPTION
-    for column, name in enumerate(names):
-        left, _ = cell_origin(0, column, (0, width))
-        draw.text((left + width // 2, top - CAPTION // 2), name, INK, font, anchor="mm")
-    for row, height in zip(rows, heights, strict=True):
-        for column, picture in enumerate(row.values()):
-            left, _ = cell_origin(0, column, (height, width))
-            panel.paste(picture, (left, top))
-        top += height + GAP
-    return panel
 
 
 def enlarge(picture: Tensor) -> Image.Image:

@@ -16,11 +16,11 @@ from torch import Tensor
 from simmim.callbacks.look import last_step
 from simmim.callbacks.pictures import BACKGROUND, INK
 from simmim.callbacks.schedule import check_every_n_epochs, show
+from simmim.callbacks.writer import TEXT, ResultsWriter
 
 NAMED, NUMBERED = 40, 20  # classes up to which rows have names, and cells numbers
 MOST, LEAST = (8, 48, 107), (247, 251, 255)  # colours of all and of none of a class's images
 MOST_ON_BOARD = 100  # classes up to which W&B's own chart is made: it has a row for each pair
-PREDICTIONS = "predictions.csv"
 
 
 class ConfusionMatrix(L.Callback):
@@ -81,8 +81,7 @@ class ConfusionMatrix(L.Callback):
         table = class_rows(counts, labels or {}, module.class_names)
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            options: Any = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
-            with (Path(folder) / "classes.csv").open("w", **options) as file:
+            with (Path(folder) / "classes.csv").open("w", **TEXT) as file:
                 csv.writer(file).writerows(table)
             if picture is not None:
                 picture.save(Path(folder) / "confusion_matrix.png")
@@ -113,7 +112,7 @@ def board_confusion(counts: Tensor, names: Sequence[str]) -> Any:
     )
 
 
-class PredictionTable(L.Callback):
+class PredictionTable(ResultsWriter):
     """Write `predictions.csv` into the run's folder: path, label and probabilities of each image.
 
     The label is the most probable class, or with several labels an image those above one half,
@@ -121,59 +120,23 @@ class PredictionTable(L.Callback):
     earlier call stay: the next are `predictions_2.csv`, and so on.
     """
 
-    def __init__(self) -> None:
-        self._folder: Path | None = None
-        self._part: Any = None
-        self._seen = 0
+    RESULTS = "predictions.csv"
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find the run's folder, which every process must ask for."""
-        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
-
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep Lightning from collecting what is written."""
-        assert self._folder is not None
-        trainer.predict_loop.return_predictions = False
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._seen = 0
-        self._part = _part(self._folder, trainer.global_rank).open(
-            "w", newline="", encoding="utf-8", errors="surrogateescape"
-        )
-
-    def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def write(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any) -> None:
         """Write the rows of a batch."""
-        module: Any = pl_module
         names, several = module.class_names, module.multi_label
         paths = batch.get("path") if isinstance(batch, Mapping) else None
-        places = batch["index"].tolist() if paths else None
-        writer = csv.writer(self._part)
+        writer = csv.writer(self.part)
         for i, row in enumerate(outputs["probabilities"].float().cpu().tolist()):
-            place = self._seen * trainer.world_size + trainer.global_rank
-            place = places[i] if places else place
+            place = int(batch["index"][i]) if paths else self.next_place(trainer)
             path = paths[i] if paths else f"{place:06d}"
             shares = [f"{value:.6g}" for value in row]
             writer.writerow([place, path, label_of(row, names, several), *shares])
-            self._seen += 1
 
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def merge(self, module: Any, parts: Sequence[Path]) -> None:
         """Put the rows of all processes together, and say where they are."""
-        assert self._folder is not None
-        self._part.close()
-        trainer.strategy.barrier()
-        if not trainer.is_global_zero:
-            return
-        module: Any = pl_module
-        parts = [_part(self._folder, rank) for rank in range(trainer.world_size)]
         header = ["path", "label", *(f"probability of {name}" for name in module.class_names)]
-        target = _free(self._folder / PREDICTIONS)
+        target = _free(self.run / self.RESULTS)
         merge_parts(parts, target, header)
         print(f"Predictions: {target}")
 
@@ -187,12 +150,11 @@ def label_of(row: Sequence[float], names: Sequence[str], several: bool) -> str:
 
 def merge_parts(parts: Sequence[Path], target: Path, header: Sequence[str]) -> None:
     """Merge tables whose first column is the place of a row, each once, and remove them."""
-    options: Any = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
     rows: dict[int, list[str]] = {}
     for part in parts:
-        with part.open(**options) as file:
+        with part.open(**TEXT) as file:
             rows |= {int(place): row for place, *row in csv.reader(file)}
-    with target.open("w", **options) as file:
+    with target.open("w", **TEXT) as file:
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows[place] for place in sorted(rows))
@@ -307,7 +269,3 @@ def _free(path: Path) -> Path:
     """The path, or with a number behind it the first that is not taken."""
     numbered = (path.with_stem(f"{path.stem}_{n}") for n in count(2))
     return next(p for p in chain([path], numbered) if not p.exists())
-
-
-def _part(folder: Path, rank: int) -> Path:
-    return folder / f".{PREDICTIONS}.{rank}"

@@ -1,7 +1,7 @@
 """What a person sees of a detector: boxes beside the truth, and on the images of a folder."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,11 @@ from faster_coco_eval.core import mask as coco_mask
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
-from simmim.callbacks.boxes import board_boxes, draw_boxes, draw_pairs, enlarge, select
-from simmim.callbacks.look import call, datamodule, last_step, picture_names, undisturbed
-from simmim.callbacks.pictures import PictureNames
+from simmim.callbacks.boxes import board_boxes, draw_boxes, enlarge, select
+from simmim.callbacks.look import call, datamodule, last_step, undisturbed
+from simmim.callbacks.pictures import draw_table
 from simmim.callbacks.schedule import EpochPictures, save_png
-
-RESULTS = "predictions.json"
+from simmim.callbacks.writer import ResultsWriter
 
 
 class Detections(EpochPictures):
@@ -76,7 +75,7 @@ class Detections(EpochPictures):
         def to_wandb(logger: WandbLogger) -> None:
             self._keep_on_board(logger, found, names, last_step(trainer))
 
-        self.keep(trainer, draw_pairs(rows), epochs, to_wandb)
+        self.keep(trainer, draw_table(rows), epochs, to_wandb)
 
     def _keep_on_board(
         self, logger: WandbLogger, found: list[dict[str, Tensor]], names: list[str], step: int
@@ -96,7 +95,7 @@ class Detections(EpochPictures):
         logger.log_image(self.NAME, pictures, step, boxes=boxes)
 
 
-class DetectionWriter(L.Callback):
+class DetectionWriter(ResultsWriter):
     """Write what `predict` finds: a picture for each image, and `predictions.json` for programs.
 
     `predictions/cats/1.png` is named after its image; `predictions.json` in the run's folder
@@ -107,36 +106,14 @@ class DetectionWriter(L.Callback):
         min_score: Score from which a box is drawn; the json has all that the model reports.
     """
 
+    RESULTS = "predictions.json"
+
     def __init__(self, min_score: float = 0.3) -> None:
+        super().__init__()
         self.min_score = min_score
-        self.run: Path | None = None
-        self._names = PictureNames()
-        self._part: Any = None
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find the run's folder, which every process must ask for."""
-        self.run = Path(trainer.log_dir or trainer.default_root_dir)
-
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep Lightning from collecting what is written."""
-        assert self.run is not None
-        trainer.predict_loop.return_predictions = False
-        self._names = picture_names(trainer)
-        self.run.mkdir(parents=True, exist_ok=True)
-        self._part = _part(self.run, trainer.global_rank).open("w", encoding="utf-8")
-
-    def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def write(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any) -> None:
         """Write a picture and the results of each image of the batch."""
-        assert self.run is not None
-        module: Any = pl_module
         image_id = getattr(datamodule(trainer), "image_id", lambda index: index + 1)
         sizes, places = batch["original"].tolist(), batch["index"].tolist()
         for i, (found, place) in enumerate(zip(outputs, places, strict=True)):
@@ -144,27 +121,19 @@ class DetectionWriter(L.Callback):
             path = str(batch["path"][i])
             shown = select(found, self.min_score)
             picture = draw_boxes(batch["picture"][i], shown, module.class_names, tuple(sizes[i]))
-            save_png(picture, self.run / "predictions" / self._names(path))
-            about = {"image_id": image_id(place), "file_name": self._names.relative(path)}
+            save_png(picture, self.run / "predictions" / self.names(path))
+            about = {"image_id": image_id(place), "file_name": self.names.relative(path)}
             results = [{**about, **one} for one in coco_results(found, module.category_ids)]
-            self._part.write(json.dumps([place, results]) + "\n")
+            self.part.write(json.dumps([place, results]) + "\n")
 
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def merge(self, module: Any, parts: Sequence[Path]) -> None:
         """Put the results of all processes together, and say where they are."""
-        assert self.run is not None
-        self._part.close()
-        trainer.strategy.barrier()
-        if not trainer.is_global_zero:
-            return
-        parts = [_part(self.run, rank) for rank in range(trainer.world_size)]
         lines = [line for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
         by_place = dict(json.loads(line) for line in lines)
         results = [one for place in sorted(by_place) for one in by_place[place]]
-        (self.run / RESULTS).write_text(json.dumps(results), encoding="utf-8")
-        for part in parts:
-            part.unlink()
+        (self.run / self.RESULTS).write_text(json.dumps(results), encoding="utf-8")
         print(f"Pictures of what it finds: {self.run / 'predictions'}")
-        print(f"The same for programs (COCO): {self.run / RESULTS}")
+        print(f"The same for programs (COCO): {self.run / self.RESULTS}")
 
 
 def coco_results(found: Mapping[str, Tensor], category_ids: list[int]) -> list[dict[str, Any]]:
@@ -192,7 +161,3 @@ def coco_results(found: Mapping[str, Tensor], category_ids: list[int]) -> list[d
 
 def _on_cpu(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.cpu() for name, tensor in found.items()}
-
-
-def _part(folder: Path, rank: int) -> Path:
-    return folder / f".{RESULTS}.{rank}"

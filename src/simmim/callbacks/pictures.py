@@ -4,7 +4,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path, PurePath
 from typing import Any
@@ -34,18 +34,33 @@ def draw_panel(pictures: Mapping[str, Tensor], side: int = 128) -> Image.Image:
         The table, RGB.
     """
     columns = {name: to_rgb(_resize(tensor, side)) for name, tensor in pictures.items()}
-    rows, height, width, _ = next(iter(columns.values())).shape
-    right, bottom = cell_origin(rows, len(columns), (height, width))
-    panel = Image.new("RGB", (right, bottom), BACKGROUND)
+    names = {name: CAPTIONS.get(name, name) for name in columns}
+    rows = zip(*columns.values(), strict=True)
+    return draw_table(
+        [
+            {names[name]: Image.fromarray(image) for name, image in zip(columns, row, strict=True)}
+            for row in rows
+        ]
+    )
+
+
+def draw_table(rows: Sequence[Mapping[str, Image.Image]]) -> Image.Image:
+    """Put pictures of any size into a table: a row for each image, a captioned column a name."""
+    names = list(rows[0])
+    width = max(picture.width for row in rows for picture in row.values())
+    heights = [max(picture.height for picture in row.values()) for row in rows]
+    right, _ = cell_origin(0, len(names), (0, width))
+    panel = Image.new("RGB", (right, GAP + CAPTION + sum(heights) + GAP * len(rows)), BACKGROUND)
     draw, font = ImageDraw.Draw(panel), ImageFont.load_default(size=13)
-    for column, (name, images) in enumerate(columns.items()):
-        left, top = cell_origin(0, column, (height, width))
+    top = GAP + CAPTION
+    for column, name in enumerate(names):
+        left, _ = cell_origin(0, column, (0, width))
         middle = (left + width // 2, top - CAPTION // 2)
-        caption = fitting(CAPTIONS.get(name, name), font, width)
-        draw.text(middle, caption, fill=INK, font=font, anchor="mm")
-        for row, image in enumerate(images):
-            corner = cell_origin(row, column, (height, width))
-            panel.paste(Image.fromarray(image), corner)
+        draw.text(middle, fitting(name, font, width), INK, font, anchor="mm")
+    for row, height in zip(rows, heights, strict=True):
+        for column, picture in enumerate(row.values()):
+            panel.paste(picture, (cell_origin(0, column, (height, width))[0], top))
+        top += height + GAP
     return panel
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from simmim.bar import Bar
 from simmim.callbacks.look import call, datamodule, log_now, undisturbed
+from simmim.callbacks.schedule import check_every_n_epochs
 from simmim.masking import sample_keys
 from simmim.probe import fit_linear_probe, knn_scores, top1
 from simmim.readout import describe, labels_of, pool
@@ -53,8 +54,7 @@ class OnlineProbe(L.Callback):
         l2: float = 1.0,
         max_samples: int = 20_000,
     ) -> None:
-        if every_n_epochs < 0:
-            raise ValueError(f"every_n_epochs {every_n_epochs} is negative: use 0 to read nothing")
+        check_every_n_epochs(every_n_epochs)
         if pooling not in ("mean", "max"):
             raise ValueError(f"pooling {pooling!r} is not known: use mean or max")
         for name, value in {"k": k, "temperature": temperature, "max_samples": max_samples}.items():

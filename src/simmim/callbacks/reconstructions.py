@@ -1,16 +1,16 @@
 """Pictures of what the model makes of masked images: while it trains, and for a folder."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning as L
 from PIL import Image
 from torch import Tensor
 
-from simmim.callbacks.look import call, fixed_samples, picture_names, undisturbed
-from simmim.callbacks.pictures import PictureNames, draw_panel
+from simmim.callbacks.look import call, fixed_samples, undisturbed
+from simmim.callbacks.pictures import draw_panel
 from simmim.callbacks.schedule import EpochPictures, save_png
+from simmim.callbacks.writer import FolderWriter
 
 
 class Reconstructions(EpochPictures):
@@ -45,54 +45,29 @@ class Reconstructions(EpochPictures):
         return True
 
 
-class PredictionWriter(L.Callback):
+class PredictionWriter(FolderWriter):
     """Write one picture for each image of a folder into `predictions/` of the run's folder.
 
     Each picture is one row of a panel as `Reconstructions` draws it, named after its image with
-    folders kept: `predictions/cats/1.png`. What `predict_step` returns is not collected as
-    well: a folder of a million images would not fit into memory.
+    folders kept: `predictions/cats/1.png`.
     """
 
     CONTENT: ClassVar[str] = "Pictures of what it reconstructs"
-
-    def __init__(self) -> None:
-        self.folder: Path | None = None
-        self._names = PictureNames()
-        self._seen = 0  # images of this process
 
     def draw(self, module: Any, outputs: Any) -> Iterator[Image.Image]:
         """Draw each image of a batch, from what `predict_step` returns."""
         for i in range(len(outputs["original"])):
             yield draw_panel({name: pictures[i : i + 1] for name, pictures in outputs.items()})
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find the run's folder, which every process must ask for."""
-        self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "predictions"
-
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep Lightning from collecting what is written."""
-        self._names, self._seen = picture_names(trainer), 0
-        trainer.predict_loop.return_predictions = False
-
-    def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def write(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any) -> None:
         """Write a picture for each image of the batch."""
-        assert self.folder is not None
         paths = batch.get("path") if isinstance(batch, Mapping) else None
-        for i, picture in enumerate(self.draw(pl_module, outputs)):
-            place = self._seen * trainer.world_size + trainer.global_rank
-            name = self._names(str(paths[i]) if paths else f"{place:06d}")
-            save_png(picture, self.folder / name)
-            self._seen += 1
+        for i, picture in enumerate(self.draw(module, outputs)):
+            place = self.next_place(trainer)
+            name = self.names(str(paths[i]) if paths else f"{place:06d}")
+            save_png(picture, self.run / "predictions" / name)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say where the pictures are."""
         if trainer.is_global_zero:
-            print(f"{self.CONTENT}: {self.folder}")
+            print(f"{self.CONTENT}: {self.run / 'predictions'}")

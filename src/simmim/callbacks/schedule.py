@@ -157,7 +157,7 @@ class EpochPictures(L.Callback, ABC):
 def check_every_n_epochs(every_n_epochs: int) -> None:
     """Refuse what is no number of epochs."""
     if every_n_epochs < 0:
-        raise ValueError(f"every_n_epochs {every_n_epochs} is negative: use 0 to draw nothing")
+        raise ValueError(f"every_n_epochs {every_n_epochs} is negative: use 0 for never")
 
 
 def check_num_images(num_images: int) -> None:
