@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from simmim import Classifier, SimMIM
@@ -29,8 +29,13 @@ def test_the_places_of_a_shorter_last_batch_follow_the_others(tmp_path: Path) ->
             seen.append(args[2]["index"].tolist())
 
     loader = DataLoader(torch.randn(7, 3, 32, 32), batch_size=3)
-    quiet_trainer(tmp_path, Watch()).validate(model, loader, verbose=False)
+    trainer = quiet_trainer(tmp_path, Watch())
+    trainer.validate(model, loader, verbose=False)
     assert seen == [[0, 1, 2], [3, 4, 5], [6]]
+    trainer.save_checkpoint(tmp_path / "validated.ckpt")  # of a model that was never trained
+    again = SimMIM.load_from_checkpoint(tmp_path / "validated.ckpt")
+    for before, after in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(before, after)
 
 
 def test_places_are_dealt_out_as_distributed_sampler_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,3 +79,20 @@ def test_a_batch_sampler_says_the_batch_size(tmp_path: Path) -> None:
 def test_shares_above_one_are_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} {value} is no"):
         Classifier(**TINY, **{name: value})
+
+
+class Pointwise(nn.Conv2d):
+    """A head of a user's own that looks at one place alone."""
+
+    def __init__(self, in_features: int, out_chans: int, upsample: int) -> None:
+        super().__init__(in_features, out_chans * upsample**2, 1)
+        self.shuffle = nn.PixelShuffle(upsample)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.shuffle(super().forward(features))
+
+
+def test_a_pointwise_head_of_a_users_own_cannot_skip_hidden_tokens() -> None:
+    name = f"{__name__}.Pointwise"
+    with pytest.raises(ValueError, match=r"looks at one place alone.*use head transformer"):
+        SimMIM(mask_patch_size=8, head=name, hidden_tokens="skip", trust=True, **TINY)
