@@ -20,7 +20,7 @@ from doctor_work import Fatal, square, wrong
 from simmim.doctor import doctor
 from simmim.doctor.estimate import fitting_sizes
 from simmim.doctor.likeness import clusters
-from simmim.doctor.pictures import COLUMNS, GAP, SIDE
+from simmim.doctor.pictures import COLUMNS, GAP, SIDE, Row, Tile, draw_sheet
 from simmim.doctor.record import look
 from simmim.doctor.workers import run_all
 from simmim.pretrain import SimMIM
@@ -482,6 +482,13 @@ def test_a_folder_without_one_readable_image_is_still_described(tmp_path: Path) 
 
 
 # Pictures, sizes, costs ---------------------------------------------------------------------------
+
+
+def test_a_sheet_keeps_narrow_and_gray_and_missing_pictures() -> None:
+    narrow = np.full((SIDE, 3, 1), 7, np.uint8)
+    sheet = draw_sheet([Row("a\nb", [Tile(narrow, "x" * 99 + "\n" + "why " * 99), Tile(None, "")])])
+    middle = np.asarray(sheet)[GAP + 24 + SIDE // 2, GAP + SIDE // 2]
+    assert middle.tolist() == [7, 7, 7]
 
 
 def test_the_contact_sheet_has_a_row_for_each_class_and_finding(tmp_path: Path) -> None:
