@@ -137,8 +137,13 @@ MUTATIONS = [
     ),
     Mutation("segment.py", "ignore_index=VOID, reduction", "reduction", "test_segment*"),
     Mutation("detect.py", "(original / size).flip(0)", "(original / size)", "test_detect*"),
-    Mutation("sliding.py", "counts[here[1:]] += 1", "counts[here[1:]] = 1", "test_segment*"),
-    Mutation("scores.py", "images / (len(n) * n)", "images / n", "test_classify*"),
+    Mutation(
+        "decoders/sliding_window.py",
+        "counts[here[1:]] += 1",
+        "counts[here[1:]] = 1",
+        "test_segment*",
+    ),
+    Mutation("evaluation/metrics.py", "images / (len(n) * n)", "images / n", "test_classify*"),
     # weights, probes
     Mutation(
         "weights/fit.py",
@@ -146,21 +151,23 @@ MUTATIONS = [
         "return kernel.mean(1, keepdim=True)",
         "test_weights*",
     ),
-    Mutation("probe.py", "(similarity / temperature).exp()", "similarity.exp()", "test_probe*"),
     Mutation(
-        "readout.py",
+        "evaluation/probe.py", "(similarity / temperature).exp()", "similarity.exp()", "test_probe*"
+    ),
+    Mutation(
+        "evaluation/readout.py",
         "[layer - 1 for layer in layers]",
         "[layer for layer in layers]",
         "test_readout*",
     ),
     # runs, callbacks, commands
-    Mutation("durable.py", "part.unlink(missing_ok=True)", "pass", "test_*run*"),
+    Mutation("base/files.py", "part.unlink(missing_ok=True)", "pass", "test_*run*"),
     Mutation(
         "callbacks/probe.py", "0 < last <= epochs", "0 < last < epochs", "test_callbacks_probe*"
     ),
-    Mutation("export/check.py", "TOLERANCE * torch.stack", "torch.stack", "test_export*"),
+    Mutation("commands/export/check.py", "TOLERANCE * torch.stack", "torch.stack", "test_export*"),
     Mutation(
-        "compare/evidence.py",
+        "commands/compare/evidence.py",
         "self.mean - self.margin > 0",
         "self.mean + self.margin > 0",
         "test_compare*",

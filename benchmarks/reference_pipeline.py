@@ -20,14 +20,14 @@ from torch.utils.data import Dataset
 from torchvision import transforms as T
 from torchvision.transforms import functional as F
 
-from simmim.benchmark.data import readable
-from simmim.benchmark.experiment import open_experiment
-from simmim.benchmark.stages import Endless, Feed, sample_time
+from simmim.commands.benchmark.data import readable
+from simmim.commands.benchmark.experiment import open_experiment
+from simmim.commands.benchmark.loader_profile import Endless, Feed, sample_time
 from simmim.data.dataset import ImageData
 from simmim.data.decode import decode_image
 from simmim.data.draws import uniforms
 from simmim.data.transforms import Box, Size, crop_and_resize, random_box
-from simmim.training import imagenet_statistics
+from simmim.training.base import imagenet_statistics
 
 SCALE, RATIO = (0.67, 1.0), (3 / 4, 4 / 3)
 BATCH = 32

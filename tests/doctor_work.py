@@ -3,7 +3,7 @@
 import os
 import time
 
-from simmim.doctor.record import File, Inspector, Record
+from simmim.commands.doctor.file_stats import File, Inspector, Record
 
 
 def square(n: int) -> int:

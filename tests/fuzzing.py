@@ -22,15 +22,15 @@ from typing import Any
 
 import torch
 
+from simmim.base.errors import explain
 from simmim.callbacks.vitals import held_memory
 from simmim.data import shards
 from simmim.data.annotations import read_coco, read_voc
+from simmim.data.class_map import WrongMask, read_legend, read_values
 from simmim.data.decode import UnreadableImage, read_image
 from simmim.data.labels import read_labels
-from simmim.data.legend import WrongMask, read_legend, read_values
 from simmim.data.scans import Intensity
-from simmim.mistakes import explain
-from simmim.run import find_start
+from simmim.runs.folder import find_start
 from simmim.weights import load_encoder
 from simmim.weights.files import read_checkpoint
 

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 import official_reference
-from simmim import bar
-from simmim.bar import Bar, Lines, status
+from simmim.base import progress as bar
+from simmim.base.progress import Bar, Lines, status
 from simmim.cli import main
 from simmim.data import ImageFolderData, named
 from simmim.data.index import scan

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from simmim.benchmark.data import LoaderSpeed
-from simmim.benchmark.data import data as measure
-from simmim.benchmark.experiment import open_experiment
-from simmim.benchmark.stages import STAGES, Endless, Feed
+from simmim.commands.benchmark.data import LoaderSpeed
+from simmim.commands.benchmark.data import data as measure
+from simmim.commands.benchmark.experiment import open_experiment
+from simmim.commands.benchmark.loader_profile import STAGES, Endless, Feed
 from simmim.data import ImageFolderData
 from support.commands import refused, simmim
 from support.folders import make_images

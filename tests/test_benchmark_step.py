@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from simmim import SimMIM
-from simmim.benchmark.step import StepReport, StepSpeed, _compare, _skipping, step
-from simmim.benchmark.stopwatch import Bare, Stopwatch, count_flop, dtype_of, peak_bytes
+from simmim.commands.benchmark.step import StepReport, StepSpeed, _compare, _skipping, step
+from simmim.commands.benchmark.step_timer import Bare, Stopwatch, count_flop, dtype_of, peak_bytes
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from board_records import config, history, records, summary
 from simmim.callbacks.pictures import cell_origin
-from simmim.loggers import lineage
+from simmim.runs.loggers import lineage
 from support.commands import QUIET, SMALL_SIMMIM, quiet, simmim, table
 from support.folders import make_boxes, make_classes, save
 

@@ -13,7 +13,7 @@ from simmim.callbacks import Inside, WorstImages
 from simmim.callbacks.inside import WatchAttention, attention_maps, inspect
 from simmim.loss import masked_mean
 from simmim.pretrain import SimMIM
-from simmim.speed import choose_attention
+from simmim.training.kernels import choose_attention
 
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 VIT: dict[str, Any] = {"encoder_kwargs": TINY}

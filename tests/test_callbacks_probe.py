@@ -20,9 +20,9 @@ from simmim.callbacks import (
     Reconstructions,
     StopOnNonFinite,
 )
+from simmim.evaluation.probe import fit_linear_probe, knn_scores, top1
 from simmim.pretrain import SimMIM
-from simmim.probe import fit_linear_probe, knn_scores, top1
-from simmim.strategies import shard
+from simmim.training.strategies import shard
 from support import exhaustive
 from support.commands import table
 from support.processes import in_processes

@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from simmim import load_encoder
-from simmim.augment import Mixer, erase
 from simmim.callbacks.classification import class_rows
 from simmim.callbacks.predictions import BoardPredictions
 from simmim.classify import Classifier
+from simmim.evaluation.metrics import Scores, balanced_weights, class_accuracy
 from simmim.masking import sample_keys
 from simmim.pretrain import SimMIM
-from simmim.scores import Scores, balanced_weights, class_accuracy
+from simmim.training.mixing import Mixer, erase
 from support.small import TINY_VIT as VIT
 from support.training import quiet_trainer
 

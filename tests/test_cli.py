@@ -19,9 +19,9 @@ from torch import Tensor
 
 import official_reference
 from simmim.cli import COMMANDS, main
-from simmim.configuration import find_config
-from simmim.loggers import finish_board
-from simmim.run import hold_run, let_go
+from simmim.command_line.configuration import find_config
+from simmim.runs.folder import hold_run, let_go
+from simmim.runs.loggers import finish_board
 from support.commands import (
     TINY,
     assert_same_tensors,
@@ -403,7 +403,7 @@ def test_the_board_gets_the_full_config(place: Path, monkeypatch: pytest.MonkeyP
     configs = []
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(
-        "simmim.tasks.finish_board",
+        "simmim.command_line.tasks.finish_board",
         lambda loggers, failed: (
             configs.extend(dict(x.experiment.config) for x in loggers[1:]),
             finish_board(loggers, failed),
@@ -505,7 +505,7 @@ def test_a_run_that_is_training_is_left_alone(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another command may look at it, and must not train in its folder."""
-    monkeypatch.setattr("simmim.run.LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("simmim.runs.folder.LOCK_SECONDS", 0.1)
     assert fit("--trainer.max_epochs=1") == 0
     run = Path("runs/tiny/version_0")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -525,7 +525,9 @@ def test_a_run_that_is_training_is_left_alone(
 def test_last_alone_goes_on_with_the_default_run(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("simmim.configuration.config_folder", lambda: place / "configs")
+    monkeypatch.setattr(
+        "simmim.command_line.configuration.config_folder", lambda: place / "configs"
+    )
     (place / "configs" / "pretrain").mkdir(parents=True)
     (place / "configs" / "pretrain" / "digits.yaml").write_text(TINY)
     simmim("pretrain fit --trainer.max_epochs=1 --model.mask_ratio=0.3")

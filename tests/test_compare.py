@@ -13,8 +13,8 @@ import yaml
 from PIL import Image
 
 from simmim import SimMIM
-from simmim.compare import command, compare
-from simmim.compare.trials import (
+from simmim.commands.compare import command, compare
+from simmim.commands.compare.runs import (
     Recipe,
     choose_budgets,
     open_arm,

@@ -5,7 +5,7 @@ import numpy.typing as npt
 import pytest
 from scipy.stats import binomtest
 
-from simmim.compare.evidence import (
+from simmim.commands.compare.significance import (
     Gap,
     Result,
     Validation,
@@ -16,7 +16,7 @@ from simmim.compare.evidence import (
     table,
     verdict,
 )
-from simmim.compare.evidence import unlearned as notes_of
+from simmim.commands.compare.significance import unlearned as notes_of
 
 Bools = npt.NDArray[np.bool_]
 

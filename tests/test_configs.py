@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 import yaml
 
-from simmim.configuration import EXPERIMENTS, config_folder, find_config, packaged_configs
+from simmim.command_line.configuration import (
+    EXPERIMENTS,
+    config_folder,
+    find_config,
+    packaged_configs,
+)
 from simmim.pretrain import SimMIM
 from support.commands import quiet, simmim, state
 from support.folders import make_boxes, make_classes, make_images, make_masks

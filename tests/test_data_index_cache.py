@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from simmim.base.files import beside
 from simmim.data import ImageFolderData, index_cache, labels, pairs
 from simmim.data.classification import ClassificationData, LabelledImages
 from simmim.data.dataset import ImageData, Loader, collate
@@ -26,7 +27,6 @@ from simmim.data.layout import read_parts
 from simmim.data.mapped import cache_folder, open_tensors, write_tensors
 from simmim.data.segmentation import SegmentationData
 from simmim.data.transforms import CenterCrop
-from simmim.durable import beside
 from support.commands import assert_same_tensors
 from support.folders import save
 from support.processes import end, start

@@ -10,8 +10,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 
-from simmim.checkpoints import KeepLast
 from simmim.data import ImageFolderData
+from simmim.runs.checkpoints import KeepLast
 from support import exhaustive
 from support.folders import make_images
 from support.training import Notes, quiet_trainer

@@ -10,12 +10,12 @@ from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.image_list import ImageList
 
-from simmim.average_precision import AveragePrecision
 from simmim.data.boxes import Fit
 from simmim.data.detection import DetectionData
+from simmim.decoders.pyramid import Pyramid
+from simmim.decoders.rcnn import Anchors, Neck, build_heads, default_anchor_sizes
 from simmim.detect import Detector, _to_original
-from simmim.pyramid import Pyramid
-from simmim.rcnn import Anchors, Neck, build_heads, default_anchor_sizes
+from simmim.evaluation.average_precision import AveragePrecision
 from support import exhaustive
 from support.folders import make_boxes
 from support.small import TINY_VIT

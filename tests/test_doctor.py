@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 
 from doctor_work import Fatal, square, wrong
-from simmim.doctor import doctor
-from simmim.doctor.estimate import fitting_sizes
-from simmim.doctor.likeness import clusters
-from simmim.doctor.pictures import COLUMNS, GAP, SIDE, Row, Tile, draw_sheet
-from simmim.doctor.record import look
-from simmim.doctor.workers import run_all
+from simmim.commands.doctor import doctor
+from simmim.commands.doctor.estimate import fitting_sizes
+from simmim.commands.doctor.file_stats import look
+from simmim.commands.doctor.near_duplicates import clusters
+from simmim.commands.doctor.pictures import COLUMNS, GAP, SIDE, Row, Tile, draw_sheet
+from simmim.commands.doctor.workers import run_all
 from simmim.pretrain import SimMIM
 from support.commands import refused, simmim
 
@@ -447,7 +447,7 @@ def test_spawned_workers_do_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyP
     root = _photos(tmp_path / "root", 12)
     here = _diagnose(root, tmp_path)
     spawn = get_context("spawn")
-    monkeypatch.setattr("simmim.doctor.workers.worker_context", lambda *sent: spawn)
+    monkeypatch.setattr("simmim.commands.doctor.workers.worker_context", lambda *sent: spawn)
     there = _diagnose(root, tmp_path)
     for found in (here, there):
         found["summary"].pop("images_per_s")
@@ -462,7 +462,7 @@ def test_an_error_of_ours_is_no_fault_of_a_file() -> None:
 def test_a_file_that_kills_its_reader_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("simmim.doctor.command.Inspector", Fatal)
+    monkeypatch.setattr("simmim.commands.doctor.command.Inspector", Fatal)
     found = _diagnose(_photos(tmp_path / "root", 12), tmp_path, workers=2)
     files = found["by_kind"]["unreadable"]["files"]
     assert files == {"005.jpg": "it ends the process that reads it (SIGKILL)"}

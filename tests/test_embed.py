@@ -15,10 +15,10 @@ from pyarrow import parquet
 
 from simmim import Classifier, ImageFolderData, SimMIM, load_encoder
 from simmim.callbacks import OnlineProbe
+from simmim.commands.embed import embed
+from simmim.commands.embed.table import Embeddings
 from simmim.data.named import prepare
 from simmim.data.pack import pack
-from simmim.embed import embed
-from simmim.embed.table import Embeddings
 from support import exhaustive
 from support.commands import refused
 from support.commands import simmim as run
@@ -345,10 +345,10 @@ def test_what_stops_it_is_one_sentence(
         model.encoder.model.norm.bias[0] = float("nan")
     ruined = save(model, tmp_path / "w.ckpt")
     refuse(r"20 images are not finite, the first is cat/000\.png", ruined)
-    monkeypatch.setattr("simmim.readout.Reader.forward", full)
+    monkeypatch.setattr("simmim.evaluation.readout.Reader.forward", full)
     refuse("use a smaller --batch_size than 20")
-    monkeypatch.setattr("simmim.embed.table.find_spec", lambda name: None)
-    monkeypatch.setattr("simmim.embed.pictures.find_spec", lambda name: None)
+    monkeypatch.setattr("simmim.commands.embed.table.find_spec", lambda name: None)
+    monkeypatch.setattr("simmim.commands.embed.pictures.find_spec", lambda name: None)
     refuse(r"pip install 'simmim\[parquet\]'", name="f.parquet")
     refuse(r"pip install 'simmim\[umap\]'", map="umap")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from matplotlib.colors import to_hex
 
-from simmim.embed.pictures import (
+from simmim.commands.embed.pictures import (
     RIGHT,
     WRONG,
     Tile,

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from simmim.checkpoints import there_is
+from simmim.runs.checkpoints import there_is
 from support import exhaustive
 from support.commands import EXACT, QUIET, SMALL, state, table, words_of, write_tiny
 from support.folders import make_classes
@@ -162,7 +162,7 @@ def test_a_classifier_that_is_killed_ends_as_if_it_was_not(place: Path) -> None:
 
 DDP = "--trainer.strategy=ddp --trainer.accumulate_grad_batches="
 SHARDED = "{save_distributed_checkpoint: true}"
-SHARDS = f"{{class_path: simmim.strategies.FullyShard, init_args: {SHARDED}}}"
+SHARDS = f"{{class_path: simmim.training.strategies.FullyShard, init_args: {SHARDED}}}"
 
 
 @pytest.mark.exhaustive

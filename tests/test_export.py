@@ -13,10 +13,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForImageClassification
 
-import simmim.export.check as check
-import simmim.export.graph as graph
+import simmim.commands.export.check as check
+import simmim.commands.export.graph as graph
 from simmim.classify import Classifier
-from simmim.export import export
+from simmim.commands.export import export
 from simmim.pretrain import SimMIM
 from simmim.weights import load_encoder
 from support import exhaustive

@@ -14,9 +14,9 @@ from torch._dynamo import mutation_guard
 
 import simmim
 from simmim import Classifier, SimMIM, load_encoder
+from simmim.base.files import read_config
 from simmim.cli import main
-from simmim.configuration import read_config
-from simmim.parts import _registered
+from simmim.parts.names import _registered
 from simmim.target import Target
 from simmim.testing import (
     check_encoder,
@@ -433,11 +433,11 @@ def test_a_registered_name_needs_no_trust_and_takes_no_name_of_ours() -> None:
 
 def test_a_package_registers_its_parts_by_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
     point = SimpleNamespace(load=lambda: simmim.register("loss", "packaged")(one_number))
-    simmim.parts._load_entry_points.cache_clear()
-    monkeypatch.setattr("simmim.parts.entry_points", lambda group: [point])
+    simmim.parts.names._load_entry_points.cache_clear()
+    monkeypatch.setattr("simmim.parts.names.entry_points", lambda group: [point])
     with pytest.raises(ValueError, match=r"loss 'packaged' gives \(B\)"):
         tiny(loss="packaged", trust=False)
-    simmim.parts._load_entry_points.cache_clear()
+    simmim.parts.names._load_entry_points.cache_clear()
 
 
 # The checks for users ----------------------------------------------------------------------------

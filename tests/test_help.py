@@ -11,12 +11,13 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
-from simmim import benchmark, commands
 from simmim.cli import COMMANDS, SUBCOMMANDS
-from simmim.configuration import EXPERIMENTS, find_config, packaged_configs
-from simmim.help.function import GROUPS, SOURCES, read_options
-from simmim.help.task import PAGE, rows_of
-from simmim.lightning_cli import TaskCLI
+from simmim.command_line.configuration import EXPERIMENTS, find_config, packaged_configs
+from simmim.command_line.help.function import GROUPS, SOURCES, read_options
+from simmim.command_line.help.task import PAGE, rows_of
+from simmim.command_line.lightning import TaskCLI
+from simmim.commands import benchmark
+from simmim.commands import functions as commands
 from support.commands import refused, simmim
 
 Out = pytest.CaptureFixture[str]

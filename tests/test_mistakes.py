@@ -10,8 +10,8 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-import simmim.mistakes
-from simmim.mistakes import explain, word_warnings
+import simmim.base.errors
+from simmim.base.errors import explain, word_warnings
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_our_warnings_are_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warnings, "formatwarning", before := warnings.formatwarning)
     word_warnings()
     word_warnings()  # once is enough
-    text = warnings.formatwarning("two\nlines", UserWarning, simmim.mistakes.__file__, 3)
+    text = warnings.formatwarning("two\nlines", UserWarning, simmim.base.errors.__file__, 3)
     assert text == "simmim: warning: two lines\n"
     theirs = ("old", DeprecationWarning, str(Path(os.__file__)), 3)
     assert warnings.formatwarning(*theirs) == before(*theirs)

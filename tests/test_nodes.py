@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from simmim.configuration import config_folder
+from simmim.command_line.configuration import config_folder
 from support.commands import EXACT, assert_same_tensors, state, write_tiny
 from support.folders import make_classes
 from support.processes import command, end, in_processes, kill, program, said, start

@@ -11,7 +11,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from simmim.probe import effective_rank, fit_linear_probe, knn_scores, top1
+from simmim.evaluation.probe import effective_rank, fit_linear_probe, knn_scores, top1
 
 
 @pytest.fixture(scope="module")

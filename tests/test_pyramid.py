@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from simmim.pyramid import Pyramid
+from simmim.decoders.pyramid import Pyramid
 
 SMALL = {"depth": 4, "embed_dim": 32, "num_heads": 2}
 ENCODERS = {  # name: its options, height and width, strides of the maps

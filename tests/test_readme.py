@@ -12,14 +12,14 @@ import pytest
 from PIL import Image
 
 from simmim import Classifier, ImageFolderData, SimMIM
-from simmim.benchmark import MEASURES as BENCHMARKS
 from simmim.cli import main
-from simmim.compare import compare
-from simmim.configuration import packaged_configs
+from simmim.command_line.configuration import packaged_configs
+from simmim.commands.benchmark import MEASURES as BENCHMARKS
+from simmim.commands.compare import compare
+from simmim.commands.doctor import doctor
+from simmim.commands.embed import embed
+from simmim.commands.export import export
 from simmim.data.classification import ClassificationData
-from simmim.doctor import doctor
-from simmim.embed import embed
-from simmim.export import export
 from support.folders import make_classes, make_images, save, write_coco
 
 ROOT = Path(__file__).parents[1]

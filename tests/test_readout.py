@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from simmim.evaluation.readout import embed_layers
 from simmim.pretrain import SimMIM
-from simmim.readout import embed_layers
 
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 

@@ -13,8 +13,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from simmim.durable import UNFINISHED
-from simmim.report import (
+from simmim.base.files import UNFINISHED
+from simmim.commands.report import (
     REPORT,
     Curve,
     Curves,
@@ -26,7 +26,13 @@ from simmim.report import (
     report_run,
     write_page,
 )
-from simmim.report.of_run import best_and_last, choose_diagrams, commands, read_metrics, series_of
+from simmim.commands.report.run_report import (
+    best_and_last,
+    choose_diagrams,
+    commands,
+    read_metrics,
+    series_of,
+)
 from support.commands import refused, simmim
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)

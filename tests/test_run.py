@@ -13,10 +13,11 @@ import pytest
 import torch
 import wandb
 
-from simmim import loggers, run
-from simmim.checkpoints import DurableCheckpointIO
-from simmim.loggers import MetricsFile, board, finish_board, is_logged_in
-from simmim.run import find_start, hold_run, leave_run, let_go, new_run, newest_run, run_of
+from simmim.runs import folder as run
+from simmim.runs import loggers
+from simmim.runs.checkpoints import DurableCheckpointIO
+from simmim.runs.folder import find_start, hold_run, leave_run, let_go, new_run, newest_run, run_of
+from simmim.runs.loggers import MetricsFile, board, finish_board, is_logged_in
 from support.commands import table
 from support.processes import kill, said, start
 

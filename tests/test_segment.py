@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from simmim.decoders.sliding_window import slide, starts
 from simmim.segment import VOID, Segmenter, class_iou
-from simmim.sliding import slide, starts
 from support.commands import assert_same_tensors
 from support.small import TINY_VIT
 from support.training import quiet_trainer

@@ -13,14 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
+from simmim.base.errors import explain
 from simmim.data import ImageFolderData, SegmentationData, value_counts
+from simmim.data.class_map import VOID, Legend, WrongMask, read_legend
 from simmim.data.draws import uniforms
 from simmim.data.joint import PairCrop, Whole, crop_mask, random_window
-from simmim.data.legend import VOID, Legend, WrongMask, read_legend
 from simmim.data.pack import pack
 from simmim.data.segmentation import MaskedImages
 from simmim.data.transforms import Box, crop_and_resize
-from simmim.mistakes import explain
 
 Make = Callable[..., Path]
 

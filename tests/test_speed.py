@@ -17,12 +17,13 @@ from torch._dynamo.utils import counters
 from torch.optim import SGD, AdamW
 from torch.overrides import TorchFunctionMode
 
-from simmim import ImageFolderData, SimMIM, speed
-from simmim.benchmark.step import _precisions
+from simmim import ImageFolderData, SimMIM
 from simmim.callbacks import CollapseAlarm
+from simmim.commands.benchmark.step import _precisions
 from simmim.loss import take_hidden
 from simmim.masking import upsample_mask
-from simmim.speed import choose_attention
+from simmim.training import kernels as speed
+from simmim.training.kernels import choose_attention
 from support import beyond
 from support.small import SHARED_BIAS, SWIN, VIT, noise_loader
 from support.training import quiet_trainer
@@ -331,7 +332,7 @@ def test_a_fused_optimiser_clips_in_mixed_precision(precision: Any) -> None:
 
 
 def test_recomputing_activations_saves_memory_and_changes_nothing() -> None:
-    from simmim.benchmark.stopwatch import peak_bytes
+    from simmim.commands.benchmark.step_timer import peak_bytes
 
     images, mask = torch.randn(8, 3, 32, 32), torch.ones(8, 4, 4, dtype=torch.bool)
     found = []

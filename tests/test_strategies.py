@@ -19,14 +19,14 @@ from lightning.pytorch.strategies import FSDPStrategy
 from PIL import Image
 
 from simmim import load_encoder
-from simmim.checkpoints import BEFORE, put_in_place, there_is
-from simmim.durable import UNFINISHED
+from simmim.base.files import UNFINISHED
 from simmim.pretrain import SimMIM
-from simmim.run import clean_up
-from simmim.strategies import FullyShard, refuse_fsdp
+from simmim.runs.checkpoints import BEFORE, put_in_place, there_is
+from simmim.runs.folder import clean_up
+from simmim.training.strategies import FullyShard, refuse_fsdp
+from simmim.training.xla import wake_xla
 from simmim.weights.files import read_checkpoint
 from simmim.weights.shards import META
-from simmim.xla import wake_xla
 from support import exhaustive
 from support.commands import assert_same_tensors, column, refused, simmim, state, write_tiny
 from support.folders import make_images

@@ -21,13 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from simmim import SimMIM, training
+from simmim import SimMIM
 from simmim.callbacks import PRETRAINING, ProgressBar
 from simmim.encoder import MASK_FILLS
 from simmim.head import HEADS
 from simmim.loss import LOSSES
 from simmim.masking import MASKINGS
 from simmim.target import TARGETS
+from simmim.training import base as training
 from support import beyond
 from support.small import ByIndex
 from test_speed import ENCODERS, SKIP, SKIPPING, make_model

@@ -15,8 +15,9 @@ from timm.models import save_for_hf
 import official_reference as reference
 from official_reference import Swin, ViT
 from simmim.classify import Classifier
+from simmim.commands.convert import convert
 from simmim.pretrain import SimMIM
-from simmim.weights import convert, load_encoder, load_weights
+from simmim.weights import load_encoder, load_weights
 from simmim.weights.resize import resize_positions, resize_table
 from support import beyond
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from simmim.classify import Classifier
 from simmim.pretrain import SimMIM
-from simmim.transfer import open_backbone
 from simmim.weights import load_encoder
+from simmim.weights.backbone import open_backbone
 from simmim.weights.fit import Architecture
 from simmim.weights.sources import build_encoder
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from simmim.weights import convert, find_checkpoint, load_encoder, load_official
+from simmim.commands.convert import convert
+from simmim.pretrain import load_official
+from simmim.weights import find_checkpoint, load_encoder
 from simmim.weights.files import is_url, read_checkpoint, read_folder
 
 

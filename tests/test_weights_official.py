@@ -11,10 +11,11 @@ from torch import Tensor
 
 import official_reference as reference
 from official_reference import Spec, Swin, Tensors, ViT
+from simmim.commands.convert import convert
 from simmim.masking import upsample_mask
 from simmim.optim import Schedule, param_groups
-from simmim.pretrain import SimMIM
-from simmim.weights import convert, load_encoder, load_official
+from simmim.pretrain import SimMIM, load_official
+from simmim.weights import load_encoder
 
 SPECS: dict[str, Spec] = {
     "vit-shared": ViT(),

@@ -23,7 +23,7 @@ BIN = "Scripts" if os.name == "nt" else "bin"
 IMPORT_ALL = """
 import importlib, pkgutil, sys
 import simmim
-from simmim.configuration import config_folder, packaged_configs
+from simmim.command_line.configuration import config_folder, packaged_configs
 
 for module in pkgutil.walk_packages(simmim.__path__, "simmim."):
     if not module.name.endswith("__main__"):

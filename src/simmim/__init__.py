@@ -18,9 +18,9 @@ _HOME = {
     "mse_loss": "simmim.loss",
     "smooth_l1_loss": "simmim.loss",
     "load_encoder": "simmim.weights",
-    "load_official": "simmim.weights",
+    "load_official": "simmim.pretrain",
     "ImageFolderData": "simmim.data",
-    "register": "simmim.parts",
+    "register": "simmim.parts.names",
 }
 __all__ = list(_HOME)
 
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from simmim.loss import mse_loss as mse_loss
     from simmim.loss import smooth_l1_loss as smooth_l1_loss
     from simmim.masking import mask_images as mask_images
-    from simmim.parts import register as register
+    from simmim.parts.names import register as register
     from simmim.pretrain import SimMIM as SimMIM
+    from simmim.pretrain import load_official as load_official
     from simmim.segment import Segmenter as Segmenter
     from simmim.weights import load_encoder as load_encoder
-    from simmim.weights import load_official as load_official
 
 
 def __getattr__(name: str) -> Any:

@@ -10,13 +10,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from simmim.augment import Mixer, erase
-from simmim.downstream import Downstream, check_training
+from simmim.evaluation.metrics import Scores, balanced_weights, class_accuracy
+from simmim.evaluation.readout import Probe, choose_layers, init_head_, read_tokens
 from simmim.masking import sample_keys
-from simmim.readout import Probe, choose_layers, init_head_, read_tokens
-from simmim.scores import Scores, balanced_weights, class_accuracy
-from simmim.training import seed_of
-from simmim.transfer import open_backbone
+from simmim.training.base import seed_of
+from simmim.training.fine_tuning import Downstream, check_training
+from simmim.training.mixing import Mixer, erase
+from simmim.weights.backbone import open_backbone
 
 MAIN = "main"  # the head that predicts; the others are those of a sweep over layers
 POOLS = {"mean": "avg", "token": "token", "attention": ""}  # ours -> timm's global_pool

@@ -13,9 +13,17 @@ from importlib import import_module
 from io import TextIOWrapper
 
 import simmim
-from simmim.configuration import EXPERIMENTS
-from simmim.help import HELP, asked, fill, groups_of, page_of_function, page_of_task, table
-from simmim.mistakes import explain, is_ours, nearest, word_warnings
+from simmim.base.errors import explain, is_ours, nearest, word_warnings
+from simmim.command_line.configuration import EXPERIMENTS
+from simmim.command_line.help import (
+    HELP,
+    asked,
+    fill,
+    groups_of,
+    page_of_function,
+    page_of_task,
+    table,
+)
 
 SUBCOMMANDS = {
     "fit": "train",
@@ -50,51 +58,51 @@ class Command:
 COMMANDS = {
     "pretrain": Command(
         "learn an encoder from unlabelled images by masked image modelling",
-        "simmim.tasks:pretrain",
+        "simmim.command_line.tasks:pretrain",
         SUBCOMMANDS,
     ),
     "classify": Command(
         "fine-tune an encoder to classify, or probe what its features are worth",
-        "simmim.tasks:classify",
+        "simmim.command_line.tasks:classify",
         SUBCOMMANDS,
     ),
     "segment": Command(
         "fine-tune an encoder to give every pixel a class",
-        "simmim.tasks:segment",
+        "simmim.command_line.tasks:segment",
         SUBCOMMANDS,
     ),
     "detect": Command(
         "train an encoder to find objects: boxes, and masks where there are outlines",
-        "simmim.tasks:detect",
+        "simmim.command_line.tasks:detect",
         SUBCOMMANDS,
     ),
     "embed": Command(
         "write the features of a folder's images, score and draw them",
-        "simmim.commands:embed",
+        "simmim.commands.functions:embed",
     ),
     "compare": Command(
         "say whether pretraining was worth it: against scratch, with few labels and with all",
-        "simmim.commands:compare",
+        "simmim.commands.functions:compare",
     ),
     "export": Command(
         "write an encoder or a classifier for timm, Hugging Face, ONNX or torch.export",
-        "simmim.commands:export",
+        "simmim.commands.functions:export",
     ),
     "convert": Command(
         "turn an official SimMIM release (.pth) into a checkpoint of ours",
-        "simmim.commands:convert",
+        "simmim.commands.functions:convert",
     ),
     "doctor": Command(
         "look a folder over before hours are spent on it",
-        "simmim.commands:doctor",
+        "simmim.commands.functions:doctor",
     ),
     "pack": Command(
         "turn an image folder into shards that are read several times as fast",
-        "simmim.commands:pack",
+        "simmim.commands.functions:pack",
     ),
     "benchmark": Command(
         "measure images/s of the loader, of the training step and of both on this machine",
-        "simmim.commands:benchmark",
+        "simmim.commands.functions:benchmark",
         MEASURES,
         alone="both apart, and then together",
     ),

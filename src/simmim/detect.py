@@ -13,12 +13,12 @@ from torch.optim import AdamW
 from torchmetrics import MeanMetric
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from simmim.average_precision import AveragePrecision
-from simmim.downstream import Downstream, check_training
-from simmim.pyramid import Pyramid
-from simmim.rcnn import Neck, build_heads, image_list
-from simmim.training import seed_of
-from simmim.transfer import _our_checkpoint, open_backbone
+from simmim.decoders.pyramid import Pyramid
+from simmim.decoders.rcnn import Neck, build_heads, image_list
+from simmim.evaluation.average_precision import AveragePrecision
+from simmim.training.base import seed_of
+from simmim.training.fine_tuning import Downstream, check_training
+from simmim.weights.backbone import open_backbone, our_checkpoint
 
 Sizes = list[tuple[int, int]]  # height and width that each image fills of the canvas
 Found = dict[str, Tensor]  # of an image: boxes (n, 4) by their corners, labels, scores, masks
@@ -373,7 +373,7 @@ class Detector(Downstream):
 
     def _find_detector(self, weights: str) -> dict[str, Any] | None:
         """Open the weights, if they are a detector of ours, and take the shape of its heads."""
-        content = _our_checkpoint(weights)
+        content = our_checkpoint(weights)
         if content is None or not any(name.startswith("rpn.") for name in content["state_dict"]):
             return None
         theirs = {name: content["hyper_parameters"][name] for name in SHAPE}

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import CheckpointError
 
+from simmim.encoders.custom import build_own, find_own_encoder
+from simmim.encoders.dry_run import Call, Run, multiples
+from simmim.encoders.visible_tokens import PLAIN, VisibleTokens, restore_grid, visible_places
+from simmim.encoders.visible_windows import HIERARCHICAL, VisibleInWindows
 from simmim.masking import fill_pixels, mask_grid, upsample_mask
-from simmim.observe import Call, Run, multiples
-from simmim.own_encoder import build_own, find_own_encoder
-from simmim.visible import PLAIN, VisibleTokens, restore_grid, visible_places
-from simmim.windows import HIERARCHICAL, VisibleInWindows
 
 MASK_FILLS = ("token", "zero", "mean", "noise")
 HIDDEN_TOKENS = ("encode", "skip")
@@ -110,10 +110,10 @@ class Encoder(nn.Module):
         device = torch.empty(0).device  # what `with torch.device(...)` asks for
         with torch.device("cpu" if device.type == "meta" else device):  # meta cannot be observed
             rates = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
-            self.model: Any = _create_model(
+            self.model: Any = create_timm_model(
                 name, self.img_size, in_chans, rates, timm_kwargs, trust=trust
             )
-            _set_norm_eps(self.model, norm_eps)
+            set_norm_eps(self.model, norm_eps)
             with _observing(self.model):
                 run = Run(self.model, name, in_chans, self.img_size, mask_patch_size or 1)
                 self._measure(run, mask_patch_size)
@@ -363,7 +363,7 @@ def _skipping_kind(model: nn.Module, name: str) -> type[VisibleTokens] | type[Vi
     )
 
 
-def _create_model(
+def create_timm_model(
     name: str,
     size: tuple[int, int],
     in_chans: int,
@@ -443,7 +443,7 @@ def _check_rates(model: nn.Module, name: str, rates: dict[str, float]) -> None:
             raise ValueError(f"{rate} {value} would do nothing in the blocks of {name}: leave it 0")
 
 
-def _set_norm_eps(model: nn.Module, eps: float | None) -> None:
+def set_norm_eps(model: nn.Module, eps: float | None) -> None:
     """Set the epsilon of every LayerNorm, which timm has no option for."""
     for module in model.modules():
         if eps is not None and isinstance(module, nn.LayerNorm):

@@ -5,7 +5,9 @@ Paper: Xie et al., "SimMIM: a Simple Framework for Masked Image Modeling", CVPR 
 arXiv:2111.09886. Which parts there are to choose from, and how they are optimised: recipe.py.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -20,6 +22,13 @@ from simmim.masking import (
     upsample_mask,
 )
 from simmim.recipe import Recipe
+from simmim.weights.api import places_of
+from simmim.weights.files import find_checkpoint, read_checkpoint
+from simmim.weights.fit import HEAD, TOKEN, fit
+from simmim.weights.official import official_weights
+from simmim.weights.resize import Resize
+from simmim.weights.sources import is_ours
+from simmim.weights.state_dict import find_tensors, is_official, timm_state_dict
 
 VAL_SEED = 2111_09886  # the validation masks' own seed: equal in every epoch and every run
 TINY = 1e-30  # added to a weight: the mean loss of images that hide nothing is 0, and not 0 / 0
@@ -233,3 +242,92 @@ class SimMIM(Recipe):
         """Normalised images -> what a person can look at: 1 or 3 channels in 0..1."""
         chans = 3 if images.shape[1] >= 3 else 1
         return (images * self.std + self.mean)[:, :chans].clamp(0, 1)
+
+
+def load_official(
+    source: str | Path | Mapping[str, Any],
+    *,
+    encoder: str | None = None,
+    img_size: int | Sequence[int] | None = None,
+    patch_size: int | None = None,
+    num_heads: int | Sequence[int] | None = None,
+    window_size: int | None = None,
+    mask_patch_size: int | None = None,
+    target: str | None = None,
+    resize: Resize = "official",
+    **encoder_kwargs: Any,
+) -> SimMIM:
+    """Build the model of an official pretraining release, decoder included.
+
+    The state dict of a timm model gives the encoder; the decoder begins anew.
+
+    What the file says or its shapes imply need not be given; what is given wins. How the release
+    was optimised (learning rates, drop path) is not taken over: pass drop_path_rate=0.1 to go on
+    with the ViT as it was.
+
+    Args:
+        source: A .pth file, or a mapping: of official names to tensors, buffers included, or what
+            such a file holds. Or the state dict of a timm model.
+        encoder: Name of the timm model that a state dict is of; of a ViT num_heads will do.
+        img_size: Size of the images in pixels.
+        patch_size: Pixels per token of the stem.
+        num_heads: Attention heads, of Swin a number for each stage. No shape tells those of a ViT
+            without position-bias tables.
+        window_size: Swin's window, in tokens.
+        mask_patch_size: Side of a mask cell in pixels; 32 where the file does not say.
+        target: What is predicted; pixels where the file does not say.
+        resize: How positions change size, as the "official" code or as "timm" does it.
+        encoder_kwargs: Further options of the encoder, or of SimMIM.
+
+    Returns:
+        The model; its attribute `report` says what became of each tensor.
+
+    Raises:
+        ValueError: If the file is no pretraining file, lacks a part, or asks for code to be run.
+    """
+    is_mapping = isinstance(source, Mapping)
+    content = source if isinstance(source, Mapping) else read_checkpoint(find_checkpoint(source))
+    if is_ours(content):
+        raise ValueError(f"{source} is no official file, but a checkpoint of ours: use it as it is")
+    file = "the mapping" if is_mapping else str(source)
+    options = {
+        name: encoder_kwargs.pop(name)
+        for name in {*encoder_kwargs} & {*inspect.signature(SimMIM).parameters}
+    }
+    tensors = find_tensors(content, file)
+    sizes: dict[str, Any] = {
+        "img_size": img_size,
+        "patch_size": patch_size,
+        "num_heads": num_heads,
+        "window_size": window_size,
+    }
+    if not is_official(content, tensors):
+        given = {name: value for name, value in sizes.items() if value is not None}
+        weights = timm_state_dict(tensors, file, encoder, {**encoder_kwargs, **given})
+    elif encoder is None:
+        weights = official_weights({**content, "model": tensors}, file, **sizes)
+        if f"{HEAD}proj.weight" not in weights.tensors or TOKEN not in weights.tensors:
+            raise ValueError(
+                f"{file} is no pretraining file, it has no decoder or no mask token: use it as it "
+                "is, --model.weights FILE, or open it with load_encoder"
+            )
+    else:
+        raise ValueError(f"{file} is an official file, which tells its model: leave encoder out")
+    task = weights.architecture.task
+    if target is not None and target != task.get("target", "pixels"):
+        task = {**task, "target": target, "target_kwargs": None}
+    if mask_patch_size is not None:
+        task = {**task, "mask_patch_size": mask_patch_size}
+    model = SimMIM(
+        encoder=weights.architecture.encoder,
+        **{
+            "img_size": img_size or weights.architecture.img_size,
+            "in_chans": weights.architecture.in_chans,
+            "encoder_kwargs": {**weights.architecture.options, **encoder_kwargs},
+            **task,
+            **options,
+        },
+    )
+    report = fit(weights, places_of(model), model.encoder.model, resize)
+    model.report = report
+    return model

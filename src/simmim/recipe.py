@@ -19,13 +19,13 @@ from simmim.head import HEADS
 from simmim.loss import LOSSES
 from simmim.masking import MASKINGS, draw_masks, ratio_range
 from simmim.optim import init_official_, param_groups
-from simmim.own import check_target, try_own_parts
-from simmim.parts import build_part, find_part
-from simmim.speed import suit_device
+from simmim.parts.checks import check_target, try_own_parts
+from simmim.parts.names import build_part, find_part
 from simmim.target import TARGETS
-from simmim.training import Trainable, count_steps, imagenet_statistics, optimizer_and_schedule
-from simmim.transfer import statistics_of
+from simmim.training.base import Trainable, count_steps, imagenet_statistics, optimizer_and_schedule
+from simmim.training.kernels import suit_device
 from simmim.weights import Report, load_weights
+from simmim.weights.backbone import statistics_of
 
 COUNTED = ("random", "block", "square", "token")  # they hide equally many cells of every image
 HEAD_ALONE = 0.05  # share of the steps in which a new head trains alone on loaded weights

@@ -12,11 +12,11 @@ from torch.optim import AdamW
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from simmim.dense import AuxiliaryHead, Plain, UPerNet, enlarge
-from simmim.downstream import Downstream, check_training
-from simmim.sliding import count_windows, slide
-from simmim.strategies import is_sharding
-from simmim.transfer import _our_checkpoint, open_backbone
+from simmim.decoders.sliding_window import count_windows, slide
+from simmim.decoders.upernet import AuxiliaryHead, Plain, UPerNet, enlarge
+from simmim.training.fine_tuning import Downstream, check_training
+from simmim.training.strategies import is_sharding
+from simmim.weights.backbone import open_backbone, our_checkpoint
 
 VOID = -1  # a pixel without a class
 USUAL_VOID = 255  # in masks that others have read
@@ -348,7 +348,7 @@ class Segmenter(Downstream):
 
     def _inherit(self, weights: str) -> None:
         """Take the decoder and the classifier of the weights too, if they have the same."""
-        found = _our_checkpoint(weights)
+        found = our_checkpoint(weights)
         if found is None or "classifier.weight" not in found["state_dict"]:
             return
         theirs, ours = found["hyper_parameters"], self.hparams

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from simmim.encoder import Encoder
 from simmim.loss import LOSSES, masked_mean
 from simmim.masking import draw_masks, mask_count, sample_keys, upsample_mask
-from simmim.own import check_shape
+from simmim.parts.checks import check_shape
 from simmim.target import Target
 
 GRIDS = ((6, 6), (7, 7), (4, 9), (14, 14))  # cells, of Swin and ViT as published, and oblong

@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from simmim.strategies import FullyShard
+from simmim.training.strategies import FullyShard
 
 STRATEGIES: dict[str, Any] = {
     "auto": lambda: "auto",

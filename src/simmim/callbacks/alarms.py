@@ -10,11 +10,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from simmim.callbacks.look import Samples, call, fixed_samples, is_logging_step, undisturbed
+from simmim.callbacks.base import Samples, call, fixed_samples, is_logging_step, undisturbed
+from simmim.evaluation.probe import effective_rank
 from simmim.loss import masked_mean
 from simmim.masking import upsample_mask
-from simmim.probe import effective_rank
-from simmim.strategies import gradient_norm
+from simmim.training.strategies import gradient_norm
 
 
 class NonFiniteLoss(ValueError):

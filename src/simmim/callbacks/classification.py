@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from simmim.callbacks.look import last_step
+from simmim.callbacks.base import last_step
 from simmim.callbacks.pictures import BACKGROUND, INK
 from simmim.callbacks.schedule import check_every_n_epochs, show
 from simmim.callbacks.writer import TEXT, ResultsWriter

@@ -11,8 +11,8 @@ from faster_coco_eval.core import mask as coco_mask
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
+from simmim.callbacks.base import call, datamodule, last_step, undisturbed
 from simmim.callbacks.boxes import board_boxes, draw_boxes, enlarge, select
-from simmim.callbacks.look import call, datamodule, last_step, undisturbed
 from simmim.callbacks.pictures import draw_table
 from simmim.callbacks.schedule import EpochPictures, save_png
 from simmim.callbacks.writer import ResultsWriter

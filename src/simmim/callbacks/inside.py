@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from simmim.callbacks.look import call, fixed_samples, log_now, undisturbed
+from simmim.callbacks.base import call, fixed_samples, log_now, undisturbed
 from simmim.callbacks.schedule import EpochPictures
 
 

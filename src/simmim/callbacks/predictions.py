@@ -7,8 +7,8 @@ import lightning as L
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from simmim.callbacks.base import batch_at, call, fixed_places, undisturbed
 from simmim.callbacks.classification import label_of
-from simmim.callbacks.look import batch_at, call, fixed_places, undisturbed
 from simmim.callbacks.pictures import BACKGROUND, GAP, INK, fitting, to_rgb, to_unit
 from simmim.callbacks.schedule import EpochPictures
 

@@ -11,12 +11,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from simmim.bar import Bar
-from simmim.callbacks.look import call, datamodule, log_now, undisturbed
+from simmim.base.progress import Bar
+from simmim.callbacks.base import call, datamodule, log_now, undisturbed
 from simmim.callbacks.schedule import check_every_n_epochs
+from simmim.evaluation.probe import fit_linear_probe, knn_scores, top1
+from simmim.evaluation.readout import describe, labels_of, pool
 from simmim.masking import sample_keys
-from simmim.probe import fit_linear_probe, knn_scores, top1
-from simmim.readout import describe, labels_of, pool
 
 SUBSET_SEED = 2104_14294  # which samples of a big set are read: the same in every run
 NAMES = {"knn_top1": "kNN", "probe_top1": "linear probe"}

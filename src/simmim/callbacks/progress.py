@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import convert_inf
 from torch import Tensor
 
-from simmim.bar import Lines, can_redraw
-from simmim.callbacks.look import is_logging_step
+from simmim.base.progress import Lines, can_redraw
+from simmim.callbacks.base import is_logging_step
 
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 

@@ -7,7 +7,7 @@ import lightning as L
 from PIL import Image
 from torch import Tensor
 
-from simmim.callbacks.look import call, fixed_samples, undisturbed
+from simmim.callbacks.base import call, fixed_samples, undisturbed
 from simmim.callbacks.pictures import draw_panel
 from simmim.callbacks.schedule import EpochPictures, save_png
 from simmim.callbacks.writer import FolderWriter

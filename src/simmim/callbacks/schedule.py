@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 
-from simmim.callbacks.look import last_step
+from simmim.callbacks.base import last_step
 
 
 class EpochPictures(L.Callback, ABC):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from simmim.callbacks.look import (
+from simmim.callbacks.base import (
     batch_at,
     call,
     fixed_places,

@@ -9,9 +9,9 @@ from typing import Any
 import lightning as L
 import torch
 
-from simmim.callbacks.look import is_logging_step
-from simmim.scores import less_is_better
-from simmim.strategies import gradient_norm
+from simmim.callbacks.base import is_logging_step
+from simmim.evaluation.metrics import less_is_better
+from simmim.training.strategies import gradient_norm
 
 GIB = 2**30
 

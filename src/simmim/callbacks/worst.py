@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from simmim.callbacks.look import call, evaluation_loader, samples_at, undisturbed
+from simmim.callbacks.base import call, evaluation_loader, samples_at, undisturbed
 from simmim.callbacks.pictures import draw_panel
 from simmim.callbacks.schedule import EpochPictures
 from simmim.masking import upsample_mask

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import lightning as L
 
-from simmim.callbacks.look import picture_names
+from simmim.callbacks.base import picture_names
 from simmim.callbacks.pictures import PictureNames
 
 TEXT: Any = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}  # paths are any bytes

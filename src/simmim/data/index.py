@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from simmim.bar import Bar
+from simmim.base.progress import Bar
 from simmim.data.summary import LeftOut
 
 # torchvision's nine endings, and what else people keep scans and pictures in.

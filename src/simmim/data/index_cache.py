@@ -32,6 +32,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from simmim.base.files import UNFINISHED
 from simmim.data.index import (
     SUFFIXES,
     FileIndex,
@@ -43,7 +44,6 @@ from simmim.data.index import (
 )
 from simmim.data.mapped import as_array, cache_folder, open_tensors, write_tensors
 from simmim.data.summary import LeftOut
-from simmim.durable import UNFINISHED
 
 VERSION = 2
 WORTH = 10_000  # files; fewer are read, and split, in less than a second

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from simmim.data.legend import VOID
+from simmim.data.class_map import VOID
 from simmim.data.transforms import Box, Size, crop_and_resize
 
 ATTEMPTS = 10  # crops that are tried for one with several classes, as in mmsegmentation

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simmim.bar import Bar
+from simmim.base.progress import Bar
 from simmim.data.index import FileIndex
 from simmim.data.index_cache import Kept, digest_of, file_stamp, keep, lies_within
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from simmim.durable import written_whole
+from simmim.base.files import written_whole
 
 PLACE = "SIMMIM_CACHE"  # where the cache lies; off: there is none
 

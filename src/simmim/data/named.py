@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from simmim.bar import Bar
+from simmim.base.progress import Bar
 
 Item = tuple[Image.Image | Path, int]  # a picture, or a file to be copied as it is; and its label
 

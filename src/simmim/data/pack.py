@@ -22,7 +22,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from simmim.bar import Bar
+from simmim.base.files import UNFINISHED, beside, sync, write_whole
+from simmim.base.progress import Bar
 from simmim.data.bad_files import escape
 from simmim.data.dataset import Loader
 from simmim.data.decode import UnreadableImage, decode_pixels, is_dicom, reason_of
@@ -38,7 +39,6 @@ from simmim.data.shards import (
     is_packed,
 )
 from simmim.data.workers import cpu_count
-from simmim.durable import UNFINISHED, beside, sync, write_whole
 
 BATCH_BYTES = 16 * 2**20  # of a record batch: what other tools read at once
 SAMPLE = 32  # images that the size of all is estimated from

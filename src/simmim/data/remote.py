@@ -20,9 +20,9 @@ from fsspec.callbacks import Callback
 from fsspec.core import url_to_fs
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from simmim.bar import Bar
+from simmim.base.files import UNFINISHED, write_whole, written_whole
+from simmim.base.progress import Bar
 from simmim.data.shards import FILE, Packed, digest_of_file
-from simmim.durable import UNFINISHED, write_whole, written_whole
 
 STREAMS = 8  # files that are copied at a time
 BEGUN = "fetching.json"  # packed.json, until everything that it names is there

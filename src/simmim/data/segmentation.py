@@ -16,11 +16,7 @@ from simmim.data.checks import (
     check_range,
     find_root,
 )
-from simmim.data.dataset import ImageData, Transform, WholeFolder, collate
-from simmim.data.index import FileIndex
-from simmim.data.joint import PairCrop, Whole
-from simmim.data.layout import read_folder
-from simmim.data.legend import (
+from simmim.data.class_map import (
     FILE,
     MOST,
     VOID,
@@ -33,6 +29,10 @@ from simmim.data.legend import (
     read_legend,
     shortened,
 )
+from simmim.data.dataset import ImageData, Transform, WholeFolder, collate
+from simmim.data.index import FileIndex
+from simmim.data.joint import PairCrop, Whole
+from simmim.data.layout import read_folder
 from simmim.data.loaders import SPLITS, LoaderModule
 from simmim.data.pairs import Pairs, read_pairs, without_masks
 from simmim.data.scans import Intensity

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from simmim.base.files import write_whole
 from simmim.data.index import FileIndex
-from simmim.durable import write_whole
 
 FILE = "packed.json"
 VERSION = 1

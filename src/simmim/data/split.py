@@ -9,7 +9,7 @@ from hashlib import blake2b
 import numpy as np
 import numpy.typing as npt
 
-from simmim.bar import Bar
+from simmim.base.progress import Bar
 
 
 def validation_mask(

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from simmim.bar import Bar
+from simmim.base.files import write_whole
+from simmim.base.progress import Bar
 from simmim.data.checks import check_choice
 from simmim.data.dataset import ImageData, Loader, collate
 from simmim.data.decode import UnreadableImage
 from simmim.data.mapped import cache_folder
 from simmim.data.sampler import choose
 from simmim.data.scans import Intensity, Pixels
-from simmim.durable import write_whole
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel, in 0..1
 

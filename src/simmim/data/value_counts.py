@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simmim.bar import Bar
+from simmim.base.progress import Bar
+from simmim.data.class_map import MOST, VOID, Legend, Totals, decode_values
 from simmim.data.decode import UnreadableImage
 from simmim.data.index import FileIndex
 from simmim.data.index_cache import Kept, digest_of, file_stamp, keep
-from simmim.data.legend import MOST, VOID, Legend, Totals, decode_values
 
 WORTH = 100  # masks; the counts of fewer are not kept
 CHUNK = 1024  # masks whose counts are waited for at a time

@@ -4,8 +4,8 @@ Whatever the source, its tensors get our names (`sources`), are fitted into a mo
 it did with each of them (`fit`), and nothing in a file is run while it is opened (`files`).
 """
 
-from simmim.weights.api import convert, load_encoder, load_official, load_weights
+from simmim.weights.api import load_encoder, load_weights
 from simmim.weights.files import find_checkpoint
 from simmim.weights.fit import Report
 
-__all__ = ["Report", "convert", "find_checkpoint", "load_encoder", "load_official", "load_weights"]
+__all__ = ["Report", "find_checkpoint", "load_encoder", "load_weights"]

@@ -7,8 +7,8 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from simmim.encoder import _create_model
-from simmim.own_encoder import find_own_encoder
+from simmim.encoder import create_timm_model
+from simmim.encoders.custom import find_own_encoder
 from simmim.weights.files import find_checkpoint, is_url, read_checkpoint, read_folder, read_json
 from simmim.weights.fit import HEAD, MODEL, TOKEN, Architecture, Weights, first_convs
 from simmim.weights.huggingface import hugging_face_weights
@@ -68,7 +68,7 @@ def build_encoder(architecture: Architecture, options: Mapping[str, Any]) -> nn.
     sides = (size, size) if isinstance(size, int) else (size[0], size[1])
     rates = {"drop_rate": 0.0, "drop_path_rate": 0.0}
     name, trust = architecture.encoder, architecture.trust
-    return _create_model(name, sides, chans, rates, options, trust=trust)
+    return create_timm_model(name, sides, chans, rates, options, trust=trust)
 
 
 def is_ours(content: Any) -> bool:

@@ -13,7 +13,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from simmim.encoder import _create_model
+from simmim.encoder import create_timm_model
 from simmim.weights.fit import BUFFERS, MODEL, Architecture, Weights
 
 VIT = "vit_base_patch16_224"
@@ -143,7 +143,7 @@ def _build(
     sides = (size, size) if isinstance(size, int) else (size[0], size[1])
     rates = {"drop_rate": 0.0, "drop_path_rate": 0.0}
     with torch.device("meta"):
-        return _create_model(name, sides, chans, rates, options, trust=trust)
+        return create_timm_model(name, sides, chans, rates, options, trust=trust)
 
 
 def _vit_prefix(tensors: Mapping[str, Tensor]) -> int:
