@@ -82,6 +82,7 @@ def test_a_line_for_each_combination(config: list[str]) -> None:
     assert len({len(line) for line in lines[3:]}) == 1
 
 
+@pytest.mark.exhaustive
 def test_skipping_hidden_tokens_is_compared_with_encoding_them(config: list[str]) -> None:
     """The config's head is linear: skipping gets one that can look at its neighbours."""
     report = measure(config, hidden_tokens=["encode", "skip"], steps=2, against="timm")
@@ -110,6 +111,7 @@ def test_lines_are_compared_that_differ_in_hidden_tokens_alone() -> None:
     assert [(named["batch"], gain) for named, gain in _skipping(rows)] == [("8", 3.0)]
 
 
+@pytest.mark.exhaustive
 def test_a_precision_and_other_cells(config: list[str]) -> None:
     report = measure(
         config, precision=["bf16-mixed"], mask_patch_size=[4, 16], batch_size=[2], steps=1

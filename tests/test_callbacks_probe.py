@@ -23,7 +23,6 @@ from simmim.callbacks import (
 from simmim.evaluation.probe import fit_linear_probe, knn_scores, top1
 from simmim.pretrain import SimMIM
 from simmim.training.strategies import shard
-from support import exhaustive
 from support.commands import table
 from support.processes import in_processes
 from support.small import VIT
@@ -235,11 +234,8 @@ def stopped(fit: L.Trainer, model: L.LightningModule, data: L.LightningDataModul
     return ""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("processes", "strategy"),
-    [(2, "ddp"), exhaustive(4, "ddp"), exhaustive(2, "fully_shard")],
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("processes", "strategy"), [(2, "ddp"), (4, "ddp"), (2, "fully_shard")])
 def test_processes_read_what_one_reads(workdir: Path, processes: int, strategy: str) -> None:
     """Of 95 images, which no number of processes shares evenly: to the digit, for equal weights.
 

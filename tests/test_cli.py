@@ -247,7 +247,7 @@ def test_a_terminal_that_lacks_a_letter_shows_its_number(
         assert words in stream.buffer.getvalue()  # type: ignore[attr-defined]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(os.name == "nt", reason="there the encoding is not chosen by the environment")
 def test_a_config_is_utf_8_wherever_it_is_read(place: Path) -> None:
     Path("mine.yaml").write_text("data: {root: bücher}  # größer\n", encoding="utf-8")
@@ -385,7 +385,7 @@ def test_a_try_leaves_nothing(place: Path, options: list[str]) -> None:
     assert not Path("runs").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_runs_in_a_row_with_a_board(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     for number in range(2):

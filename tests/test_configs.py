@@ -15,12 +15,14 @@ from simmim.command_line.configuration import (
     packaged_configs,
 )
 from simmim.pretrain import SimMIM
+from support import exhaustive
 from support.commands import quiet, simmim, state
 from support.folders import make_boxes, make_classes, make_images, make_masks
 from support.processes import command, in_processes
 
 CONFIGS = sorted(path.stem for path in (config_folder() / "pretrain").glob("*.yaml"))
 ALL = [(t, n) for t, _, n in (x.partition("/") for x in packaged_configs()) if t in EXPERIMENTS]
+LARGE = ("convnext_base", "swin_base", "vitdet_base")  # they take longest, even when made small
 OVERLAYS = sorted(path.stem for path in (config_folder() / "overlay").glob("*.yaml"))
 SMALL: dict[str, Any] = {  # by the beginning of the encoder's name
     "vit_": {"embed_dim": 16, "depth": 2, "num_heads": 1},
@@ -41,7 +43,7 @@ def options(values: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [exhaustive(n) if n in LARGE else n for n in CONFIGS])
 def test_a_config_starts(workdir: Path, name: str) -> None:
     make_classes(Path("images"), 4, size=64)
     encoder = read(name)["model"]["encoder"]
@@ -94,7 +96,10 @@ def task_data(workdir: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("task_data")
-@pytest.mark.parametrize(("task", "name"), [(t, n) for t, n in ALL if t in TASKS])
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [exhaustive(t, n) if n in LARGE else (t, n) for t, n in ALL if t in TASKS],
+)
 def test_a_config_of_a_task_starts(task: str, name: str) -> None:
     encoder, kwargs = next(small for word, small in SMALL_ENCODERS.items() if word in name)
     model = [f"--model.encoder={encoder}", f"--model.encoder_kwargs={kwargs}"]

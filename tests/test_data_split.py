@@ -123,7 +123,7 @@ def validation(root: Path) -> list[str]:
     return [part.files.name(i) for i in part.places.tolist()]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_it_depends_neither_on_the_place_nor_on_the_process(workdir: Path) -> None:
     for place in ("here", "there/deeper"):
         touch(*(workdir / place / "ab"[i % 2] / f"{i}.png" for i in range(30)))

@@ -45,7 +45,7 @@ OWN = "from simmim.data.transforms import CenterCrop\nclass Crop(CenterCrop):\n 
 
 
 @LINUX
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("by", "script"), [("script.py", SCRIPT), exhaustive("-", SCRIPT + FORKED)]
 )

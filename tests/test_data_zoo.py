@@ -232,7 +232,7 @@ def fit(root: Path, *options: str) -> list[str]:
     return [*words, "--trainer.max_epochs=1", "--data.batch_size=8", "--data.val_fraction=0.2"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("workers", [2, exhaustive(0)])
 def test_a_run_on_the_mix_goes_on(zoo: tuple[Path, set[str]], workdir: Path, workers: int) -> None:
     root, names = zoo

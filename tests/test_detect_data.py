@@ -583,7 +583,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(folder: Path) -> None:
     assert same(first.sets["validation"][0], other.sets["validation"][0])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_workers_change_nothing(folder: Path) -> None:
     def batches(workers: int) -> Iterator[dict[str, Any]]:
         made = data(folder, num_workers=workers, scale_jitter=(0.3, 2.0))

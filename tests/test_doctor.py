@@ -403,6 +403,7 @@ def test_images_and_masks_are_pairs_and_no_classes(tmp_path: Path) -> None:
     assert _diagnose(tmp_path / "root", tmp_path)["by_kind"]["masks"]["level"] == "bad"
 
 
+@pytest.mark.exhaustive
 def test_a_packed_folder_is_read_like_the_folder(tmp_path: Path) -> None:
     from simmim.data.pack import pack
 
@@ -415,6 +416,7 @@ def test_a_packed_folder_is_read_like_the_folder(tmp_path: Path) -> None:
         assert plain["summary"][key] == packed["summary"][key]
 
 
+@pytest.mark.exhaustive
 def test_classes_are_counted_whole_where_a_sample_is_looked_at(tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         _photos(tmp_path / "root" / name, 30, first=50 * (name == "dog"))
@@ -567,6 +569,7 @@ def test_images_smaller_than_img_size_are_said(tmp_path: Path) -> None:
 # Commands -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_a_run_of_its_own_folder(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _photos(Path("root"), 6)
     simmim("doctor --root root --estimate false")

@@ -79,7 +79,7 @@ def test_results_go_where_one_says(run: Path) -> None:
     assert not Path("runs").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_is_known_from_within(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

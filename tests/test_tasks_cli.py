@@ -239,7 +239,7 @@ def test_names_of_masks_of_0_and_255_are_learned(
     assert column(metrics, "val/iou/ground")[-1] > 0.5
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_masks_of_objects_are_found_drawn_and_written(workdir: Path) -> None:
     make_boxes(Path("boxes"), outlines=True, train=8, val=3)
     quiet("detect fit --name=det --trainer.max_epochs=1", *SMALL, *FEW, *OPTIONS["detect"])

@@ -12,7 +12,6 @@ from PIL import Image
 from simmim import Classifier, Detector, Segmenter, load_encoder
 from simmim.pretrain import SimMIM
 from simmim.weights.files import read_checkpoint
-from support import exhaustive
 from support.commands import assert_same_tensors, simmim, table
 from support.folders import make_boxes, save
 from support.processes import commands, in_processes
@@ -157,13 +156,13 @@ def assert_same_predictions(run: Path) -> None:
             assert (apart > (0 if one.mode == "P" else 2)).mean() < 0.005, path
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("way", "processes", "tasks"),
     [
         ("ddp", 2, ["pretrain", "classify", "segment"]),
-        exhaustive("ddp", 2, ["pretrain", "probe", "detect"]),
-        exhaustive("fsdp", 4, [*TASKS]),
+        ("ddp", 2, ["pretrain", "probe", "detect"]),
+        ("fsdp", 4, [*TASKS]),
     ],
 )
 def test_every_task_is_the_same_over_processes(
