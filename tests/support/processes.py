@@ -20,7 +20,15 @@ from simmim.cli import main
 CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()
 CONTEXT: Any = multiprocessing.get_context("forkserver" if CAN_FORK else "spawn")
 if CAN_FORK:
-    TASKS = ["pretrain", "classify", "segment", "detect", "tasks", "strategies", "data"]
+    TASKS = [
+        "pretrain",
+        "classify",
+        "segment",
+        "detect",
+        "command_line.tasks",
+        "training.strategies",
+        "data",
+    ]
     CONTEXT.set_forkserver_preload(["pytest", *(f"simmim.{name}" for name in TASKS)])
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 LOG = "log.txt"
