@@ -281,6 +281,7 @@ def test_an_official_release_becomes_a_run_that_can_be_shown(
 # Runs --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_has_what_the_design_says(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit("--reconstructions.every_n_epochs=2", "--probe.every_n_epochs=2") == 0
     run = Path("runs/tiny/version_0")

@@ -276,6 +276,7 @@ def save_for_ever(path: Path) -> None:
         DurableCheckpointIO().save_checkpoint({"i": i, "weights": weights}, path)
 
 
+@pytest.mark.slow
 def test_kill_9_during_a_save_leaves_a_whole_checkpoint(workdir: Path) -> None:
     path = workdir / "checkpoints" / "last.ckpt"
     process = start(save_for_ever, path)
