@@ -90,7 +90,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fit(place: Path, n: int, strategy: str, *names: str, more: str = "") -> list[Path]:
     """Train in each of these ways in the same processes, unless that is done."""
-    out, lines = f"{n}_{strategy}", []
+    out, lines = f"{n}_{strategy}{'_more' if more else ''}", []
     for name in names:
         batch, line = WAYS[name]
         line += f" --name={name} --run_dir={out} --data.batch_size={batch // n} {more}"
@@ -115,7 +115,10 @@ def assert_same_state(one: Path, many: Path) -> None:
     for name in a["state_dict"]:
         close(b["state_dict"][name], a["state_dict"][name], atol=1e-5)
     (a,), (b,) = a["optimizer_states"], b["optimizer_states"]
-    groups = [json.dumps([{**g, "fused": None} for g in s["param_groups"]]) for s in (a, b)]
+    groups = [
+        json.dumps([{**g, "fused": None} for g in s["param_groups"]], sort_keys=True)
+        for s in (a, b)
+    ]
     assert groups[0] == groups[1]
     for i in a["state"]:
         for name in a["state"][i]:
@@ -154,11 +157,13 @@ def test_a_run_goes_on_in_any_way(place: Path, strategy: str, n: int, tmp_path: 
     """In shards on two processes, with one process, and from a file of `convert`."""
     (whole,) = fit(place, 1, "auto", "plain")
     (half,) = fit(place, n, strategy, "plain", more="--trainer.max_epochs=2")
-    file, converted = tmp_path / "half.ckpt", tmp_path / "one.ckpt"
+    file = converted = tmp_path / "half.ckpt"
     last = half / "checkpoints/last.ckpt"
     assert last.is_dir() == (strategy == "sharded")
     (shutil.copytree if last.is_dir() else shutil.copy)(last, file)
-    simmim("convert --weights", str(file), "--out", str(converted))
+    if last.is_dir():
+        converted = tmp_path / "one.ckpt"
+        simmim("convert --weights", str(file), "--out", str(converted))
     model = SimMIM.load_from_checkpoint(converted)
     assert_same_tensors(load_encoder(file).state_dict(), model.encoder.model.state_dict())
     shards = strategy if n > 1 else "fully_shard"
