@@ -19,8 +19,8 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from simmim.base.files import sync_folder, written_whole
 from simmim.base.errors import FULL
+from simmim.base.files import sync_folder, written_whole
 from simmim.weights.shards import is_sharded, read_sharded
 
 CHECKPOINTS = "checkpoints"

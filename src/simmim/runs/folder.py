@@ -20,9 +20,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 
+from simmim.base.files import UNFINISHED, read_config, write_whole
 from simmim.runs.checkpoints import BEFORE, CHECKPOINTS, LAST, remove, there_is
-from simmim.base.files import read_config
-from simmim.base.files import UNFINISHED, write_whole
 
 CONFIG = "config.yaml"
 SLURM_JOB = ".slurm_job"  # the job that works on a run

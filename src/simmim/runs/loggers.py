@@ -20,8 +20,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from platformdirs import user_cache_path
 from torch import Tensor
 
-from simmim.base.files import written_whole
 from simmim.base.errors import one_line
+from simmim.base.files import written_whole
 
 PROJECT = "simmim"  # on the board, where WANDB_PROJECT says no other
 HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # W&B's own, by its old and its new name
