@@ -101,7 +101,7 @@ MUTATIONS = [
         "data/sampler.py", "range(rank, n, replicas)", "range(0, n, replicas)", "test_data_sampler*"
     ),
     Mutation(
-        "data/sampler.py", "return epoch, step * accumulation", "return epoch, step", "test_data_*"
+        "data/resume.py", "return epoch, step * accumulation", "return epoch, step", "test_data_*"
     ),
     Mutation("data/split.py", "np.maximum(sizes - 1, 0)", "sizes", "test_data_split*"),
     Mutation(
@@ -167,7 +167,7 @@ MUTATIONS = [
     ),
     Mutation("commands/export/check.py", "TOLERANCE * torch.stack", "torch.stack", "test_export*"),
     Mutation(
-        "commands/compare/evidence.py",
+        "commands/compare/significance.py",
         "self.mean - self.margin > 0",
         "self.mean + self.margin > 0",
         "test_compare*",

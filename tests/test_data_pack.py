@@ -288,7 +288,7 @@ def test_killed_it_goes_on_with_the_next_shard(tmp_path: Path) -> None:
 
 @pytest.mark.exhaustive
 @pytest.mark.skipif(os.name == "nt", reason="no process groups")
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_ctrl_c_says_how_to_go_on_and_leaves_nothing_half_done(
     tmp_path: Path, workers: int
 ) -> None:

@@ -9,7 +9,6 @@ import pytest
 
 from simmim.data.transforms import CenterCrop
 from simmim.data.workers import worker_context
-from support import exhaustive
 from support.folders import make_images
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="others spawn, as Python does")
@@ -46,9 +45,7 @@ OWN = "from simmim.data.transforms import CenterCrop\nclass Crop(CenterCrop):\n 
 
 @LINUX
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(
-    ("by", "script"), [("script.py", SCRIPT), exhaustive("-", SCRIPT + FORKED)]
-)
+@pytest.mark.parametrize(("by", "script"), [("script.py", SCRIPT), ("-", SCRIPT + FORKED)])
 def test_a_script_is_run_once_and_its_own_modules_are_found(
     tmp_path: Path, by: str, script: str
 ) -> None:

@@ -425,7 +425,7 @@ class Classifier(Downstream):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the heads that the file has, and go on with its optimiser."""
         self.set_num_classes(checkpoint["hyper_parameters"]["num_classes"])
-        self.load_classes(checkpoint, self.classes)
+        self.load_classes(checkpoint)
         super().on_load_checkpoint(checkpoint)
 
 

@@ -428,7 +428,7 @@ class Detector(Downstream):
         hp = checkpoint["hyper_parameters"]
         self.set_num_classes(hp["num_classes"], bool(hp["masks"]))
         looks = {"masks": self.has_masks, "category_ids": checkpoint.get("category_ids")}
-        self.load_classes(checkpoint, self.classes, **looks)
+        self.load_classes(checkpoint, **looks)
         if self.scores is not None:  # set up before the classes were known
             self.scores = AveragePrecision(self.class_names, masks=self.scores.masks)
         super().on_load_checkpoint(checkpoint)

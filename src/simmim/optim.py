@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 Compat = Literal["default", "official"]
 
 # Learned positions and tokens are spared weight decay wherever they sit, in the head as well.
+OF_SWINV2 = ("cpb_mlp", "logit_scale")  # of its attention: what has no weight decay
 POSITIONS_AND_TOKENS = (
     "cls_token",
     "mask_token",
@@ -102,7 +103,7 @@ def _named_by_models(model: nn.Module) -> Iterator[str]:
                 yield f"{prefix}.{name}" if prefix else name
         if isinstance(module, SwinTransformerV2):  # before timm 1.0.31 it names modules instead
             for name, _ in module.named_parameters(prefix):
-                if "cpb_mlp" in name or "logit_scale" in name:
+                if any(keyword in name for keyword in OF_SWINV2):
                     yield name
 
 
@@ -111,7 +112,7 @@ def _decays_officially(model: nn.Module, name: str, pretraining: bool) -> bool:
     is_swin = any(isinstance(m, SwinTransformer | SwinTransformerV2) for m in model.modules())
     if name.endswith("mask_token"):
         return not is_swin
-    by_keyword = ("relative_position_bias_table", "cpb_mlp", "logit_scale")
+    by_keyword = ("relative_position_bias_table", *OF_SWINV2)
     return any(keyword in name for keyword in by_keyword) and (pretraining or not is_swin)
 
 

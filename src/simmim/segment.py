@@ -403,7 +403,7 @@ class Segmenter(Downstream):
         """Build the classifier that the file has, and go on with its optimiser."""
         self.set_num_classes(checkpoint["hyper_parameters"]["num_classes"])
         looks = {name: checkpoint.get(name) for name in ("values", "colors")}
-        self.load_classes(checkpoint, self.classes, **looks)
+        self.load_classes(checkpoint, **looks)
         super().on_load_checkpoint(checkpoint)
 
 

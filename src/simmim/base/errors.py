@@ -46,6 +46,8 @@ ELSEWHERE = {  # what other tools call our options
 }
 REMOVED = {  # sections of earlier versions, and what has taken their place
     "masks": "the pictures of --reconstructions show the mask of each image",
+    "against": "python benchmarks/reference_pipeline.py measures the official way beside ours",
+    "originals": "python benchmarks/reference_pipeline.py takes the folder of originals",
 }
 ROOTS = ("--root", "--data.root")
 FULL = {

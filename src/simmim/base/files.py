@@ -1,7 +1,7 @@
 """Files that are whole, or what they were: written beside their place, and then put there.
 
 Whatever happens meanwhile (kill -9, a full disk, a power cut), what lies under the final name is
-the earlier file or the new one.
+the earlier file or the new one. And what reads a config, as it is.
 """
 
 import errno

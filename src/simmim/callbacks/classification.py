@@ -149,7 +149,7 @@ def label_of(row: Sequence[float], names: Sequence[str], several: bool) -> str:
 
 
 def merge_parts(parts: Sequence[Path], target: Path, header: Sequence[str]) -> None:
-    """Merge tables whose first column is the place of a row, each once, and remove them."""
+    """Merge tables whose first column is the place of a row, each once."""
     rows: dict[int, list[str]] = {}
     for part in parts:
         with part.open(**TEXT) as file:
@@ -158,8 +158,6 @@ def merge_parts(parts: Sequence[Path], target: Path, header: Sequence[str]) -> N
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows[place] for place in sorted(rows))
-    for part in parts:
-        part.unlink()
 
 
 def draw_confusion(counts: Tensor, names: Sequence[str]) -> Image.Image:

@@ -86,7 +86,7 @@ class ResultsWriter(FolderWriter):
             parts = [self._path(rank) for rank in range(trainer.world_size)]
             self.merge(pl_module, parts)
             for part in parts:
-                part.unlink(missing_ok=True)
+                part.unlink()
 
     def _path(self, rank: int) -> Path:
         return self.run / f".{self.RESULTS}.{rank}"

@@ -227,11 +227,10 @@ def _why_it_ended(error: BaseException | None) -> str:
 
 def _report(run: Begun, ended: str) -> None:
     """Write the report of a run that has begun, however it ended; it is never why one fails."""
-    report_run = import_module("simmim.commands.report").report_run
-
     if run.folder is None or not (run.folder / CONFIG).exists() or not is_first_process():
         return
     try:
+        report_run = import_module("simmim.commands.report").report_run
         rank_zero_info(f"report: {report_run(run.folder, ended)}")
     except Exception as error:
         rank_zero_warn(f"no report of {run.folder} could be written: {one_line(str(error))}")

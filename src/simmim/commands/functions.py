@@ -61,11 +61,6 @@ def benchmark(args: list[str]) -> None:
     from simmim.commands.benchmark import MEASURES
 
     which = args[0] if args and args[0] in MEASURES else ""
-    if which == "data" and any(word.startswith(("--against", "--originals")) for word in args):
-        script = "python benchmarks/reference_pipeline.py"
-        raise ArgumentError(
-            None, f"benchmark data --against is a script of the repository: {script}"
-        )
     measure = MEASURES[which]
     lists = [name for name, p in signature(measure).parameters.items() if "list[" in str(p)]
     options = {"-c": "--config", **{f"--{name}": f"--{name}" for name in lists}}

@@ -1,9 +1,10 @@
 """Images on disk -> uint8 batches.
 
 In the order of the data: `index` finds the files, `split` sets some aside, `sampler` puts them in
-order, `dataset` reads one (`decode`, `scans`, `transforms`), `image_folder` is the data module.
-Other tasks' stand beside it: `classification`; `segmentation`, for which `pairs` finds the masks,
-`legend` reads them and `joint` transforms both; `detection` (`annotations`, `annotated`, `boxes`).
+order, `resume` says where it goes on, `dataset` reads one (`decode`, `scans`, `transforms`),
+`image_folder` is the data module. Other tasks' stand beside it: `classification`; `segmentation`,
+for which `pairs` finds the masks, `class_map` reads them and `joint` transforms both; `detection`
+(`annotations`, `annotated`, `boxes`).
 """
 
 from importlib import import_module

@@ -124,15 +124,14 @@ class Downstream(Trainable):
         if not self.hparams["num_classes"]:
             raise ValueError(f"num_classes is not known: give it, or data with {self.NAMED_BY}")
 
-    def load_classes(self, checkpoint: Mapping[str, Any], of_data: list[str], **looks: Any) -> None:
+    def load_classes(self, checkpoint: Mapping[str, Any], **looks: Any) -> None:
         """Take the classes of a checkpoint, and compare them with the data's.
 
         Args:
             checkpoint: The file's content.
-            of_data: The classes that are known before: Lightning sets the data up first.
             looks: As `set_classes` takes them.
         """
-        self.classes = []
+        of_data, self.classes = self.classes, []  # Lightning sets the data up first
         if names := checkpoint.get("classes"):
             self.set_classes(names, **looks)
         if names := self.unmatched_classes(of_data):

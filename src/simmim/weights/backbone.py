@@ -12,6 +12,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import PatchEmbed
 from torch import nn
 
+from simmim.encoder import set_norm_eps
 from simmim.encoders.dry_run import multiples
 from simmim.weights import find_checkpoint
 from simmim.weights.api import check_heads, count_classes
@@ -129,10 +130,8 @@ def open_backbone(
         eps = found.architecture.norm_eps if eps is None else eps
         backbone.statistics = statistics_of(str(weights), backbone.in_chans)
         backbone.classes = class_names(str(weights))
-    if eps is not None:  # not an option of timm's
-        for module in model.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.eps = eps
+    set_norm_eps(model, eps)
+    if eps is not None:
         options["norm_eps"] = eps
     return backbone
 

@@ -1,7 +1,7 @@
 """How fast is it here? The loader, the training step, and both together.
 
 `experiment` opens a config of pretraining as that command would, `data` measures its loader, `step`
-its training step, `together` a run of both; `record` says on what machine that was. More is
+its training step, `end_to_end` a run of both; `record` says on what machine that was. More is
 measured by scripts of the repository, in benchmarks/.
 """
 

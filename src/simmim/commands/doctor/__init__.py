@@ -1,8 +1,9 @@
 """Look a folder over before hours are spent on it.
 
-`record` looks at one file, `workers` has it done in processes that a bad file may kill, `likeness`
-finds images that show the same, `findings` draws the conclusions, `estimate` tries the config's
-model, `diagnosis` is all of it as plain data, and `report`, `sheet` and `pictures` show it.
+`file_stats` looks at one file, `workers` has it done in processes that a bad file may kill,
+`near_duplicates` finds images that show the same, `findings` draws the conclusions, `estimate`
+tries the config's model, `diagnosis` is all of it as plain data, and `report`, `contact_sheet` and
+`pictures` show it.
 """
 
 from importlib import import_module
